@@ -1,0 +1,104 @@
+"""Randomness with names instead of state.
+
+Every random number of a run is `uniform(seed, stream, epoch, index, draw)`: a pure function of what it is for. So a
+checkpoint holds no random state, a resume replays nothing, and neither the worker nor the device that asks matters.
+
+The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it
+passes BigCrush, has published test vectors, and needs only 32-bit products, which int64 tensors do alike on CPU and GPU.
+"""
+
+import hashlib
+import random
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF  # the low 32 bits of an int64, in which the generator's unsigned words are kept
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1: the steps of the key schedule
+_ROUNDS = 10
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Encrypt counters with Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors of one shape, each word in [0, 2**32).
+        key: two words in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of that shape: the random words, each in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # The product wraps into the sign bit; an arithmetic shift and a mask still yield its high word.
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) & _LOW) ^ c1 ^ k0
+        c2 = ((product_0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product_1 & _LOW, product_0 & _LOW
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return c0, c1, c2, c3
+
+
+@lru_cache(maxsize=1024)
+def key(seed: int, stream: str) -> tuple[int, int]:
+    """Return the generator's key for a stream: 64 bits of BLAKE2b over the seed and the stream's name."""
+    digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def words(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -> Tensor:
+    """Return random 32-bit words.
+
+    Args:
+        seed: the run's seed.
+        stream: what the numbers are for, such as ``"augment.0.flip"``; streams are independent of each other.
+        epoch: the epoch or the step, below 2**32.
+        index: int64 of shape (n,), the place in the epoch of each sample, on any device.
+        draws: how many words each sample needs.
+
+    Returns:
+        int64 of shape (n, draws), each in [0, 2**32), on `index`'s device.
+    """
+    blocks = torch.arange((draws + 3) // 4, device=index.device)
+    shape = (len(index), len(blocks))
+    counter = (
+        (index & _LOW)[:, None].expand(shape),
+        ((index >> 32) & _LOW)[:, None].expand(shape),
+        torch.full((), epoch & _LOW, dtype=torch.int64, device=index.device).expand(shape),
+        blocks.expand(shape),
+    )
+    return torch.stack(philox4x32(counter, key(seed, stream)), dim=-1).flatten(1)[:, :draws]
+
+
+def uniform(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -> Tensor:
+    """Return float32 numbers in [0, 1) of shape (n, draws): the upper 24 bits of `words`, exact on every device."""
+    return (words(seed, stream, epoch, index, draws) >> 8).to(torch.float32) * 2.0**-24
+
+
+def seed_for(seed: int, stream: str, *place: int) -> int:
+    """Return a 63-bit seed for a generator with state, such as PyTorch's own, at a place in the run."""
+    name = "/".join(map(str, (seed, stream, *place)))
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Set PyTorch's own generators, on the CPU and on `device`, from which dropout and its like draw.
+
+    It reseeds them directly: `torch.manual_seed` visits every device and costs a hundred times as much.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+def reseed_everything(seed: int) -> None:
+    """Set the global generators of PyTorch, NumPy and Python, from which a user's transforms may draw."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & _LOW)  # noqa: NPY002 - it is the global generator that users' transforms draw from
+    random.seed(seed)
