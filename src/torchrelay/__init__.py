@@ -1,0 +1,49 @@
+"""torchrelay: a PyTorch training framework. The seven steps stand in the modules that this page names.
+
+Names are imported when they are first used, so that `torchrelay --help` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Trainer": "torchrelay.trainer",
+    "RunSettings": "torchrelay.run",
+    "Recipe": "torchrelay.recipe",
+    "Task": "torchrelay.task",
+    "Classification": "torchrelay.task",
+    "MultiLabel": "torchrelay.task",
+    "Regression": "torchrelay.task",
+    "NextToken": "torchrelay.task",
+    "Callback": "torchrelay.callbacks",
+    "EarlyStopping": "torchrelay.callbacks",
+    "RelayError": "torchrelay.errors",
+}
+_MODULES = ("augment", "data", "models", "optim")
+__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from torchrelay import data, models, optim
+    from torchrelay.callbacks import Callback, EarlyStopping
+    from torchrelay.data import augment
+    from torchrelay.errors import RelayError
+    from torchrelay.recipe import Recipe
+    from torchrelay.run import RunSettings
+    from torchrelay.task import Classification, MultiLabel, NextToken, Regression, Task
+    from torchrelay.trainer import Trainer
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name == "augment":
+        return import_module("torchrelay.data.augment")
+    if name in _MODULES:
+        return import_module(f"torchrelay.{name}")
+    raise AttributeError(f"module 'torchrelay' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

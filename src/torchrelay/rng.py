@@ -4,14 +4,17 @@ Every random number of a run is `uniform(seed, stream, epoch, index, draw)`: a p
 checkpoint holds no random state, a resume replays nothing, and neither the worker nor the device that asks matters.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it
-passes BigCrush, has published test vectors, and needs only 32-bit products, which int64 tensors do alike on CPU and GPU.
+passes BigCrush, has published test vectors, and needs only 32-bit products, which int64 does alike on CPU and GPU.
+On the CPU the same lines run on NumPy arrays: 160 operations on some hundred numbers cost a fifth of what tensors cost.
 """
 
 import hashlib
 import random
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,17 +22,18 @@ _LOW = 0xFFFFFFFF  # the low 32 bits of an int64, in which the generator's unsig
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1: the steps of the key schedule
 _ROUNDS = 10
+Words = TypeVar("Words", Tensor, npt.NDArray[np.int64])
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
     """Encrypt counters with Philox4x32-10.
 
     Args:
-        counter: four int64 tensors of one shape, each word in [0, 2**32).
+        counter: four int64 tensors or arrays whose shapes broadcast, each word in [0, 2**32).
         key: two words in [0, 2**32).
 
     Returns:
-        Four int64 tensors of that shape: the random words, each in [0, 2**32).
+        Four int64 tensors or arrays of the common shape: the random words, each in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -63,15 +67,16 @@ def words(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -> 
     Returns:
         int64 of shape (n, draws), each in [0, 2**32), on `index`'s device.
     """
-    blocks = torch.arange((draws + 3) // 4, device=index.device)
-    shape = (len(index), len(blocks))
-    counter = (
-        (index & _LOW)[:, None].expand(shape),
-        ((index >> 32) & _LOW)[:, None].expand(shape),
-        torch.full((), epoch & _LOW, dtype=torch.int64, device=index.device).expand(shape),
-        blocks.expand(shape),
-    )
-    return torch.stack(philox4x32(counter, key(seed, stream)), dim=-1).flatten(1)[:, :draws]
+    blocks, clock = (draws + 3) // 4, epoch & _LOW
+    if index.device.type == "cpu":
+        places = index.numpy()[:, None]
+        counter = (places & _LOW, places >> 32 & _LOW, np.array([[clock]], dtype=np.int64), np.arange(blocks)[None])
+        found = np.stack(philox4x32(counter, key(seed, stream)), axis=-1)  # (n, blocks, 4)
+        return torch.from_numpy(found.reshape(len(index), 4 * blocks)[:, :draws])
+    high, low = (index >> 32 & _LOW)[:, None], (index & _LOW)[:, None]
+    time = torch.full((1, 1), clock, dtype=torch.int64, device=index.device)
+    block = torch.arange(blocks, device=index.device)[None]
+    return torch.stack(philox4x32((low, high, time, block), key(seed, stream)), dim=-1).flatten(1)[:, :draws]
 
 
 def uniform(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -> Tensor:
@@ -100,5 +105,5 @@ def reseed(seed: int, device: torch.device) -> None:
 def reseed_everything(seed: int) -> None:
     """Set the global generators of PyTorch, NumPy and Python, from which a user's transforms may draw."""
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & _LOW)  # noqa: NPY002 - it is the global generator that users' transforms draw from
+    np.random.seed(seed & _LOW)  # the global generator, from which users' transforms draw
     random.seed(seed)

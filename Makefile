@@ -1,0 +1,39 @@
+# Two commands do it all on a fresh machine: `make train`, `make test`. `make check` is what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install train test test-slow lint types check bench docs clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: install
+	$(BIN)/torchrelay train digits
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+docs: install
+	$(BIN)/python -m benchmarks.pictures
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

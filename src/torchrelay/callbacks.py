@@ -1,0 +1,167 @@
+"""Step 7: what may happen around a step. All hooks are on this page, five of them, each with when it is called."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from torchrelay.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchrelay.data.batches import Batch
+    from torchrelay.trainer import Trainer
+
+
+class Callback:
+    """Override what you need. A callback with a state of its own also overrides the last two methods."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Called once before the first step, after a checkpoint was loaded if the run goes on with one."""
+
+    def on_step(self, trainer: "Trainer", batch: "Batch", loss: "Tensor") -> None:
+        """Called after each optimizer step. `loss` is on the device: reading its value waits for the device."""
+
+    def on_evaluate(self, trainer: "Trainer", split: str, values: dict[str, float]) -> None:
+        """Called after each evaluation, with the split's name and its metrics."""
+
+    def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:
+        """Called at the end of each epoch (counted from 1), after its evaluation, with its training metrics."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """Called once after the last step and its checkpoint; not if the run is stopped or fails."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must keep: tensors, numbers, strings, and dicts and lists of them."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+
+class EarlyStopping(Callback):
+    """End the training when a metric has not improved for some evaluations.
+
+    It goes by the validation part where there is one, otherwise by the test part.
+
+    Args:
+        patience: evaluations without improvement after which to stop.
+        metric: its name; the task's headline metric if unset.
+        least: an improvement counts if it is larger than this.
+    """
+
+    def __init__(self, patience: int, metric: str | None = None, least: float = 0.0) -> None:
+        if patience < 1:
+            raise UsageError(f"early stopping's patience is {patience}: choose 1 or more evaluations")
+        self.patience = patience
+        self.metric = metric
+        self.least = least
+        self.best: float | None = None
+        self.waited = 0
+
+    def on_evaluate(self, trainer: "Trainer", split: str, values: dict[str, float]) -> None:
+        """Count the evaluations since the last improvement."""
+        if split != trainer.selects_on:
+            return
+        name = self.metric or trainer.task.headline
+        if name not in values:
+            raise UsageError(f"early stopping watches '{name}', but an evaluation gives: {', '.join(values)}")
+        higher_is_better = trainer.task.higher_is_better if name == trainer.task.headline else name != "loss"
+        value = values[name] if higher_is_better else -values[name]
+        if self.best is None or value > self.best + self.least:
+            self.best, self.waited = value, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience:
+            trainer.stop(f"early stopping: {name} has not improved for {self.waited} evaluations")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far and how long ago it was."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+class StepLog(Callback):
+    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, the rates."""
+
+    def __init__(self) -> None:
+        self._losses: list["Tensor | float"] = []
+        self._samples = 0
+        self._since = 0.0
+
+    def on_start(self, trainer: "Trainer") -> None:  # noqa: ARG002
+        """Start the clock."""
+        self._samples, self._since = 0, time.perf_counter()
+
+    def on_step(self, trainer: "Trainer", batch: "Batch", loss: "Tensor") -> None:
+        """Note the loss, without reading it; each `log_every` steps, read and record."""
+        if trainer.run is None:
+            return
+        self._losses.append(loss)
+        self._samples += len(batch.indices)
+        if trainer.step % trainer.settings.log_every:
+            return
+        now = time.perf_counter()
+        values = {
+            "loss": math.fsum(map(float, self._losses)) / len(self._losses),
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "samples_per_second": round(self._samples / (now - self._since), 1),
+        }
+        trainer.record_line("step", values)
+        self._losses.clear()
+        self._samples, self._since = 0, now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses since the last line."""
+        return {"losses": [float(loss) for loss in self._losses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on collecting."""
+        self._losses = list(state["losses"])
+
+
+class Pictures(Callback):
+    """What the run folder shows a person: TensorBoard's pictures and curves.png."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Show the first batch as the network sees it, and the network's graph."""
+        if trainer.run is None or trainer.step > 0:
+            return
+        batch = next(trainer.batches.epoch(0))
+        pipeline = trainer.batches.pipeline
+        trainer.run.tensorboard.images("first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        trainer.run.tensorboard.graph(trainer.model, batch.inputs)
+
+    def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
+        """Draw the curves so far."""
+        from torchrelay.report import curves
+
+        if trainer.run is not None:
+            curves(trainer.run.folder)
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """Show the confusion matrix, and the settings with what they led to."""
+        from torchrelay.report import confusion_matrix
+
+        if trainer.run is None:
+            return
+        last = trainer.last_evaluation
+        if last is not None and last.confusion is not None:
+            figure = confusion_matrix(last.confusion, trainer.classes)
+            figure.savefig(trainer.run.folder / "confusion.png")
+            trainer.run.tensorboard.figure("confusion matrix", figure, step=trainer.step)
+        values = last.values if last is not None else {}
+        trainer.run.tensorboard.hyperparameters(_flat(trainer.record), {f"final/{k}": v for k, v in values.items()})
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a table of sections as values by dotted name, without those of the environment."""
+    return {
+        f"{section}.{key}": value
+        for section, values in record.items()
+        for key, value in values.items()
+        if section != "environment"
+    }

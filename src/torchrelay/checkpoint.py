@@ -1,0 +1,376 @@
+"""Step 3: checkpoints, folders that appear whole or not at all.
+
+`checkpoints/step-00001234/` holds `model.safetensors` (the raw weights, for anyone to load), `ema.safetensors` if weights
+are averaged, `state.safetensors` and `state.json` (everything else that the run needs to go on) and `manifest.json` (the
+size and SHA-256 of each). Nothing is pickled: loading a checkpoint runs no code. This module knows tensors and folders,
+not trainers.
+
+Writing: files beside the target, each flushed; the manifest; the folder flushed; renamed; the parent flushed. A crash in
+between leaves a folder that no reader counts.
+"""
+
+import hashlib
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from torchrelay.duration import Duration
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.settings import Settings
+
+FORMAT = 1  # raised when an older release could no longer read what we write
+_NAME = re.compile(r"step-(\d{8,})")
+_LARGEST_JSON = 64 * 2**20  # bytes; a state of a million numbers is below it, a bomb isn't
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are saved and which are kept."""
+
+    every: Duration = Duration("1 epoch")
+    """How often to save: "1 epoch", "500 steps" or "10 min". The end of the run is always saved."""
+    keep: int = 2
+    """How many of the newest to keep."""
+    keep_best: int = 1
+    """How many of the best, by the task's headline metric, to keep beside them."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one checkpoint holds."""
+
+    step: int
+    model: dict[str, Tensor]
+    state: dict[str, Any]  # a tree of dicts, lists, tuples, tensors, numbers, strings
+    ema: dict[str, Tensor] | None = None
+    score: float | None = None  # the headline metric, higher is better; None where nothing was evaluated
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def in_memory(self) -> "Contents":
+        """Return a copy in the CPU's memory, which further training doesn't touch. Only this holds training up."""
+        copy = _copy_tensors({"model": self.model, "state": self.state, "ema": self.ema})
+        return Contents(self.step, copy["model"], copy["state"], copy["ema"], self.score, self.metrics)
+
+
+def _copy_tensors(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        # A contiguous clone: tied weights become tensors of their own, which safetensors asks for.
+        return torch.empty(tree.shape, dtype=tree.dtype, device="cpu").copy_(tree.detach())
+    if isinstance(tree, dict):
+        return {key: _copy_tensors(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copy_tensors(value) for value in tree)
+    return tree
+
+
+# ------------------------------------------------------------------------------------------------ trees as JSON
+
+
+def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Take the tensors out of a tree: return what is left as JSON can hold it, and the tensors by their path.
+
+    Raises:
+        TypeError: for anything but dicts, lists, tuples, tensors, numbers, strings and None, which we won't pickle.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def visit(node: Any, path: str) -> Any:
+        if isinstance(node, Tensor):
+            tensors[path] = node
+            return {"$tensor": path}
+        if isinstance(node, dict):
+            if all(isinstance(key, str) for key in node):
+                return {key: visit(value, f"{path}.{key}".lstrip(".")) for key, value in node.items()}
+            return {"$items": [[key, visit(value, f"{path}.{key}".lstrip("."))] for key, value in node.items()]}
+        if isinstance(node, tuple):
+            return {"$tuple": [visit(value, f"{path}.{i}".lstrip(".")) for i, value in enumerate(node)]}
+        if isinstance(node, list):
+            return [visit(value, f"{path}.{i}".lstrip(".")) for i, value in enumerate(node)]
+        if isinstance(node, float) and not math.isfinite(node):
+            return {"$float": repr(node)}  # JSON has no infinity
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise TypeError(f"a checkpoint can't hold {type(node).__name__} at '{path}': use tensors, numbers and strings")
+
+    return visit(tree, ""), tensors
+
+
+def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """Put the tensors back into what `pack` left."""
+    if isinstance(skeleton, list):
+        return [unpack(value, tensors) for value in skeleton]
+    if not isinstance(skeleton, dict):
+        return skeleton
+    match skeleton:
+        case {"$tensor": path}:
+            return tensors[path]
+        case {"$float": text}:
+            return float(text)
+        case {"$tuple": values}:
+            return tuple(unpack(value, tensors) for value in values)
+        case {"$items": items}:
+            return {key: unpack(value, tensors) for key, value in items}
+    return {key: unpack(value, tensors) for key, value in skeleton.items()}
+
+
+# ------------------------------------------------------------------------------------------------ write and read
+
+
+def write(folder: Path, contents: Contents) -> Path:
+    """Write a checkpoint below `folder`, whole or not at all.
+
+    Raises:
+        RelayError: the disk is full or can't be written; what was there before is untouched.
+    """
+    target = folder / f"step-{contents.step:08d}"
+    staging = folder / f".{target.name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        skeleton, tensors = pack(contents.state)
+        _write_tensors(staging / "model.safetensors", contents.model)
+        if contents.ema is not None:
+            _write_tensors(staging / "ema.safetensors", contents.ema)
+        _write_tensors(staging / "state.safetensors", tensors)
+        _write_flushed(staging / "state.json", json.dumps(skeleton, allow_nan=False).encode())
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
+        manifest = {
+            "format": FORMAT,
+            "step": contents.step,
+            "score": contents.score,
+            "metrics": contents.metrics,
+            "files": files,
+        }
+        _write_flushed(staging / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _flush_folder(staging)
+        if target.exists():  # half-written, or of the same step before a resume: rename can't replace a full folder
+            shutil.rmtree(target)
+        staging.rename(target)
+        _flush_folder(folder)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        needed = sum(t.nbytes for t in (*contents.model.values(), *pack(contents.state)[1].values()))
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise RelayError(
+            f"can't save {target}: {error.strerror or error}; it needs {needed:,} bytes and {free:,} are free: "
+            "make room, then resume the run"
+        ) from error
+    return target
+
+
+def read(path: Path) -> Contents:
+    """Read a checkpoint and compare every checksum.
+
+    Raises:
+        RelayError: the checkpoint is damaged, or of a later release; the text names the file.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if file.is_symlink() or Path(name).name != name:
+            raise RelayError(f"{path}/manifest.json names '{name}', which isn't a plain file beside it")
+        if not file.is_file():
+            raise RelayError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
+        if _sha256(file) != entry["sha256"]:
+            raise RelayError(f"{file} doesn't match its checksum")
+    skeleton = _read_json(path / "state.json")
+    state = unpack(skeleton, _read_tensors(path / "state.safetensors"))
+    ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None
+    model = _read_tensors(path / "model.safetensors")
+    return Contents(manifest["step"], model, state, ema, manifest["score"], manifest["metrics"])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check a checkpoint's manifest, without its tensors.
+
+    Raises:
+        RelayError: there is none, or it isn't one of ours, or it is of a later release.
+    """
+    manifest = _read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "format" not in manifest:
+        raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest")
+    if manifest["format"] > FORMAT:
+        raise RelayError(f"{path} was written by a later release (format {manifest['format']}): upgrade torchrelay")
+    return manifest
+
+
+def whole(folder: Path) -> list[Path]:
+    """Return the checkpoints below `folder` that have a manifest, by step, the newest last."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Contents | None:
+    """Read the newest whole checkpoint; a damaged one is named through `warn`, and the one before it is used.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        RelayError: there are checkpoints, and all are damaged: never a silent fresh start.
+    """
+    damage = []
+    for path in reversed(whole(folder)):
+        try:
+            return read(path)
+        except RelayError as error:
+            damage.append(str(error))
+            warn(f"skipped a damaged checkpoint: {error}")
+    if damage:
+        raise RelayError(f"no checkpoint in {folder} can be used: " + "; ".join(damage))
+    return None
+
+
+def best(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest score (of equal ones the earliest), or None if none was scored."""
+    scored = [(read_manifest(path)["score"], path) for path in whole(folder)]
+    ranked = [(score, path) for score, path in scored if score is not None]
+    return max(ranked, key=lambda pair: pair[0], default=(None, None))[1]
+
+
+def find(folder: Path, which: str) -> Path:
+    """Return a checkpoint by what a person calls it: "best" (the last where none was scored), "last", or a step.
+
+    Raises:
+        UsageError: there is no such checkpoint; the text lists those there are.
+    """
+    paths = whole(folder)
+    by_step = {str(int(path.name.removeprefix("step-"))): path for path in paths}
+    if not paths:
+        raise UsageError(f"{folder} has no checkpoint yet")
+    if which == "best":
+        return best(folder) or paths[-1]
+    if which == "last":
+        return paths[-1]
+    if which not in by_step:
+        raise UsageError(f"{folder} has no checkpoint '{which}': there are best, last, {', '.join(by_step)}")
+    return by_step[which]
+
+
+def prune(folder: Path, keep: int, keep_best: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the best `keep_best`; the newest one always stays."""
+    paths = whole(folder)
+    scores = {path: read_manifest(path)["score"] for path in paths}
+    ranked = sorted((p for p in paths if scores[p] is not None), key=lambda p: scores[p], reverse=True)
+    kept = {*paths[-max(keep, 1) :], *ranked[:keep_best]}
+    for path in paths:
+        if path not in kept:
+            (path / "manifest.json").unlink()  # first: a half-deleted folder must not count
+            shutil.rmtree(path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    safetensors.torch.save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+    _flush(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise RelayError(f"{path} can't be read: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise RelayError(f"{path} has {path.stat().st_size:,} bytes, more than any checkpoint's")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RelayError(f"{path} can't be read: {error}") from error
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ behind the training
+
+
+class Writer:
+    """Writes checkpoints on a thread of its own, one at a time, and prunes after each.
+
+    A failed write is raised by the next `save` or by `wait`, whichever comes first; it never passes unnoticed.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    def save(self, contents: Contents) -> None:
+        """Copy `contents` to memory and return; the disk is written behind the caller's back.
+
+        Raises:
+            RelayError: an earlier write failed.
+        """
+        self.wait()
+        self._waiting.put(contents.in_memory())
+
+    def wait(self) -> None:
+        """Wait until nothing is left to write.
+
+        Raises:
+            RelayError: a write failed.
+        """
+        self._waiting.join()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Write what is left, end the thread, and raise what a write left behind."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        self.wait()
+
+    def _work(self) -> None:
+        while (contents := self._waiting.get()) is not None:
+            try:
+                write(self.folder, contents)
+                prune(self.folder, self.settings.keep, self.settings.keep_best)
+            except BaseException as error:  # noqa: BLE001 - handed to the training's thread, which raises it
+                self._failure = error
+            finally:
+                self._waiting.task_done()
+        self._waiting.task_done()

@@ -1,0 +1,103 @@
+"""The command line. It only parses, and calls what a user can call from Python.
+
+torch takes seconds to import, so nothing that needs it is imported before it is known that a command does.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrelay import __version__
+from torchrelay.errors import RelayError
+
+_FAILED = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved."""
+    options = _parser().parse_args(arguments)
+    try:
+        from torchrelay.commands import COMMANDS
+
+        COMMANDS[options.command](options)
+    except RelayError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone, as with `| head`
+        return _FAILED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchrelay",
+        description="Train networks: a loop you can read, runs that go on exactly, fast by default.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 75 stopped by a signal with a checkpoint saved.",
+    )
+    parser.add_argument("--version", action="version", version=f"torchrelay {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
+
+    train = command("train", "train by a recipe")
+    train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a TOML file")
+    train.add_argument("--run", type=Path, metavar="FOLDER", help="the run's folder (runs/<recipe> if not given)")
+    _options(train)
+
+    resume = command("resume", "go on with a run from its newest checkpoint")
+    resume.add_argument("folder", type=Path, metavar="FOLDER")
+    resume.add_argument("--accept-changes", action="store_true", help="go on though the data or the recipe changed")
+    _options(resume)
+
+    evaluate = command("evaluate", "test a run's best network")
+    evaluate.add_argument("folder", type=Path, metavar="FOLDER")
+    _options(evaluate)
+    _checkpoint(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    predict = command("predict", "say what a run's network sees in images")
+    predict.add_argument("folder", type=Path, metavar="FOLDER")
+    predict.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="images, or folders of images")
+    predict.add_argument("--top", type=int, default=3, metavar="N", help="how many classes to show (3)")
+    predict.add_argument("--json", action="store_true", help="print JSON")
+    _options(predict)
+    _checkpoint(predict)
+
+    recipe = command("recipe", "print a recipe, resolved, with the meaning of each key")
+    recipe.add_argument("recipe", metavar="NAME", nargs="?", help="a shipped recipe's name, or a TOML file")
+    recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
+
+    command("recipes", "list the shipped recipes")
+    command("doctor", "show what this machine has and what would be used")
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a key of the recipe, such as optimizer.lr=0.02; may be given again",
+    )
+    parser.add_argument("--code", type=Path, metavar="FILE", help="a Python file whose names the recipe may use")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step's number")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

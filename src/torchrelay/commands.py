@@ -1,0 +1,141 @@
+"""What each command of the command line does, in calls that a user can make from Python."""
+
+import argparse
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from torchrelay import assemble, recipe
+from torchrelay.errors import UsageError
+from torchrelay.run import free_folder
+from torchrelay.terminal import Terminal
+from torchrelay.trainer import Trainer
+
+
+def train(options: argparse.Namespace) -> None:
+    """`torchrelay train RECIPE`: train, in a new run folder."""
+    loaded = recipe.load(options.recipe, options.overrides)
+    folder = options.run or free_folder(_run_name(options.recipe, options.overrides))
+    terminal = Terminal(quiet=options.quiet)
+    assemble.trainer(loaded, folder, code=_code(options.code), terminal=terminal).fit()
+    terminal.say(f"the run is in {folder}")
+
+
+def resume(options: argparse.Namespace) -> None:
+    """`torchrelay resume FOLDER`: go on from the newest whole checkpoint."""
+    _trainer_of_run(options).resume(accept_changes=options.accept_changes)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """`torchrelay evaluate FOLDER`: test a run's best network."""
+    trainer = _trainer_of_run(options)
+    checkpoint = trainer.load(options.checkpoint)
+    values = {split: trainer.evaluate(split).values for split in trainer.evaluated}
+    if options.json:
+        print(json.dumps({"checkpoint": str(checkpoint), **values}))
+        return
+    print(checkpoint)
+    for split, metrics in values.items():
+        print("  ".join([split, *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())]))
+
+
+def predict(options: argparse.Namespace) -> None:
+    """`torchrelay predict FOLDER PATH…`: say what a run's network sees in images. The training data isn't needed."""
+    paths = [path for given in options.paths for path in _images(given)]
+    loaded, code = _recipe_of_run(options)
+    predictor = assemble.predictor(loaded, options.folder, options.checkpoint, code=code)
+    probabilities = predictor.images(paths)
+    ranked = probabilities.topk(min(options.top, probabilities.shape[1]))
+    rows = [
+        {str(predictor.classes[c]): round(p, 6) for p, c in zip(values, indices, strict=True)}
+        for values, indices in zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)
+    ]
+    if options.json:
+        found = [{"path": str(path), "classes": row} for path, row in zip(paths, rows, strict=True)]
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    width = max(len(str(path)) for path in paths)
+    for path, row in zip(paths, rows, strict=True):
+        print(f"{path!s:<{width}}  " + "   ".join(f"{name} {p:.1%}" for name, p in row.items()))
+
+
+def show_recipe(options: argparse.Namespace) -> None:
+    """`torchrelay recipe NAME`: print a recipe, resolved."""
+    if options.schema:
+        sys.stdout.write(recipe.schema())
+        return
+    if options.recipe is None:
+        raise UsageError("recipe needs a name or a file: 'torchrelay recipes' lists the shipped ones")
+    sys.stdout.write(recipe.load(options.recipe, options.overrides).to_toml())
+
+
+def list_recipes(_options: argparse.Namespace) -> None:
+    """`torchrelay recipes`: list the shipped recipes."""
+    names = recipe.names()
+    width = max(map(len, names))
+    for name, header in names.items():
+        print(f"{name:<{width}}  {header}")
+
+
+def doctor(_options: argparse.Namespace) -> None:
+    """`torchrelay doctor`: show what this machine has and what would be used."""
+    from torchrelay.doctor import examine
+
+    examine()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "predict": predict,
+    "recipe": show_recipe,
+    "recipes": list_recipes,
+    "doctor": doctor,
+}
+
+
+def _run_name(given: str, overrides: Sequence[str]) -> str:
+    """Return a run's name: the recipe's, and what was changed of it."""
+    changed = [re.sub(r"[^\w.=+-]+", "_", override) for override in overrides]
+    return "-".join([Path(given).stem, *changed])[:120]
+
+
+def _code(path: Path | None) -> ModuleType | None:
+    return None if path is None else assemble.load_code(path)
+
+
+def _recipe_of_run(options: argparse.Namespace) -> tuple[recipe.Recipe, ModuleType | None]:
+    """Return the recipe in a run's folder with the overrides applied, and the code that it names things of."""
+    file = options.folder / "recipe.toml"
+    if not file.is_file():
+        raise UsageError(f"{options.folder} is no run: it has no recipe.toml; give a folder that 'torchrelay train' made")
+    started = tomllib.loads(file.read_text(encoding="utf-8")).get("environment", {})
+    if started.get("started_from") == "python":
+        raise UsageError(f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that did it")
+    if "code" in started and options.code is None:
+        raise UsageError(f"{options.folder} uses code of its own: add --code {started['code']}")
+    return recipe.load(str(file), options.overrides), _code(options.code)
+
+
+def _trainer_of_run(options: argparse.Namespace) -> Trainer:
+    loaded, code = _recipe_of_run(options)
+    return assemble.trainer(loaded, options.folder, code=code, terminal=Terminal(quiet=options.quiet), fresh=False)
+
+
+def _images(path: Path) -> list[Path]:
+    """Return an image's path, or those of all images below a folder."""
+    from torchrelay.data.folder import is_image
+
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if is_image(p))
+        if not found:
+            raise UsageError(f"{path} has no images in it")
+        return found
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file")
+    return [path]

@@ -1,0 +1,259 @@
+"""Step 2: the iterator that joins sources, order, augmentation and device into global batches.
+
+A batch is a pure function of (seed, epoch, place): starting at batch k reads nothing of what came before it, and which
+worker read a sample makes no difference.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from torchrelay.data.augment import Pipeline
+from torchrelay.data.order import Places, order
+from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
+from torchrelay.device import Device
+from torchrelay.errors import RelayError
+from torchrelay.parallel import blocks
+from torchrelay.rng import reseed_everything, seed_for, words
+
+Sampling = Literal["shuffle", "balanced", "sequential"]
+_AHEAD = 16_384  # places whose order is computed at once; one call for many batches costs less than one for each
+_ON_DEVICE = 4 * 2**30  # bytes; a source up to this size is kept on a CUDA device and gathered there
+_Key = tuple[int, int, int]  # epoch, place, sample index
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One global batch, on the device."""
+
+    inputs: Any  # (batch, …) a tensor, or a tuple, list or dict of them
+    targets: Tensor  # (batch, …)
+    indices: Places  # (batch,) which samples of the source these are
+    blocks: tuple[int, ...]  # how many samples each replica has, in order
+
+    def parts(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield each replica's inputs and targets; the last ones may be empty."""
+        if len(self.blocks) == 1:
+            yield self.inputs, self.targets
+            return
+        start = 0
+        for size in self.blocks:
+            part = slice(start, start + size)
+            yield _cut(self.inputs, part), self.targets[part]
+            start += size
+
+
+def _cut(value: Any, part: slice) -> Any:
+    if isinstance(value, Tensor):
+        return value[part]
+    if isinstance(value, dict):
+        return {key: _cut(item, part) for key, item in value.items()}
+    return type(value)(_cut(item, part) for item in value)
+
+
+class Batches:
+    """A source as global batches.
+
+    Args:
+        source: the samples.
+        batch_size: samples of a global batch; the last of an epoch may have fewer.
+        device: where the batches go, and where arrays are augmented.
+        pipeline: resizing, augmentation and normalisation of arrays.
+        seed: the run's seed.
+        train: whether to shuffle and augment.
+        sampling: "shuffle": each sample once an epoch; "balanced": every class as often, with repetition;
+            "sequential": in the order of the source.
+        replicas: into how many parts a batch will be divided.
+        workers: processes that read a dataset; arrays need none.
+        drop_last: leave out an epoch's last batch where it is smaller.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        device: Device,
+        pipeline: Pipeline,
+        *,
+        seed: int = 0,
+        train: bool = True,
+        sampling: Sampling = "shuffle",
+        replicas: int = 1,
+        workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.device = device
+        self.pipeline = pipeline
+        self.seed = seed
+        self.train = train
+        self.replicas = replicas
+        self.samples = len(source)
+        self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
+        if self.steps == 0:
+            raise RelayError(f"data.drop_last leaves nothing: {self.samples} samples are fewer than a batch of {batch_size}")
+        self._place_samples = _sampler(source, seed, sampling if train else "sequential")
+        if isinstance(source, ArraySource):
+            self._read: Callable[[int, int], Iterator[tuple[Any, Tensor, Places]]] = self._read_arrays
+            self._inputs, self._targets = _resident(source, device.torch)
+        else:
+            self._loader = _Loader(source, seed, workers, device.torch.type == "cuda")
+            self._read = self._read_dataset
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has."""
+        return self.steps
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, beginning with batch `start`; what comes before it is not read."""
+        place = start * self.batch_size
+        for inputs, targets, indices in self._read(epoch, start):
+            parts = blocks(len(indices), self.replicas)
+            if self.train:
+                inputs, targets = self.pipeline.train(
+                    inputs, targets, seed=self.seed, epoch=epoch, place=place, indices=indices, blocks=parts
+                )
+            else:
+                inputs = self.pipeline.evaluate(inputs)
+            place += len(indices)
+            yield Batch(inputs, targets, indices, parts)
+
+    def _indices(self, epoch: int, start: int) -> Iterator[Places]:
+        """Yield the sample indices of each batch from `start` on."""
+        end = min(self.steps * self.batch_size, self.samples)
+        ahead = max(1, _AHEAD // self.batch_size) * self.batch_size
+        for first in range(start * self.batch_size, end, ahead):
+            found = self._place_samples(epoch, np.arange(first, min(first + ahead, end)))
+            for offset in range(0, len(found), self.batch_size):
+                yield found[offset : offset + self.batch_size]
+
+    def _read_arrays(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
+        for indices in self._indices(epoch, start):
+            index = torch.from_numpy(indices).to(self._inputs.device)
+            yield self.device.move(self._inputs[index]), self.device.move(self._targets[index]), indices
+
+    def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
+        asked: deque[Places] = deque()  # the loader's workers read some batches ahead of the one it gives out
+
+        def keys() -> Iterator[list[_Key]]:
+            place = start * self.batch_size
+            for indices in self._indices(epoch, start):
+                asked.append(indices)
+                yield [(epoch, place + i, int(index)) for i, index in enumerate(indices)]
+                place += len(indices)
+
+        for inputs, targets in self._loader.read(keys()):
+            yield self.device.move(inputs), self.device.move(targets), asked.popleft()
+
+
+def statistics(source: Source) -> dict[str, Any]:
+    """Return the channel means and deviations of images: the published ones, or those of this data."""
+    if not isinstance(source, ArraySource) or source.inputs.ndim != 4:
+        return {}
+    if source.mean is not None and source.std is not None:
+        return {"mean": source.mean, "std": source.std}
+    mean, std = channel_statistics(source.inputs)
+    return {"mean": mean, "std": std}
+
+
+def _resident(source: ArraySource, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the arrays, on the device if that is CUDA and they are small enough to stay there."""
+    if device.type == "cuda" and source.inputs.nbytes <= _ON_DEVICE:
+        return source.inputs.to(device), source.targets.to(device)
+    return source.inputs, source.targets
+
+
+def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Places], Places]:
+    """Return the function from (epoch, places) to sample indices."""
+    samples = len(source)
+    if sampling == "sequential":
+        return lambda _epoch, places: places
+    if sampling == "shuffle":
+        return lambda epoch, places: order(seed, epoch, places, samples)
+    if not isinstance(source, ArraySource) or source.targets.ndim != 1 or source.targets.is_floating_point():
+        raise RelayError("data.sampling 'balanced' needs one class a sample, held in memory: use 'shuffle'")
+    targets = source.targets.numpy()
+    members = np.argsort(targets, kind="stable")
+    counts = np.bincount(targets)
+    present = np.flatnonzero(counts)
+    starts = np.cumsum(counts) - counts
+
+    def balanced(epoch: int, places: Places) -> Places:
+        drawn = words(seed, "balanced", epoch, torch.from_numpy(places), 2).numpy()
+        chosen = present[drawn[:, 0] * len(present) >> 32]
+        result: Places = members[starts[chosen] + (drawn[:, 1] * counts[chosen] >> 32)]
+        return result
+
+    return balanced
+
+
+class _Seeded(Dataset[Any]):
+    """A dataset whose global randomness is set by (seed, epoch, place) right before each sample is read."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, key: _Key) -> Any:
+        epoch, place, index = key
+        reseed_everything(seed_for(self.seed, "sample", epoch, place))
+        return self.dataset[index]
+
+
+class _Keys:
+    """The batches of keys that the loader's workers are to read next; set anew for each epoch."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[_Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        return self.batches
+
+
+class _Loader:
+    """A DataLoader that reads the keys it is told to; its workers live as long as it does."""
+
+    def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
+        self._keys = _Keys()
+        self._loader = DataLoader(
+            _Seeded(source.dataset, seed),
+            batch_sampler=self._keys,
+            collate_fn=source.collate,
+            num_workers=workers,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+        )
+        self._workers = workers
+
+    def read(self, keys: Iterator[list[_Key]]) -> Iterator[tuple[Any, Tensor]]:
+        self._keys.batches = keys
+        batches = iter(self._loader)
+        while True:
+            with _one_thread(self._workers == 0):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise RelayError("a dataset's sample must be a pair (inputs, target): return one, or give a collate function")
+            yield batch[0], batch[1]
+
+
+@contextmanager
+def _one_thread(here: bool) -> Iterator[None]:
+    """Read with one thread, as a worker process does: a mean over a tensor has other bits with two."""
+    threads = torch.get_num_threads()
+    if here and threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if here and threads > 1:
+            torch.set_num_threads(threads)

@@ -1,0 +1,131 @@
+"""Step 4: the device: where the arithmetic runs, in which precision, and with which switches."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchrelay.errors import UsageError
+from torchrelay.settings import Settings
+
+Precision = Literal["float32", "bf16", "fp16"]
+
+
+class DeviceSettings(Settings):
+    """Where the arithmetic runs and how."""
+
+    name: str = "auto"
+    """auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps."""
+    precision: Precision = "float32"
+    """float32; bf16 or fp16 by autocast, the weights staying float32 (fp16 with loss scaling)."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one operation; unset: as PyTorch chooses. It belongs to the run's identity: it changes bits."""
+    channels_last: bool = False
+    """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16."""
+    compile: bool = False
+    """Compile the model with torch.compile: slower to start, faster steps on a GPU."""
+    tf32: bool = False
+    """Let a CUDA device round float32 products to 10 bits of mantissa: faster, less exact."""
+    benchmark: bool = False
+    """Let cuDNN choose kernels by timing them: faster, and not the same bits each time (needs run.exact=false)."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that is set up."""
+
+    torch: torch.device
+    settings: DeviceSettings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which autocast computes."""
+        return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass in this device's precision."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.torch.type, dtype=self.dtype)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device, in its memory format."""
+        if self.settings.channels_last:
+            return model.to(self.torch, memory_format=torch.channels_last)
+        return model.to(self.torch)
+
+    def move(self, value: Any) -> Any:
+        """Move a tensor, or the tensors of a tuple, list or dict, without waiting for the copy."""
+        if isinstance(value, Tensor):
+            if self.settings.channels_last and value.ndim == 4:
+                return value.to(self.torch, non_blocking=True, memory_format=torch.channels_last)
+            return value.to(self.torch, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self.move(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.move(item) for item in value)
+        return value
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return the loss scaler that fp16 needs; it does nothing in the other precisions."""
+        return torch.amp.GradScaler(self.torch.type, enabled=self.settings.precision == "fp16")
+
+    def describe(self) -> str:
+        """Return a line for the log."""
+        name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else self.torch.type
+        extras = [self.settings.precision]
+        if self.torch.type == "cpu":
+            extras.append(f"{torch.get_num_threads()} threads")
+        extras += [
+            word
+            for word, on in (("channels last", self.settings.channels_last), ("compiled", self.settings.compile))
+            if on
+        ]
+        return f"{name}, {', '.join(extras)}"
+
+
+def set_up(settings: DeviceSettings, exact: bool) -> Device:
+    """Choose the device and set PyTorch's switches for it, each one explicitly.
+
+    Args:
+        settings: what the recipe asks for.
+        exact: whether only deterministic kernels may run.
+
+    Raises:
+        UsageError: this machine has no such device, or it can't compute in that precision.
+    """
+    device = torch.device(_choose(settings.name))
+    if settings.precision == "fp16" and device.type == "cpu":
+        raise UsageError("device.precision 'fp16' isn't for the CPU: use 'bf16' or 'float32'")
+    if exact and settings.benchmark:
+        raise UsageError("device.benchmark gives other bits each time: leave it off, or --set run.exact=false")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    torch.backends.cudnn.benchmark = settings.benchmark
+    if exact and device.type == "cuda":
+        # cuBLAS reads this when its first handle is made; without it PyTorch refuses its deterministic mode.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(exact)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it hides no bug of ours and costs memory traffic
+    return Device(device, settings)
+
+
+def _choose(name: str) -> str:
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")
+    if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        raise UsageError(f"device.name is '{name}', but PyTorch sees {count} CUDA devices here: use auto or cpu")
+    if kind == "mps" and not has_mps:
+        raise UsageError("device.name is 'mps', but this machine has none: use auto or cpu")
+    return name

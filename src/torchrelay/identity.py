@@ -1,0 +1,50 @@
+"""What a run is bound to: with the same of all of this it gives the same bits.
+
+It stands in every checkpoint and is compared at a resume. What changes the result outright is refused; what may change
+only its last bits is a warning.
+"""
+
+import platform
+from typing import Any
+
+import torch
+
+from torchrelay.errors import RelayError
+
+Identity = dict[str, str | int | bool]
+
+_MUST_AGREE = {
+    "data": "the training data",
+    "samples": "the number of training samples",
+    "seed": "run.seed",
+    "batch_size": "data.batch_size",
+    "replicas": "parallel.replicas",
+    "sampling": "data.sampling",
+}
+
+
+def of_machine(device: torch.device) -> Identity:
+    """Return what of this machine decides the last bits of a result."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def compare(saved: dict[str, Any], now: Identity, accept_changes: bool) -> list[str]:
+    """Compare a checkpoint's identity with the present one and return warnings.
+
+    Raises:
+        RelayError: something differs that changes the result, and `accept_changes` is off.
+    """
+    warnings = []
+    for name, value in now.items():
+        if name not in saved or saved[name] == value:
+            continue
+        change = f"{_MUST_AGREE.get(name, name)} was {saved[name]} and is {value}"
+        if name in _MUST_AGREE and not accept_changes:
+            raise RelayError(f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes")
+        warnings.append(f"{change}: the result may differ from the undisturbed run's")
+    return warnings

@@ -1,0 +1,112 @@
+"""Step 4: one global batch on any machine: replicas, and the fixed tree that adds their gradients.
+
+The global batch is divided over `replicas`, a number of the run and not of the machine. Each replica's gradient is a
+leaf of one fixed binary tree, so the sum has the same bits however many devices compute the leaves. On one device the
+replicas run one after another, which is what others call gradient accumulation.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchrelay.errors import UsageError
+from torchrelay.settings import Settings
+
+Gradients = list[Tensor | None]  # one a parameter; None: the parameter was not used
+
+
+class ParallelSettings(Settings):
+    """How a global batch is divided."""
+
+    kind: Literal["none"] = "none"
+    """none: one process on one device. (DataParallel and DistributedDataParallel are on their way.)"""
+    replicas: int = Field(default=1, ge=1)
+    """Parts of a global batch that are computed one after another; more need less memory. BatchNorm sees one part."""
+
+
+def check_replicas(replicas: int, exact: bool) -> None:
+    """Refuse a number that the exact tree can't have.
+
+    Raises:
+        UsageError: the run is exact and `replicas` isn't a power of two.
+    """
+    if exact and replicas & (replicas - 1):
+        lower = 1 << (replicas.bit_length() - 1)
+        raise UsageError(
+            f"parallel.replicas is {replicas}: an exact run needs a power of two such as {lower} or {2 * lower}; "
+            "or --set run.exact=false"
+        )
+
+
+def blocks(samples: int, replicas: int) -> tuple[int, ...]:
+    """Return how many samples each replica has: contiguous blocks, earlier ones larger, the last ones perhaps empty."""
+    each, more = divmod(samples, replicas)
+    return tuple(each + (replica < more) for replica in range(replicas))
+
+
+class GradientTree:
+    """Adds gradients in a fixed binary tree, as they come, with log2(replicas) + 1 partial sums in memory.
+
+    The partial sums are the digits of a binary counter: two sums of equally many leaves are added at once.
+    """
+
+    def __init__(self) -> None:
+        self._sums: list[tuple[int, Gradients]] = []  # (leaves, sum), fewer leaves towards the end
+
+    def add(self, gradients: Gradients) -> None:
+        """Add the next leaf. The leaves may come in either direction: a sum of two has the same bits both ways."""
+        leaves = 1
+        while self._sums and self._sums[-1][0] == leaves:
+            gradients = _sum(self._sums.pop()[1], gradients)
+            leaves *= 2
+        self._sums.append((leaves, gradients))
+
+    def total(self) -> Gradients:
+        """Return the sum of all leaves."""
+        _, total = self._sums[-1]
+        for _, other in reversed(self._sums[:-1]):  # only where the leaves are no power of two
+            total = _sum(other, total)
+        return total
+
+
+def _sum(left: Gradients, right: Gradients) -> Gradients:
+    """Add two lists of gradients; a missing one counts as exact zeros, unless it is missing on both sides."""
+    return [
+        None if a is None and b is None else (0.0 if a is None else a) + (0.0 if b is None else b)
+        for a, b in zip(left, right, strict=True)
+    ]
+
+
+class Buffers:
+    """The buffers at the start of a step, such as BatchNorm's running statistics, from which every replica starts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._live = list(model.buffers())
+        self._start = [torch.empty_like(buffer) for buffer in self._live]
+
+    def keep(self) -> None:
+        """Remember the buffers as they are."""
+        for start, live in zip(self._start, self._live, strict=True):
+            start.copy_(live)
+
+    def restore(self) -> None:
+        """Set the buffers back to what was kept."""
+        for start, live in zip(self._start, self._live, strict=True):
+            live.copy_(start)
+
+
+def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:
+    """Return the gradients and leave none behind."""
+    gradients: Gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
+
+
+def give_gradients(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
+    """Set each parameter's gradient."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient

@@ -1,0 +1,211 @@
+"""Step 1: the recipe: typed parameters from a TOML file, overrides, and the defaults.
+
+A recipe is data. It composes the settings of the seven steps, each of which stands beside the code that it sets, and
+names only what ships (or what torchvision, timm and torch.optim have); a stranger's recipe runs nothing.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, Field, ValidationError
+
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.data.settings import DataSettings
+from torchrelay.device import DeviceSettings
+from torchrelay.errors import UsageError, nearest
+from torchrelay.models import ModelSettings
+from torchrelay.optim import SGD, Constant, OptimizerSettings, ScheduleSettings
+from torchrelay.parallel import ParallelSettings
+from torchrelay.run import RunSettings
+from torchrelay.settings import Settings
+from torchrelay.task import LossSettings
+
+Table = dict[str, Any]  # a TOML table
+_NAME = re.compile(r"[\w-]+")
+
+
+class Recipe(Settings):
+    """All parameters of a run, the seven steps as its sections."""
+
+    run: RunSettings = RunSettings()
+    """1. How long, from which seed, how exactly."""
+    data: DataSettings = DataSettings()
+    """2. Which samples, in which batches, how augmented."""
+    model: ModelSettings = ModelSettings()
+    """3. Which network, from which weights."""
+    device: DeviceSettings = DeviceSettings()
+    """4. Where the arithmetic runs."""
+    parallel: ParallelSettings = ParallelSettings()
+    """4. How a global batch is divided."""
+    optimizer: OptimizerSettings = Field(default=SGD())
+    """5. How the weights are updated."""
+    schedule: ScheduleSettings = Field(default=Constant())
+    """5. How the learning rate changes by step."""
+    loss: LossSettings = LossSettings()
+    """6. What is minimised."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """7. When to save, what to keep."""
+
+    def to_toml(self) -> str:
+        """Return the recipe, resolved, as TOML: each key with its meaning, and its default where it has another value."""
+        return "\n".join(_lines(self)) + "\n"
+
+
+def names() -> dict[str, str]:
+    """Return the shipped recipes: each name with the first line of its header."""
+    folder = resources.files("torchrelay") / "recipes"
+    found = {p.name.removesuffix(".toml"): p.read_text() for p in folder.iterdir() if p.name.endswith(".toml")}
+    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(found.items())}
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by its shipped name or its file, and apply overrides.
+
+    Args:
+        name: a shipped recipe's name, or the path of a TOML file.
+        overrides: texts such as "optimizer.lr=0.02"; the right side is a TOML value, or else a string.
+
+    Raises:
+        UsageError: no such recipe, or a key or a value in it is wrong.
+    """
+    table = _read(name)
+    table.pop("environment", None)  # what a run's folder adds: versions, not parameters
+    for override in overrides:
+        _apply(table, override)
+    return parse(table, name)
+
+
+def parse(table: Table, where: str) -> Recipe:
+    """Check a table and return the recipe it is.
+
+    Raises:
+        UsageError: naming the first wrong key or value, and the nearest right name.
+    """
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(error)}") from None
+
+
+def schema() -> str:
+    """Return the JSON schema of recipes, by which editors complete and check them."""
+    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+def _read(name: str) -> Table:
+    path = Path(name)
+    shipped = resources.files("torchrelay") / "recipes" / f"{name}.toml"
+    if _NAME.fullmatch(name) and shipped.is_file():
+        text = shipped.read_text()
+    elif path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{name} can't be read as text: {error}") from None
+    else:
+        raise UsageError(f"there is no recipe '{name}': neither shipped nor a file{nearest(name, names())} 'torchrelay recipes' lists them")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{name} isn't TOML: {error}") from None
+
+
+def _apply(table: Table, override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not sections or not all((*sections, last)):
+        raise UsageError(f"--set {override}: write section.key=value, such as optimizer.lr=0.02")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"--set {override}: '{section}' is a value, not a section")
+    table[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Return one line for the first of pydantic's findings: the place, what is wrong, and the remedy."""
+    first, *others = error.errors(include_url=False)
+    more = f" (and {len(others)} more)" if others else ""
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        *sections, key = place
+        known = _keys(Recipe, sections)
+        dotted = ".".join([*_without_tags(sections), key])
+        return f"unknown key '{dotted}'{nearest(key, known) or '; known here: ' + ', '.join(known)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first.get("input"), dict) else f", not {first['input']!r}"
+    return f"{'.'.join(_without_tags(place))}: {message}{'' if first['type'] == 'value_error' else given}{more}"
+
+
+def _members(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the settings classes that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not None or get_origin(annotation) is Union:
+        for argument in get_args(annotation):
+            yield from _members(argument)
+
+
+def _keys(model: type[BaseModel], sections: Sequence[str]) -> list[str]:
+    """Return the keys known in a section; a union's tag in the path chooses among its members."""
+    candidates = [model]
+    for section in sections:
+        inside = [m for c in candidates if section in c.model_fields for m in _members(c.model_fields[section].annotation)]
+        tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == section]
+        candidates = inside or tagged or candidates
+    return sorted({key for candidate in candidates for key in candidate.model_fields})
+
+
+def _without_tags(place: Sequence[str]) -> list[str]:
+    """Leave out what pydantic puts into a location to say which member of a union it tried."""
+    kept: list[str] = []
+    candidates: list[type[BaseModel]] = [Recipe]
+    for part in place:
+        inside = [m for c in candidates if part in c.model_fields for m in _members(c.model_fields[part].annotation)]
+        known = any(part in c.model_fields for c in candidates)
+        if known or part.isdecimal() or not kept or len(kept) == 0:
+            kept.append(part)
+        candidates = inside or candidates
+    return kept
+
+
+def _lines(recipe: Recipe) -> Iterator[str]:
+    for section, field in Recipe.model_fields.items():
+        yield f"# {field.description}"
+        yield f"[{section}]"
+        values: Settings = getattr(recipe, section)
+        shown = values.model_dump(mode="json")
+        for key, info in type(values).model_fields.items():
+            default = info.get_default(call_default_factory=True)
+            meaning = f"  # {info.description}" if info.description else ""
+            differs = "" if getattr(values, key) == default or info.is_required() else f" (default {_toml(default)})"
+            if shown[key] is None:
+                yield f"# {key} ={meaning}"  # TOML has no null: a key that isn't there is unset
+            else:
+                yield f"{key} = {_toml(shown[key])}{meaning}{differs}"
+        yield ""
+
+
+def _toml(value: Any) -> str:
+    """Return a value as TOML writes it, on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if value is None:
+        return "unset"
+    if isinstance(value, bool | int | float | str):
+        return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
+    return tomli_w.dumps({"v": str(value)}).removeprefix("v = ").strip()

@@ -1,0 +1,207 @@
+"""Step 1: the run's folder: its lock, its log and its metrics.
+
+Reading a run needs nothing but these files: `recipe.toml`, `log.txt`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+`curves.png`.
+"""
+
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import tomli_w
+
+from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.report import read_metrics
+from torchrelay.settings import Settings
+from torchrelay.terminal import Terminal
+from torchrelay.trackers import TensorBoard, Tracker
+
+Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
+
+
+class RunSettings(Settings):
+    """How long to train, from which seed, and how often to look."""
+
+    epochs: int = 10
+    """How many times to go through the training data."""
+    seed: int = 0
+    """From which all randomness of the run follows: initial weights, order, augmentation, dropout."""
+    exact: bool = True
+    """Only deterministic kernels, and replicas in a power of two: the same bits however the run is interrupted."""
+    max_steps: int | None = None
+    """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
+    evaluate_every: int = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    log_every: int = 50
+    """Steps between two lines of metrics inside an epoch."""
+    patience: int | None = None
+    """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
+
+
+class Stopwatch:
+    """Measures what people are told of the time; nothing that is computed depends on it."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._since, self.samples = time.perf_counter(), 0
+
+    def lap(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._since
+        return {"seconds": round(seconds, 3), "samples_per_second": round(self.samples / max(seconds, 1e-9), 1)}
+
+
+class Run:
+    """An open run folder. One process at a time holds it.
+
+    Args:
+        folder: where the run is, or will be.
+        terminal: where people read along.
+        saving: when checkpoints are saved and which are kept.
+        steps_per_epoch: global batches of an epoch.
+        total_steps: of the whole run.
+        resume: whether to go on with a run that is there; otherwise the folder must not hold one.
+
+    Raises:
+        UsageError: the folder holds a run already, or holds none to resume.
+        RelayError: another process trains in it, or it can't be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        terminal: Terminal,
+        saving: CheckpointSettings,
+        steps_per_epoch: int,
+        total_steps: int,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.terminal = terminal
+        started = (folder / "recipe.toml").exists()
+        if started and not resume:
+            raise UsageError(f"{folder} holds a run already: go on with it by 'torchrelay resume {folder}', or choose another")
+        if resume and not started:
+            raise UsageError(f"{folder} holds no run to resume: give a folder that 'torchrelay train' made")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(folder / "lock")
+            self._log = (folder / "log.txt").open("a", encoding="utf-8")
+            self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise RelayError(f"can't write in the run folder {folder}: {error.strerror or error}; choose another by --run") from error
+        self.tensorboard = TensorBoard(folder / "tensorboard")
+        self.trackers: list[Tracker] = [self.tensorboard]
+        self._writer = Writer(self.checkpoints, saving)
+        self._save_seconds = saving.every.seconds
+        self._save_steps = saving.every.steps(steps_per_epoch, total_steps) if self._save_seconds is None else 0
+        self._saved_at = time.monotonic()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal and, with the time, to log.txt."""
+        self.terminal.say(text)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def record(self, line: Line) -> None:
+        """Append a line to metrics.jsonl and hand it to the trackers."""
+        # JSON has no NaN and no infinity; a reader in another language must be able to read every line.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._metrics.write(json.dumps(plain, ensure_ascii=False) + "\n")
+        self._metrics.flush()
+        for tracker in self.trackers:
+            tracker.write(line)
+
+    @property
+    def metrics_size(self) -> int:
+        """The length of metrics.jsonl in bytes, to which a resume cuts it back."""
+        return self._metrics.tell()
+
+    def rewind(self, size: int) -> None:
+        """Go back to a checkpoint: cut metrics.jsonl to its size, and let TensorBoard show no more than that."""
+        os.truncate(self.folder / "metrics.jsonl", min(size, self.metrics_size))
+        self._metrics.seek(0, os.SEEK_END)
+        self.tensorboard.rewrite(read_metrics(self.folder))
+
+    def save_is_due(self, step: int) -> bool:
+        """Return whether it is time for a checkpoint, by steps or by the clock."""
+        if self._save_seconds is not None:
+            return time.monotonic() - self._saved_at >= self._save_seconds
+        return step % self._save_steps == 0
+
+    def save(self, contents: Contents) -> None:
+        """Save a checkpoint behind the training's back.
+
+        Raises:
+            RelayError: an earlier one could not be written.
+        """
+        self._saved_at = time.monotonic()
+        self._writer.save(contents)
+
+    def wait(self) -> None:
+        """Wait until all checkpoints are on the disk.
+
+        Raises:
+            RelayError: one could not be written.
+        """
+        self._writer.wait()
+
+    def write_recipe(self, record: dict[str, Any]) -> None:
+        """Write down what runs; from then on the folder holds a run."""
+        path = self.folder / "recipe.toml"
+        staging = path.with_suffix(".partial")
+        staging.write_text(tomli_w.dumps(record), encoding="utf-8")
+        staging.rename(path)
+
+    def close(self) -> None:
+        """Finish what is being written, close the files and give the folder free.
+
+        Raises:
+            RelayError: a checkpoint could not be written.
+        """
+        try:
+            self._writer.close()
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+            self._metrics.close()
+            self._log.close()
+            self._lock.close()
+
+
+def _lock(path: Path) -> TextIO:
+    """Take the folder's lock; the system gives it back when the process ends, however it ends."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        # lockf belongs to the process alone: a flock would live on in forked loader workers after kill -9.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RelayError(f"{path.parent} is in use by {holder}: wait for it, stop it, or choose another run folder") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def free_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """Return `parent/name`, or with the first number behind it that is free."""
+    folder, number = parent / name, 2
+    while folder.exists():
+        folder, number = parent / f"{name}-{number}", number + 1
+    return folder

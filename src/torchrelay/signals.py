@@ -1,0 +1,52 @@
+"""Stopping when the machine asks: a signal only sets a flag, and the loop looks at it between two steps.
+
+Nothing is saved inside a handler: it may interrupt a half-done update. The second signal ends the process at once.
+"""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from torchrelay.errors import RelayError
+
+STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped by a signal, a checkpoint is saved, resume goes on
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupted(RelayError):
+    """The run was stopped by a signal and saved a checkpoint; resuming goes on exactly."""
+
+    exit_code = STOPPED
+
+
+class StopNow(Exception):  # noqa: N818 - it is no error: a signal has come
+    """Leave the loop and save."""
+
+
+class StopSignal:
+    """A context in which SIGINT, SIGTERM and SIGUSR1 set `received` instead of killing.
+
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
+        if self.received is not None:
+            os._exit(128 + number)  # asked twice: the earlier checkpoints are whole, so leave at once
+        self.received = signal.Signals(number)

@@ -1,0 +1,261 @@
+"""Step 6: what a batch means: its loss, and how well the network did.
+
+The trainer knows nothing of classes, pixels or tokens; a task tells it. A task of your own needs a `headline` and a
+`loss`, some ten lines in all; see `examples/own_task.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.settings import Settings
+
+
+class LossSettings(Settings):
+    """What is minimised; it also says what the targets are."""
+
+    name: str = "cross_entropy"
+    """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (sequences), or a task in --code."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over all classes (cross_entropy, next_token)."""
+    class_weights: list[float] | Literal["balanced"] | None = None
+    """A weight for each class, or "balanced": inversely to how often the training data has it (cross_entropy, bce)."""
+
+
+class Task(ABC):
+    """What a batch means. The trainer calls the methods in this order: `weight`, `loss`, `measure`, `metrics`.
+
+    The trainer divides the summed loss by the weight of the whole global batch before it goes backward, so a loss is a
+    mean over the global batch however it is divided, an uneven last batch included.
+    """
+
+    headline: str = "loss"
+    """The metric that "best" and early stopping go by."""
+    higher_is_better: bool = False
+    percent: bool = False
+    """Whether the headline metric is a share that people read as a percentage."""
+
+    def weight(self, targets: Tensor) -> Tensor | float:
+        """Return what the summed loss is divided by, from the targets alone; as it stands: the number of samples."""
+        return float(len(targets))
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Return the loss summed over a part of the batch, a tensor without dimensions."""
+
+    def measure(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - an overridable default
+        """Return cheap measures summed over a part of the batch, kept on the device; the trainer divides by `count`."""
+        return {}
+
+    def count(self, targets: Tensor) -> int:
+        """Return over how many things `measure` has summed; as it stands: samples."""
+        return len(targets)
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return fresh torchmetrics for an evaluation, by name; each is updated with (predictions, targets)."""
+        return {}
+
+    def predict(self, outputs: Any) -> Any:
+        """Return what a person would want to see of the outputs; as it stands: the outputs."""
+        return outputs
+
+
+class Classification(Task):
+    """One class a sample: cross entropy, top-1 and top-5 accuracy, accuracy by class.
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes (Szegedy et al., CVPR 2016).
+        class_weights: (classes,) how much a sample of each class counts.
+        classes: how many there are; needed for the metrics by class and set by the trainer where it knows them.
+    """
+
+    headline = "accuracy"
+    higher_is_better = True
+    percent = True
+
+    def __init__(
+        self, label_smoothing: float = 0.0, class_weights: Tensor | None = None, classes: int | None = None
+    ) -> None:
+        if not 0.0 <= label_smoothing < 1.0:
+            raise UsageError(f"label_smoothing is {label_smoothing}: choose a share from 0 up to, not including, 1")
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        self.classes = classes
+
+    def _weights(self, targets: Tensor) -> Tensor | None:
+        if self.class_weights is not None and self.class_weights.device != targets.device:
+            self.class_weights = self.class_weights.to(targets.device)
+        return self.class_weights
+
+    def weight(self, targets: Tensor) -> Tensor | float:
+        """Return the number of samples, or the sum of their classes' weights."""
+        weights = self._weights(targets)
+        if weights is None:
+            return float(len(targets))
+        return (targets @ weights).sum() if targets.is_floating_point() else weights[targets].sum()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy.
+
+        Args:
+            outputs: (batch, classes) logits.
+            targets: (batch,) class indices, or (batch, classes) probabilities, as mixup makes them.
+        """
+        weights = self._weights(targets)
+        return F.cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return how many were right; with mixed targets, by the class that has the larger part."""
+        if targets.is_floating_point():
+            targets = targets.argmax(1)
+        return {"accuracy": (outputs.argmax(1) == targets).sum()}
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return top-5 accuracy (from six classes on), accuracy by class and the confusion matrix."""
+        from torchmetrics.classification import (
+            MulticlassAccuracy,
+            MulticlassConfusionMatrix,
+        )
+
+        if self.classes is None or self.classes < 2:
+            return {}
+        shown = {
+            "accuracy_by_class": MulticlassAccuracy(self.classes, average="none"),
+            "confusion_matrix": MulticlassConfusionMatrix(self.classes),
+        }
+        if self.classes > 5:
+            shown["top5_accuracy"] = MulticlassAccuracy(self.classes, average="micro", top_k=5)
+        return shown
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return (batch, classes) probabilities."""
+        return outputs.float().softmax(1)
+
+
+class MultiLabel(Task):
+    """Any number of labels a sample: binary cross entropy, meant over samples and labels.
+
+    Args:
+        positive_weights: (labels,) how much a positive of each label counts against its negatives.
+        labels: how many there are; needed for the F1 score and set by the trainer where it knows them.
+    """
+
+    headline = "f1"
+    higher_is_better = True
+    percent = True
+
+    def __init__(self, positive_weights: Tensor | None = None, labels: int | None = None) -> None:
+        self.positive_weights = positive_weights
+        self.labels = labels
+
+    def weight(self, targets: Tensor) -> float:
+        """Return the number of samples times the number of labels."""
+        return float(targets.numel())
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed binary cross entropy of (batch, labels) logits and 0/1 targets."""
+        weights = None if self.positive_weights is None else self.positive_weights.to(outputs.device)
+        return F.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="sum", pos_weight=weights
+        )
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return how many labels were right."""
+        return {"accuracy": ((outputs > 0) == (targets > 0.5)).sum()}
+
+    def count(self, targets: Tensor) -> int:
+        """Return the number of labels judged."""
+        return targets.numel()
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return the F1 score over all labels and each label's."""
+        from torchmetrics.classification import MultilabelF1Score
+
+        if self.labels is None:
+            raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
+        return {
+            "f1": MultilabelF1Score(self.labels, average="micro"),
+            "f1_by_label": MultilabelF1Score(self.labels, average="none"),
+        }
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return (batch, labels) probabilities."""
+        return outputs.float().sigmoid()
+
+
+class Regression(Task):
+    """Numbers: the mean squared error, over samples and outputs."""
+
+    headline = "mean_squared_error"
+
+    def weight(self, targets: Tensor) -> float:
+        """Return the number of samples times the numbers of each."""
+        return float(targets.numel())
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed squared error; outputs of (batch, 1) meet targets of (batch,)."""
+        outputs = outputs.view_as(targets) if outputs.numel() == targets.numel() else outputs
+        if outputs.shape != targets.shape:
+            raise RelayError(f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal")
+        return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the squared and the absolute error, summed."""
+        error = outputs.view_as(targets).float() - targets.float()
+        return {"mean_squared_error": error.square().sum(), "mean_absolute_error": error.abs().sum()}
+
+    def count(self, targets: Tensor) -> int:
+        """Return the number of numbers."""
+        return targets.numel()
+
+
+class NextToken(Task):
+    """Sequences: cross entropy of each next token.
+
+    Args:
+        label_smoothing: as in `Classification`.
+        ignore: the target of places that don't count, such as padding.
+    """
+
+    headline = "loss"
+
+    def __init__(self, label_smoothing: float = 0.0, ignore: int = -100) -> None:
+        self.label_smoothing = label_smoothing
+        self.ignore = ignore
+
+    def weight(self, targets: Tensor) -> Tensor:
+        """Return the number of tokens that count."""
+        return (targets != self.ignore).sum().float()
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed cross entropy of (batch, length, vocabulary) logits and (batch, length) tokens."""
+        return F.cross_entropy(
+            outputs.flatten(0, 1),
+            targets.flatten(),
+            ignore_index=self.ignore,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return how many tokens were right."""
+        return {"accuracy": ((outputs.argmax(-1) == targets) & (targets != self.ignore)).sum()}
+
+    def count(self, targets: Tensor) -> int:
+        """Return the number of tokens that count."""
+        return int((targets != self.ignore).sum())
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return (batch, length, vocabulary) probabilities."""
+        return outputs.float().softmax(-1)
+
+
+def balanced_weights(targets: Tensor, classes: int) -> Tensor:
+    """Return (classes,) float32 weights inverse to how often each class stands in `targets`, one on average."""
+    counts = torch.bincount(targets, minlength=classes).clamp(min=1)
+    return (len(targets) / (classes * counts)).float()

@@ -1,0 +1,262 @@
+"""Step 1: where metrics go beside metrics.jsonl: TensorBoard, and whatever else has a `write` and a `close`.
+
+A tracker gets the lines of metrics.jsonl as they are written, so that file stays the one source of every chart.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Picture = npt.NDArray[np.uint8]  # (height, width, 3)
+Line = Mapping[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
+
+_PLACE = {"step", "epoch", "split", "time", "seconds"}  # where a line belongs, which is no chart
+_SHARED = {"lr", "samples_per_second"}  # the same chart, whichever split tells of it
+_MOST_PICTURES = 64
+_GRID_SIDE = 1024  # pixels a grid of pictures is wide at most; a wider one would take seconds to write
+_QUEUE = 1000  # events waiting for the writer's thread; with TensorBoard's own 10 the training would wait
+
+
+class Tracker(Protocol):
+    """What gets a run's metrics."""
+
+    def write(self, line: Line) -> None:
+        """Take a line of metrics.jsonl."""
+
+    def close(self) -> None:
+        """Write what is left; nothing follows."""
+
+
+class TensorBoard:
+    """A run's tensorboard folder: charts from the lines of metrics.jsonl, pictures, the model's graph, settings.
+
+    Charts, settings and pictures stand in event files of their own, so that a resume can write the charts anew and
+    leave the pictures. Nothing is imported or opened before the first call that writes.
+
+    Args:
+        folder: where the event files are, or will be.
+        say: told what could not be shown.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
+        self.folder = folder
+        self._say = say
+        self._writers: dict[str, Any] = {}  # by suffix; PyTorch's writers have no types
+        self._last_steps: dict[str, int] = {}  # by tag: a chart has one point a step
+
+    # ------------------------------------------------------------------------------------------------ charts
+
+    def write(self, line: Line) -> None:
+        """Add a line of metrics.jsonl to the charts: "loss" of the split "test" is the chart "loss/test".
+
+        A point that isn't finite (in the file: null) is drawn as TensorBoard draws such points.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        step: int = line["step"]
+        points = {tag: value for tag, value in _points(line).items() if step > self._last_steps.get(tag, -1)}
+        if points:
+            self._last_steps.update(dict.fromkeys(points, step))
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
+            # One event for the whole line: add_scalar would take one each, and three times as long.
+            self._events(".scalars").add_summary(Summary(value=values), step, line.get("time"))
+
+    def rewrite(self, lines: Iterable[Line]) -> None:
+        """Write the charts anew from the lines of metrics.jsonl, as a resume needs: none doubled, none missing."""
+        self._remove(".scalars")
+        self._last_steps.clear()
+        for line in lines:
+            self.write(line)
+
+    # ------------------------------------------------------------------------------------------------ pictures
+
+    def images(
+        self, tag: str, images: Any, mean: Iterable[float] | None, std: Iterable[float] | None, step: int
+    ) -> None:
+        """Show images as the network sees them, as many as fit in a grid; inputs that are no images are left out.
+
+        Args:
+            tag: the picture's name.
+            images: float (batch, channels, height, width), normalised, on any device.
+            mean: per channel, what was subtracted from images in [0, 1]; None if nothing was.
+            std: per channel, what they were divided by after that.
+            step: after how many steps.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
+            return
+        shown = images[: _columns(images) ** 2].detach().float().cpu()
+        if mean is not None and std is not None:
+            shown = shown * torch.tensor(tuple(std)).view(-1, 1, 1) + torch.tensor(tuple(mean)).view(-1, 1, 1)
+        self._pictures().add_image(tag, image_grid(shown), step, dataformats="HWC")
+
+    def figure(self, tag: str, picture: "Path | Figure", step: int) -> None:
+        """Show a PNG file or a matplotlib figure."""
+        if isinstance(picture, Path):
+            opened = Image.open(picture)
+        else:
+            buffer = io.BytesIO()
+            picture.savefig(buffer, format="png", dpi=100)
+            opened = Image.open(buffer)
+        self._pictures().add_image(tag, np.array(opened.convert("RGB")), step, dataformats="HWC")
+
+    def graph(self, model: nn.Module, inputs: Any) -> None:
+        """Show the model's graph; that a model can't be traced is said, and is no error.
+
+        A copy of the model is traced, in evaluation mode, on one sample, and PyTorch's generators are set back: the
+        training that follows can't tell.
+        """
+        sample = _first_sample(inputs)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        devices = [device] if device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices), _quiet_tracing():
+                self._pictures().add_graph(copy.deepcopy(model), (sample,))
+        except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its picture is worth no run
+            self._say(f"TensorBoard shows no graph of the model, which can't be traced: {_first_line(error)}")
+
+    # ------------------------------------------------------------------------------------------------ settings
+
+    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Show a run's settings beside what they led to, in TensorBoard's table of runs.
+
+        Args:
+            settings: values by flat name, such as ``"optimizer.lr"``.
+            metrics: final values by tag; a tag that has a chart already counts with that chart's last point.
+        """
+        from torch.utils.tensorboard.summary import hparams, scalar
+
+        self._remove(".hparams")
+        # Without the "experiment" part TensorBoard joins the settings of all runs, even if they differ in their names.
+        _, start, end = hparams({name: _plain(value) for name, value in settings.items()}, {})  # type: ignore[no-untyped-call]
+        events = self._events(".hparams")
+        events.add_summary(start)
+        events.add_summary(end)
+        step = max(self._last_steps.values(), default=0)
+        for tag, value in metrics.items():
+            if tag not in self._last_steps:
+                events.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
+        events.flush()
+
+    # ------------------------------------------------------------------------------------------------ event files
+
+    def close(self) -> None:
+        """Write what is left and close the event files; a later call opens new ones."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
+    def _events(self, suffix: str) -> Any:
+        """Return the bare writer of the event file with a suffix."""
+        from torch.utils.tensorboard import FileWriter
+
+        if suffix not in self._writers:
+            self._writers[suffix] = FileWriter(str(self.folder), max_queue=_QUEUE, filename_suffix=suffix)
+        return self._writers[suffix]
+
+    def _pictures(self) -> Any:
+        """Return the writer of pictures."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        if ".media" not in self._writers:
+            self._writers[".media"] = SummaryWriter(str(self.folder), filename_suffix=".media")
+        return self._writers[".media"]
+
+    def _remove(self, suffix: str) -> None:
+        """Delete the event files with a suffix."""
+        if suffix in self._writers:
+            self._writers.pop(suffix).close()
+        for file in self.folder.glob(f"events.out.tfevents.*{suffix}"):
+            file.unlink()
+
+
+def _points(line: Line) -> dict[str, float]:
+    """Return the numbers of a line by the tag of their chart."""
+    points = {}
+    for name, value in line.items():
+        if name not in _PLACE and (value is None or isinstance(value, int | float)):
+            tag = name if name in _SHARED else f"{name}/{line['split']}"
+            points[tag] = float(value) if value is not None and math.isfinite(value) else math.nan
+    return points
+
+
+def _plain(value: Any) -> bool | int | float | str | None:
+    """Return a setting as TensorBoard can show it; a truth value as a word, which it would show as 0 or 1."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def image_grid(images: Tensor) -> Picture:
+    """Return images side by side, small ones enlarged so that a person sees their pixels.
+
+    Args:
+        images: float (batch, channels, height, width) in [0, 1]; grey unless there are three channels.
+
+    Returns:
+        The grid, uint8 of (height, width, 3).
+    """
+    count, channels, height, width = images.shape
+    columns = min(_columns(images), count)
+    rows = math.ceil(count / columns)
+    scale = max(_GRID_SIDE // 8 // max(height, width), 1)
+    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)
+    pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, rows * columns - count), value=255)
+    tiles = pixels.reshape(rows, columns, *pixels.shape[1:])  # (rows, columns, 3, height, width)
+    grid: Picture = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
+    return grid
+
+
+def _columns(images: Tensor) -> int:
+    """Return how many images of (…, height, width) stand side by side: eight, or as many as there is room for."""
+    return min(max(_GRID_SIDE // max(images.shape[-2:]), 1), math.isqrt(_MOST_PICTURES))
+
+
+# ---------------------------------------------------------------------------------------------------------- the graph
+
+
+def _first_sample(inputs: Any) -> Any:
+    """Return inputs, a tensor or a nest of them, cut to the first sample of the batch."""
+    if isinstance(inputs, Tensor):
+        return inputs[:1].detach().clone()
+    if isinstance(inputs, Mapping):
+        return {name: _first_sample(part) for name, part in inputs.items()}
+    return tuple(_first_sample(part) for part in inputs) if isinstance(inputs, list | tuple) else inputs
+
+
+@contextlib.contextmanager
+def _quiet_tracing() -> Iterator[None]:
+    """Keep to itself what torch.jit.trace warns of and what add_graph prints.
+
+    PyTorch calls the tracer deprecated, but TensorBoard's graph has no other source yet; what it warns of in a model
+    concerns compiled code that nobody runs.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,613 @@
+"""Step 7: the loop. `fit` calls `train_step`, which calls `optimizer.step`; there is nothing between them.
+
+    open the run                                           # or go on from its newest checkpoint
+    for each epoch:
+        for each global batch, from where the run stands:
+            set the learning rates of this step
+            loss and gradients of every replica, added in a fixed tree
+            update; average the weights
+            log, save, stop, where it is time to
+        evaluate, keep the best, save
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchrelay import checkpoint as checkpoints
+from torchrelay import identity, rng
+from torchrelay.callbacks import Callback, Pictures, StepLog
+from torchrelay.checkpoint import CheckpointSettings, Contents
+from torchrelay.data.augment import Augment, Pipeline
+from torchrelay.data.batches import Batch, Batches, Sampling, statistics
+from torchrelay.data.order import order
+from torchrelay.data.sources import ArraySource, as_source
+from torchrelay.device import DeviceSettings, set_up
+from torchrelay.errors import UsageError
+from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.finite import FiniteGuard
+from torchrelay.models import EMA, InitFromData
+from torchrelay.optim import SGD, Constant, ScheduleSettings
+from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, check_replicas, give_gradients, take_gradients
+from torchrelay.run import Run, RunSettings, Stopwatch
+from torchrelay.signals import Interrupted, StopNow, StopSignal
+from torchrelay.task import Classification, Task
+from torchrelay.terminal import Counters, Terminal, epoch_line, metric
+
+_INITIAL_SAMPLES = 5_000  # training images from which a model may initialise itself
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far."""
+
+    value: float
+    epoch: int  # counted from 1
+
+
+class Trainer:
+    """Trains a model: the seven steps in their order.
+
+    Args:
+        model: any module; its initial weights are the caller's.
+        train: training data: a source of `torchrelay.data`, a map-style Dataset, or a pair (inputs, targets).
+        test: test data, likewise; evaluated once each sample.
+        validation: data by which "best" and early stopping go, if it shall not be the test data.
+        task: what a batch means; classification if not given.
+        optimizer: settings such as `optim.SGD(lr=0.1)`, or any function from a model to a torch optimizer.
+        schedule: how the learning rate changes by step, such as `optim.Cosine()`.
+        epochs: how many times to go through the training data.
+        batch_size: samples of a global batch.
+        run: the run's folder; without one nothing is written and nothing can be resumed.
+        settings: seed, exactness and intervals; `epochs` and `seed` stand beside it for short.
+        seed: see `RunSettings.seed`.
+        augment: batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`.
+        prepare: what training and test images alike go through first, such as `[augment.Resize(size=112)]`.
+        normalise: whether images are shifted and scaled by the data's channel means and deviations.
+        sampling: "shuffle", "balanced" (every class as often) or "sequential".
+        drop_last: leave out an epoch's last batch where it is smaller.
+        workers: processes that read a torch Dataset; arrays need none.
+        device: a name such as "cuda:1", or `DeviceSettings`.
+        parallel: into how many replicas a global batch is divided.
+        ema: decay of an exponential average of the weights, by which evaluations go; 0: none.
+        clip_norm: largest norm of the gradient; unset: as it is.
+        checkpoint: when to save and what to keep.
+        callbacks: what else shall happen around a step.
+        terminal: where people read along.
+        record: what goes into recipe.toml, if the trainer was built from a recipe.
+
+    Raises:
+        UsageError: an argument is wrong; nothing was started.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        test: Any = None,
+        *,
+        validation: Any = None,
+        task: Task | None = None,
+        optimizer: Callable[[nn.Module], Optimizer] | None = None,
+        schedule: ScheduleSettings | None = None,
+        epochs: int | None = None,
+        batch_size: int = 256,
+        run: str | Path | None = None,
+        settings: RunSettings | None = None,
+        seed: int | None = None,
+        augment: Sequence[Augment] = (),
+        prepare: Sequence[Augment] = (),
+        normalise: bool = True,
+        sampling: Sampling = "shuffle",
+        drop_last: bool = False,
+        workers: int = 0,
+        device: str | DeviceSettings = "auto",
+        parallel: ParallelSettings | None = None,
+        ema: float = 0.0,
+        clip_norm: float | None = None,
+        checkpoint: CheckpointSettings | None = None,
+        callbacks: Sequence[Callback] = (),
+        terminal: Terminal | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        # 1. Prepare: parameters, and where people read along
+        changes = {name: value for name, value in (("epochs", epochs), ("seed", seed)) if value is not None}
+        self.settings = (settings or RunSettings()).model_copy(update=changes)
+        self.terminal = terminal or Terminal()
+        self.folder = Path(run) if run is not None else None
+        self.run: Run | None = None
+        seed = self.settings.seed
+
+        # 4. The device comes before the data, which is augmented there
+        chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
+        self.device = set_up(chosen, self.settings.exact)
+        self.parallel = parallel or ParallelSettings()
+        check_replicas(self.parallel.replicas, self.settings.exact)
+
+        # 2. Data: sources, and the iterators that make global batches of them
+        source = as_source(train)
+        self.classes = source.classes
+        self.pipeline = Pipeline(
+            transforms=tuple(augment),
+            prepare=tuple(prepare),
+            classes=len(source.classes),
+            **(statistics(source) if normalise else {}),
+        )
+
+        def batches(data: Any, training: bool) -> Batches:
+            return Batches(
+                as_source(data),
+                batch_size,
+                self.device,
+                self.pipeline,
+                seed=seed,
+                train=training,
+                sampling=sampling if training else "sequential",
+                replicas=self.parallel.replicas if training else 1,
+                workers=workers,
+                drop_last=drop_last and training,
+            )
+
+        self.batches = batches(source, training=True)
+        parts = (("validation", validation), ("test", test))
+        self.evaluated = {name: batches(part, training=False) for name, part in parts if part is not None}
+        self.selects_on = next(iter(self.evaluated), "train")
+
+        # 3. Model
+        self.model = self.device.place(model)
+        self.forward: Callable[[Any], Any] = torch.compile(model, dynamic=False) if chosen.compile else model
+        self.ema = EMA(self.model, ema) if ema else None
+
+        # 5. Optimizer and schedule
+        self.optimizer = (optimizer or SGD())(self.model)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.clip_norm = clip_norm if clip_norm is not None else getattr(optimizer, "clip_norm", None)
+        self.total_steps = self.settings.epochs * len(self.batches)
+        self.schedule: Schedule = (schedule or Constant()).bind(len(self.batches), self.total_steps)
+        self.scaler = self.device.scaler()
+
+        # 6. Loss
+        self.task = task or Classification()
+        if getattr(self.task, "classes", 0) is None and self.classes:
+            self.task.classes = len(self.classes)  # type: ignore[attr-defined]
+
+        # 7. Where the run stands
+        self.record = record or self._own_record()
+        self.step = 0  # optimizer steps done; the place within the epoch follows from this
+        self.epochs_done = 0  # epochs trained and evaluated
+        self.best: Best | None = None
+        self.last_evaluation: Evaluation | None = None  # of the part that `selects_on` names
+        self._evaluated_at = -1
+        self.sums = Sums()  # of the running epoch
+        self.saving = checkpoint or CheckpointSettings()
+        self.callbacks = [StepLog(), Pictures(), *callbacks]
+        self._buffers = Buffers(self.model)
+        self._guard = FiniteGuard(self.folder)
+        self.signal = StopSignal()
+        self._stop_reason: str | None = None
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> dict[str, float]:
+        """Train until the end and return the last evaluation's metrics.
+
+        Raises:
+            Interrupted: a signal stopped the run, and a checkpoint is saved.
+            RelayError: the run can't go on; the text says why and what to do.
+        """
+        return self._fit(resume=False)
+
+    def resume(self, *, accept_changes: bool = False) -> dict[str, float]:
+        """Go on from the newest whole checkpoint of the run's folder, to the bits of a run never stopped.
+
+        Args:
+            accept_changes: go on even if the data or the recipe changed, to another result.
+        """
+        return self._fit(resume=True, accept_changes=accept_changes)
+
+    def _fit(self, resume: bool, accept_changes: bool = False) -> dict[str, float]:
+        with self._open_run(resume, accept_changes):
+            while self._goes_on():
+                self.model.train()
+                for batch in self.batches.epoch(self.epochs_done, start=self.step - self.epochs_done * len(self.batches)):
+                    loss = self.train_step(batch)
+                    self._after_step(batch, loss)
+                    if self._stop_reason is not None:
+                        break
+                self._end_epoch()
+        return self.last_evaluation.values if self.last_evaluation else {}
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Take one optimizer step on a global batch.
+
+        Returns:
+            The mean loss over the batch, without dimensions, on the device: reading its value waits for the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.at(self.step, group["initial_lr"])
+        loss = self.backward(batch)
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        self.step += 1
+        return loss
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Leave the gradient of the mean loss over a global batch in the parameters, and return that loss."""
+        total = self.task.weight(batch.targets)
+        if len(batch.blocks) == 1:
+            loss = self._replica(0, batch.inputs, batch.targets, total)
+        else:
+            # Replica 0 goes last: each starts from the step's initial buffers, and its result stays.
+            tree = GradientTree()
+            self._buffers.keep()
+            for replica, (inputs, targets) in reversed(list(enumerate(batch.parts()))):
+                self._buffers.restore()
+                part = self._replica(replica, inputs, targets, total) if len(targets) else None
+                tree.add([*take_gradients(self.parameters), part])
+            *gradients, summed = tree.total()
+            assert summed is not None  # noqa: S101 - replica 0 always has a sample
+            loss = summed
+            give_gradients(self.parameters, gradients)
+        self._guard.watch(self.step, loss, batch.indices)
+        self.sums.add_loss(loss, total)
+        return loss
+
+    def _replica(self, replica: int, inputs: Any, targets: Tensor, total: Tensor | float) -> Tensor:
+        """Go forward and backward through one replica's part; return its share of the mean loss."""
+        rng.reseed(rng.seed_for(self.settings.seed, "model", self.step, replica), self.device.torch)
+        with self.device.autocast():
+            outputs = self.forward(inputs)
+            loss = self.task.loss(outputs, targets) / total
+        self.scaler.scale(loss).backward()
+        with torch.no_grad():
+            self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
+        return loss.detach()
+
+    # ------------------------------------------------------------------------------------------------ around a step
+
+    def _after_step(self, batch: Batch, loss: Tensor) -> None:
+        for callback in self.callbacks:
+            callback.on_step(self, batch, loss)
+        if self.step % self.settings.log_every == 0:
+            self._guard.read()
+        if self.step == self.settings.max_steps:
+            self.stop(f"{self.step} steps are done, as run.max_steps says")
+        self._stopwatch.samples += len(batch.indices)
+        if self.signal.received is not None:
+            raise StopNow
+        if self.step % len(self.batches) and self._save_is_due():  # at an epoch's end the evaluation comes first
+            self.save()
+
+    def stop(self, reason: str) -> None:
+        """End the training after this step or this epoch, as early stopping does; the run counts as done."""
+        self._stop_reason = reason
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal and to the run's log."""
+        (self.run or self.terminal).say(text)
+
+    def record_line(self, split: str, values: dict[str, Any]) -> None:
+        """Append a line to the run's metrics, if there is a run."""
+        if self.run is not None:
+            epoch = -(-self.step // len(self.batches))
+            self.run.record({"step": self.step, "epoch": epoch, "split": split, **values, "time": round(time.time(), 3)})
+
+    def _goes_on(self) -> bool:
+        at_limit = self.settings.max_steps is not None and self.step >= self.settings.max_steps
+        return self.epochs_done < self.settings.epochs and self._stop_reason is None and not at_limit
+
+    def _end_epoch(self) -> None:
+        """Evaluate where it is time to, keep the best, tell people, save."""
+        self._guard.read()
+        epoch = self.epochs_done + 1
+        last = epoch == self.settings.epochs or self._stop_reason is not None
+        train, clock = self.sums.means(), self._stopwatch.lap()
+        self.record_line("train", {**train, "lr": self.optimizer.param_groups[0]["lr"], **clock})
+        found: dict[str, dict[str, float]] = {}
+        if last or epoch % self.settings.evaluate_every == 0:
+            found = {split: self._evaluate_and_record(split) for split in self.evaluated}
+        chosen = found.get(self.selects_on) or (None if self.evaluated else train)
+        improved = chosen is not None and self._is_best(chosen, epoch)
+        self.say(self._epoch_line(epoch, {"train": train, **found}, clock))
+        for callback in self.callbacks:
+            callback.on_epoch(self, epoch, train)
+        if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
+            self.epochs_done, self.sums = epoch, Sums()
+        if last or improved or self._stop_reason is not None or self._save_is_due():
+            self.save()
+        self._stopwatch.start()
+
+    def _evaluate_and_record(self, split: str) -> dict[str, float]:
+        found = self.evaluate(split)
+        self.record_line(split, found.values)
+        for callback in self.callbacks:
+            callback.on_evaluate(self, split, found.values)
+        return found.values
+
+    def _is_best(self, values: dict[str, float], epoch: int) -> bool:
+        value = values[self.task.headline]
+        self.schedule.update(self._score(values))
+        if self.best is not None and self._score(values) <= self._score({self.task.headline: self.best.value}):
+            return False
+        self.best = Best(value, epoch)
+        return True
+
+    def _score(self, values: dict[str, float]) -> float:
+        """Return the headline metric such that higher is better."""
+        value = values[self.task.headline]
+        return value if self.task.higher_is_better else -value
+
+    def _save_is_due(self) -> bool:
+        return self.run is not None and self.run.save_is_due(self.step)
+
+    # ------------------------------------------------------------------------------------------------ the test
+
+    def evaluate(self, split: str = "test") -> Evaluation:
+        """Run the model over the test or the validation data, each sample once.
+
+        Raises:
+            UsageError: the trainer was given no such data.
+        """
+        if split not in self.evaluated:
+            raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
+        with self._averaged():
+            found = evaluate(self.forward, self._until_stopped(self.evaluated[split].epoch()), self.task, self.device)
+        if split == self.selects_on:
+            self.last_evaluation, self._evaluated_at = found, self.step
+        return found
+
+    def predict(self, data: Any) -> Tensor:
+        """Return the task's predictions for each sample of `data`, in its order, on the CPU.
+
+        Args:
+            data: a source, a Dataset, or a tensor of inputs (samples, …).
+        """
+        source = ArraySource(data, torch.zeros(len(data), dtype=torch.int64)) if isinstance(data, Tensor) else data
+        batches = Batches(as_source(source), self.batches.batch_size, self.device, self.pipeline, train=False)
+        with self._averaged():
+            return predict(self.forward, batches.epoch(), self.task, self.device)
+
+    def _averaged(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model has its averaged weights, if any are kept."""
+        return nullcontext() if self.ema is None else self.ema.swap(self.model)
+
+    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield batches; a signal ends an evaluation, which is repeated after a resume."""
+        for batch in batches:
+            if self.signal.received is not None:
+                raise StopNow
+            yield batch
+
+    # ------------------------------------------------------------------------------------------------ save and go on
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the run needs to go on, beside the weights; there is no random state in it."""
+        return {
+            "step": self.step,
+            "epochs_done": self.epochs_done,
+            "best": None if self.best is None else asdict(self.best),
+            "sums": self.sums.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "callbacks": [callback.state_dict() for callback in self.callbacks],
+            "metrics_size": self.run.metrics_size if self.run is not None else 0,
+            "data": self.seen_data(),
+            "identity": self.identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state_dict` stood."""
+        self.step, self.epochs_done = state["step"], state["epochs_done"]
+        self.best = None if state["best"] is None else Best(**state["best"])
+        self.sums.load_state_dict(state["sums"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
+            callback.load_state_dict(saved)
+
+    def seen_data(self) -> dict[str, Any]:
+        """Return what a prediction on new data must know of the data that was trained on."""
+        source = self.batches.source
+        return {
+            "classes": list(source.classes),
+            "shape": list(source.inputs.shape[1:]) if isinstance(source, ArraySource) else None,
+            "mean": None if self.pipeline.mean is None else list(self.pipeline.mean),
+            "std": None if self.pipeline.std is None else list(self.pipeline.std),
+        }
+
+    def identity(self) -> identity.Identity:
+        """Return what this run's bits depend on."""
+        source = self.batches.source
+        return identity.of_machine(self.device.torch) | {
+            "data": source.fingerprint(),
+            "samples": len(source),
+            "seed": self.settings.seed,
+            "batch_size": self.batches.batch_size,
+            "replicas": self.parallel.replicas,
+            "precision": self.device.settings.precision,
+        }
+
+    def save(self) -> None:
+        """Save a checkpoint; only the copy to memory holds training up.
+
+        Raises:
+            RelayError: an earlier one could not be written, or a loss up to here wasn't finite.
+        """
+        if self.run is None:
+            return
+        self._guard.read()
+        values = self.last_evaluation.values if self.last_evaluation and self._evaluated_at == self.step else {}
+        contents = Contents(
+            step=self.step,
+            model=self.model.state_dict(),
+            state=self.state_dict(),
+            ema=self.ema.state_dict() if self.ema is not None else None,
+            score=self._score(values) if values else None,
+            metrics=values,
+        )
+        self.run.save(contents)
+
+    def load(self, which: str = "best") -> Path:
+        """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.
+
+        Args:
+            which: "best", "last" or a step's number.
+
+        Returns:
+            The checkpoint's folder.
+        """
+        if self.folder is None:
+            raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
+        path = checkpoints.find(self.folder / "checkpoints", which)
+        self._load_weights(checkpoints.read(path))
+        return path
+
+    def _load_weights(self, contents: Contents) -> None:
+        self.model.load_state_dict(contents.model)
+        if self.ema is not None and contents.ema is not None:
+            self.ema.load_state_dict(contents.ema)
+
+    # ------------------------------------------------------------------------------------------------ open and close
+
+    @contextmanager
+    def _open_run(self, resume: bool, accept_changes: bool) -> Iterator[None]:
+        """Hold the run's folder, log and signals while the loop runs; go on from a checkpoint if asked to."""
+        if resume and self.folder is None:
+            raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
+        with ExitStack() as stack:
+            self.signal = stack.enter_context(StopSignal())
+            if self.folder is not None:
+                self.run = Run(self.folder, self.terminal, self.saving, len(self.batches), self.total_steps, resume=resume)
+                stack.callback(self._close_run)
+            self.say(self._introduction())
+            if resume:
+                self._go_on(accept_changes)
+            else:
+                self._begin()
+            for callback in self.callbacks:
+                callback.on_start(self)
+            self._stopwatch = Stopwatch()
+            try:
+                with self.terminal.progress(self._counters):
+                    yield
+            except StopNow:
+                raise self._interrupted() from None
+            self._finish()
+
+    def _close_run(self) -> None:
+        run, self.run = self.run, None
+        if run is not None:
+            run.close()
+
+    def _begin(self) -> None:
+        """Write down what runs, initialise from the data, and save what the run starts from."""
+        if isinstance(self.model, InitFromData):
+            self.model.init_from(self._initial_images(self.model))
+            if self.ema is not None:
+                self.ema.load_state_dict(self.model.state_dict())
+        if self.run is not None:
+            self.run.write_recipe(self.record)
+            self.save()
+
+    def _go_on(self, accept_changes: bool) -> None:
+        """Stand where the newest whole checkpoint stands."""
+        assert self.run is not None  # noqa: S101 - `_open_run` has refused
+        contents = checkpoints.newest(self.run.checkpoints, warn=self.say)
+        if contents is None:
+            self.say("no checkpoint was saved yet: starting from the beginning")
+            return self._begin()
+        for warning in identity.compare(contents.state["identity"], self.identity(), accept_changes):
+            self.say(f"warning: {warning}")
+        self._load_weights(contents)
+        self.load_state_dict(contents.state)
+        self.run.rewind(contents.state["metrics_size"])
+        done = self.epochs_done >= self.settings.epochs
+        self.say(f"the run is done: {self.step:,} steps" if done else f"going on after step {self.step:,} of {self.total_steps:,}")
+        return None
+
+    def _interrupted(self) -> Interrupted:
+        """Save, and say how to go on."""
+        signal = self.signal.received.name if self.signal.received is not None else "a signal"
+        if self.run is None:
+            return Interrupted(f"stopped by {signal} after step {self.step:,}; there is no run folder to resume from")
+        self.save()
+        self.run.wait()
+        return Interrupted(f"stopped by {signal} after step {self.step:,}, saved; go on with: torchrelay resume {self.folder}")
+
+    def _finish(self) -> None:
+        if self._stop_reason is not None:
+            self.say(f"stopped: {self._stop_reason}")
+        if self.run is not None:
+            self.run.wait()
+        for callback in self.callbacks:
+            callback.on_end(self)
+        if self.best is not None:
+            shown = metric(self.best.value, self.task.percent).strip()
+            self.say(f"best {self.selects_on} {self.task.headline.replace('_', ' ')}: {shown} (epoch {self.best.epoch})")
+
+    def _introduction(self) -> str:
+        data = self.batches.source
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (
+            f"{type(self.model).__name__} ({parameters:,} parameters) on {data.name} ({len(data):,} samples), "
+            f"{self.total_steps:,} steps on {self.device.describe()}"
+        )
+
+    def _epoch_line(self, epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:
+        return epoch_line(
+            epoch,
+            self.settings.epochs,
+            splits,
+            headline=self.task.headline,
+            percent=self.task.percent,
+            rate=clock["samples_per_second"],
+            seconds=clock["seconds"],
+        )
+
+    def _counters(self) -> Counters:
+        """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
+        return Counters(
+            epoch=min(self.epochs_done + 1, self.settings.epochs),
+            epochs=self.settings.epochs,
+            step=self.step,
+            steps=self.total_steps,
+            samples=self.step * self.batches.batch_size,
+        )
+
+    def _initial_images(self, model: nn.Module) -> Tensor:
+        """Return some training images, evenly from all of them and as evaluation prepares them."""
+        source = self.batches.source
+        if not isinstance(source, ArraySource):
+            raise UsageError(f"{type(model).__name__} initialises itself from images in memory: use arrays or an image folder")
+        places = np.arange(min(len(source), _INITIAL_SAMPLES))
+        chosen = torch.from_numpy(order(self.settings.seed, 0, places, len(source)))
+        return self.pipeline.evaluate(self.device.move(source.inputs[chosen]))
+
+    def _own_record(self) -> dict[str, Any]:
+        """Return what goes into recipe.toml where the trainer was built from Python."""
+        return {
+            "run": self.settings.model_dump(mode="json", exclude_none=True),
+            "data": {"name": self.batches.source.name, "batch_size": self.batches.batch_size},
+            "model": {"name": type(self.model).__name__},
+            "device": self.device.settings.model_dump(mode="json", exclude_none=True),
+            "environment": {"started_from": "python", "torch": torch.__version__},
+        }
+

@@ -1,0 +1,271 @@
+"""Checkpoints: whole or not at all, nothing pickled, damage named."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
+from torchrelay.errors import RelayError, UsageError
+
+
+def contents(step: int, score: float | None = None) -> Contents:
+    generator = torch.Generator().manual_seed(step)
+    model = {"weight": torch.randn(5, 3, generator=generator), "steps": torch.tensor(step)}
+    state = {
+        "step": step,
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.randn(5, 3, generator=generator), "step": torch.tensor(3.0)}},
+            "param_groups": [{"lr": 0.1 + step, "betas": (0.9, 0.999), "params": [0], "foreach": None}],
+        },
+        "limits": [float("inf"), float("-inf"), 1e-300],
+    }
+    return Contents(step, model, state, {"weight": torch.ones(5, 3)}, score, {"accuracy": score or 0.0})
+
+
+def silent(_text: str) -> None:
+    pass
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    written = contents(7, score=0.5)
+    read = checkpoint.read(checkpoint.write(tmp_path, written))
+    assert read.step == 7
+    assert read.score == 0.5
+    assert read.metrics == {"accuracy": 0.5}
+    for name, tensor in written.model.items():
+        assert torch.equal(read.model[name], tensor)
+        assert read.model[name].dtype == tensor.dtype
+    assert torch.equal(read.ema["weight"], written.ema["weight"])
+    group = read.state["optimizer"]["param_groups"][0]
+    assert group == written.state["optimizer"]["param_groups"][0]
+    assert isinstance(group["betas"], tuple)
+    assert list(read.state["optimizer"]["state"]) == [0]
+    buffer = read.state["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(buffer, written.state["optimizer"]["state"][0]["momentum_buffer"])
+    assert read.state["limits"] == written.state["limits"]
+
+
+def test_the_same_contents_give_the_same_bytes(tmp_path):
+    first, second = (checkpoint.write(tmp_path / name, contents(7)) for name in "ab")
+    assert {p.name for p in first.iterdir()} == {p.name for p in second.iterdir()}
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_the_weights_open_with_plain_safetensors(tmp_path):
+    path = checkpoint.write(tmp_path, contents(1))
+    assert path.name == "step-00000001"
+    model = torch.nn.Linear(3, 5, bias=False)
+    weights = load_file(path / "model.safetensors")
+    del weights["steps"]
+    model.load_state_dict(weights)
+    assert torch.equal(model.weight, contents(1).model["weight"])
+
+
+def test_tied_and_strided_weights_are_saved(tmp_path):
+    weight = torch.randn(4, 6)
+    written = Contents(0, {"a": weight, "b": weight, "c": weight.t()}, {}).in_memory()
+    read = checkpoint.read(checkpoint.write(tmp_path, written))
+    assert torch.equal(read.model["b"], weight)
+    assert torch.equal(read.model["c"], weight.t())
+
+
+def test_what_is_in_memory_does_not_change_with_the_model():
+    weight = torch.zeros(3)
+    saved = Contents(0, {"w": weight}, {"s": [weight]}).in_memory()
+    weight += 1
+    assert torch.equal(saved.model["w"], torch.zeros(3))
+    assert torch.equal(saved.state["s"][0], torch.zeros(3))
+
+
+def test_what_would_have_to_be_pickled_is_refused():
+    with pytest.raises(TypeError, match="a checkpoint can't hold Path at 'a.b'"):
+        checkpoint.pack({"a": {"b": Path("x")}})
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "ema.safetensors"])
+def test_one_flipped_bit_is_noticed_and_the_one_before_is_used(tmp_path, file):
+    checkpoint.write(tmp_path, contents(1))
+    damaged = checkpoint.write(tmp_path, contents(2)) / file
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    said = []
+    assert checkpoint.newest(tmp_path, said.append).step == 1
+    assert len(said) == 1
+    assert str(damaged) in said[0]
+    assert "checksum" in said[0]
+
+
+def test_a_truncated_file_is_noticed(tmp_path):
+    path = checkpoint.write(tmp_path, contents(1)) / "state.json"
+    os.truncate(path, 10)
+    with pytest.raises(RelayError, match=r"no checkpoint in .* can be used: .*state\.json has 10 bytes"):
+        checkpoint.newest(tmp_path, silent)
+
+
+def test_every_damaged_checkpoint_is_listed(tmp_path):
+    for step in (1, 2):
+        (checkpoint.write(tmp_path, contents(step)) / "model.safetensors").unlink()
+    with pytest.raises(RelayError, match=r"step-00000002/model\.safetensors is missing.*step-00000001"):
+        checkpoint.newest(tmp_path, silent)
+
+
+def test_a_folder_without_manifest_is_no_checkpoint_and_is_replaced(tmp_path):
+    (tmp_path / "step-00000005").mkdir()
+    (tmp_path / "step-00000005" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".step-00000005.partial").mkdir()
+    assert checkpoint.newest(tmp_path, silent) is None
+    checkpoint.write(tmp_path, contents(5))
+    assert checkpoint.newest(tmp_path, silent).step == 5
+    assert not (tmp_path / ".step-00000005.partial").exists()
+
+
+def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path):
+    checkpoint.write(tmp_path, contents(100_000_000))
+    for file in checkpoint.write(tmp_path, contents(99)).iterdir():
+        os.utime(file, (4e9, 4e9))
+    assert checkpoint.newest(tmp_path, silent).step == 100_000_000
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "sub/file"])
+def test_a_path_in_a_manifest_is_refused(tmp_path, name):
+    path = checkpoint.write(tmp_path, contents(1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = manifest["files"]["model.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RelayError, match="isn't a plain file"):
+        checkpoint.read(path)
+
+
+def test_a_symbolic_link_in_a_checkpoint_is_refused(tmp_path):
+    path = checkpoint.write(tmp_path, contents(1))
+    moved = tmp_path / "elsewhere"
+    (path / "model.safetensors").rename(moved)
+    (path / "model.safetensors").symlink_to(moved)
+    with pytest.raises(RelayError, match="isn't a plain file"):
+        checkpoint.read(path)
+
+
+def test_a_later_format_is_refused_by_name(tmp_path):
+    path = checkpoint.write(tmp_path, contents(1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(RelayError, match=r"later release \(format 99\)"):
+        checkpoint.read(path)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, score in enumerate([0.1, 0.9, 0.3, 0.8, 0.2, 0.4], start=1):
+        checkpoint.write(tmp_path, contents(step, score))
+    checkpoint.prune(tmp_path, keep=2, keep_best=2)
+    assert [p.name[-1] for p in checkpoint.whole(tmp_path)] == ["2", "4", "5", "6"]
+    assert checkpoint.best(tmp_path).name == "step-00000002"
+
+
+def test_the_newest_is_kept_even_if_none_shall_be(tmp_path):
+    for step in (1, 2):
+        checkpoint.write(tmp_path, contents(step))
+    checkpoint.prune(tmp_path, keep=0, keep_best=0)
+    assert [p.name for p in checkpoint.whole(tmp_path)] == ["step-00000002"]
+
+
+def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
+    with pytest.raises(UsageError, match="has no checkpoint yet"):
+        checkpoint.find(tmp_path, "best")
+    for step, score in ((10, 0.9), (20, 0.1)):
+        checkpoint.write(tmp_path, contents(step, score))
+    assert checkpoint.find(tmp_path, "best").name == "step-00000010"
+    assert checkpoint.find(tmp_path, "last").name == "step-00000020"
+    assert checkpoint.find(tmp_path, "20").name == "step-00000020"
+    with pytest.raises(UsageError, match="there are best, last, 10, 20"):
+        checkpoint.find(tmp_path, "30")
+
+
+def test_the_writer_writes_behind_and_prunes(tmp_path):
+    writer = Writer(tmp_path, CheckpointSettings(keep=2, keep_best=0))
+    for step in range(5):
+        writer.save(contents(step))
+    writer.close()
+    assert [p.name[-1] for p in checkpoint.whole(tmp_path)] == ["3", "4"]
+
+
+def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where the folder should be")
+    writer = Writer(blocked / "checkpoints", CheckpointSettings())
+    writer.save(contents(0))
+    with pytest.raises(RelayError, match=r"can't save .*step-00000000"):
+        writer.save(contents(1))
+    writer.close()
+
+
+def test_loading_runs_no_code(tmp_path):
+    """A checkpoint whose files are pickles that would write a marker is refused, and the marker isn't there."""
+    import pickle
+
+    marker = tmp_path / "ran"
+
+    class Payload:
+        def __reduce__(self):
+            return (os.system, (f"touch {marker}",))
+
+    path = checkpoint.write(tmp_path, contents(1))
+    bomb = pickle.dumps(Payload())
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("model.safetensors", "state.json"):
+        (path / name).write_bytes(bomb)
+        manifest["files"][name] = {"bytes": len(bomb), "sha256": checkpoint._sha256(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RelayError, match="can't be read"):
+        checkpoint.read(path)
+    assert not marker.exists()
+
+
+def test_the_package_imports_no_pickle():
+    """Nothing of ours calls pickle, or torch.load without weights_only."""
+    root = Path(checkpoint.__file__).parent
+    for file in root.rglob("*.py"):
+        text = file.read_text()
+        assert "import pickle" not in text, file
+        assert text.count("torch.load(") == text.count("weights_only=True"), file
+
+
+def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_path):
+    """A real process is killed at each system call that changes the disk, by a tracer of its own making."""
+    script = """
+import os, sys
+from pathlib import Path
+import torch
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+countdown = int(sys.argv[2])
+def hook(event, arguments):
+    global countdown
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree") and sys.argv[1] in str(arguments[0]):
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(hook)
+checkpoint.write(Path(sys.argv[1]), Contents(2, {"w": torch.full((10,), 2.0)}, {"step": 2}))
+print("whole")
+"""
+    checkpoint.write(tmp_path, Contents(1, {"w": torch.full((10,), 1.0)}, {"step": 1}))
+    seen = set()
+    for moment in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 99):
+        command = [sys.executable, "-c", script, str(tmp_path), str(moment)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        newest = checkpoint.newest(tmp_path, silent)
+        assert newest.model["w"].tolist() == [newest.step] * 10
+        seen.add((newest.step, done.returncode))
+        if "whole" in done.stdout:
+            break
+    assert (1, -9) in seen
+    assert (2, 0) in seen

@@ -1,0 +1,368 @@
+"""Tables and plots: what they say, that nothing overlaps or is cut off, and that they are the same each time."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from torchrelay.errors import RelayError
+from torchrelay.report import (
+    Headline,
+    best_line,
+    confusion_matrix,
+    curves,
+    draw_curves,
+    headline_of,
+    metrics_table,
+    read_metrics,
+)
+
+Line = dict[str, Any]
+ACCURACY = Headline("accuracy", percent=True, higher_is_better=True)
+
+
+def lines_of(
+    epochs: int, *, test: bool = True, validation: bool = False, steps: int = 50, every: int = 10
+) -> list[Line]:
+    """Return the metrics of a run whose test accuracy is best in the epoch before the last."""
+    lines: list[Line] = []
+    for epoch in range(1, epochs + 1):
+        done = range((epoch - 1) * steps + every, epoch * steps + 1, every)
+        rate = 0.1 * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        lines += [{"step": s, "epoch": epoch, "split": "step", "loss": 2.5 / (1 + s / steps), "lr": rate} for s in done]
+        place = {"step": epoch * steps, "epoch": epoch}
+        train = {"loss": 2 / epoch, "accuracy": 1 - 0.6 / epoch, "lr": rate}
+        lines.append({**place, "split": "train", **train, "samples_per_second": 1128.4, "seconds": 44.31})
+        accuracy = 0.8844 if epoch == epochs - 1 else 0.88 - 0.4 / epoch
+        if validation:
+            lines.append(
+                {**place, "split": "validation", "loss": 1 + 1 / epoch, "accuracy": accuracy - 0.001 * (epoch % 2)}
+            )
+        if test:
+            lines.append({**place, "split": "test", "loss": 1 + 1 / epoch, "accuracy": accuracy})
+    return lines
+
+
+def diverging() -> list[Line]:
+    lines = lines_of(12)
+    return [
+        {**line, "loss": None, "accuracy": 0.1} if line["epoch"] > 7 and line["split"] != "step" else line
+        for line in lines
+    ]
+
+
+def regression() -> list[Line]:
+    """Return metrics of a task whose headline metric is better the lower it is."""
+    renamed = [{**line, "mean_squared_error": 40 * line["loss"]} for line in lines_of(20)]
+    return [{name: value for name, value in line.items() if name != "accuracy"} for line in renamed]
+
+
+RUNS = {
+    "one epoch": lines_of(1),
+    "thirty": lines_of(30),
+    "a hundred and all three parts": lines_of(100, validation=True),
+    "training alone": lines_of(8, test=False),
+    "diverging": diverging(),
+    "regression": regression(),
+    "a language model": [{k: v for k, v in line.items() if k != "accuracy"} for line in lines_of(20)],
+    "over many decades": [{**line, "loss": line["loss"] ** 9} for line in lines_of(20)],
+    "everything right": [
+        {**line, "accuracy": 1.0} if "accuracy" in line else line for line in lines_of(5, validation=True)
+    ],
+    "no finished epoch": lines_of(1)[:3],
+    "nothing": [],
+}
+
+
+def written(folder: Path, lines: list[Line]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+
+
+def drawn(figure: Figure) -> np.ndarray[Any, Any]:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.array(Image.open(buffer).convert("RGB"))
+
+
+def shown_texts(figure: Figure) -> list[Text]:
+    """Return the texts that are seen, once the figure is drawn: matplotlib keeps more ticks than it shows."""
+    figure.draw_without_rendering()
+    seen: list[Text] = [*figure.texts]
+    for axes in figure.axes:
+        seen += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title, axes._right_title]  # type: ignore[attr-defined]
+        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            seen += [
+                tick.label1
+                for tick in axis.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label1.get_visible()
+            ]
+            seen += [
+                tick.label2
+                for tick in axis.get_major_ticks()
+                if low <= tick.get_loc() <= high and tick.label2.get_visible()
+            ]
+    return [text for text in seen if text.get_text()]
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def test_a_line_that_a_kill_left_half_written_is_left_out(tmp_path: Path) -> None:
+    lines = lines_of(2)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    for cut in (1, 2, 20, len(json.dumps(lines[-1]))):
+        (tmp_path / "metrics.jsonl").write_text(text[:-cut])
+        assert read_metrics(tmp_path) == (lines if cut == 1 else lines[:-1])
+
+
+def test_a_character_cut_in_its_middle_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + '{"note": "größe'.encode()[:-4])
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(RelayError, match=r"line 2 of .*metrics\.jsonl is damaged"):
+        read_metrics(tmp_path)
+
+
+def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RelayError, match=r"has no metrics\.jsonl: give the folder of a run"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("thirty", ACCURACY),
+        ("regression", Headline("mean_squared_error", percent=False, higher_is_better=False)),
+        ("a language model", Headline("loss", percent=False, higher_is_better=False)),
+        ("nothing", Headline("loss", percent=False, higher_is_better=False)),
+    ],
+)
+def test_the_headline_metric_is_guessed_from_the_metrics(name: str, expected: Headline) -> None:
+    assert headline_of(RUNS[name]) == expected
+
+
+def test_the_best_goes_by_the_validation_part_and_is_the_first_of_several() -> None:
+    lines = [
+        {"step": 1, "epoch": 1, "split": "validation", "accuracy": None},
+        {"step": 1, "epoch": 1, "split": "test", "accuracy": 0.9},
+        {"step": 2, "epoch": 2, "split": "validation", "accuracy": 0.7},
+        {"step": 3, "epoch": 3, "split": "validation", "accuracy": 0.7},
+        {"step": 4, "epoch": 4, "split": "train", "accuracy": 1.0},
+    ]
+    assert best_line(lines, ACCURACY) is lines[2]
+    assert best_line(lines[:2], ACCURACY) is lines[1]
+    assert best_line(lines[-1:], ACCURACY) is None
+    lowest = best_line(RUNS["regression"], headline_of(RUNS["regression"]))
+    assert lowest is not None
+    assert lowest["epoch"] == 20
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+def test_the_table_has_a_row_an_epoch_and_a_star_at_the_best() -> None:
+    assert metrics_table(lines_of(3)) == (
+        "   epoch  train accuracy  test accuracy  train loss  test loss     lr  samples/s    time\n"
+        "       1          40.00%         48.00%      2.0000     2.0000  0.075      1,128  44.3 s\n"
+        "*      2          70.00%         88.44%      1.0000     1.5000  0.025      1,128  44.3 s\n"
+        "       3          80.00%         74.67%      0.6667     1.3333      0      1,128  44.3 s"
+    )
+
+
+def test_the_table_leaves_out_what_was_not_measured_and_says_what_is_no_number() -> None:
+    lines = [
+        {"step": 9, "epoch": 1, "split": "train", "loss": None},
+        {"step": 18, "epoch": 2, "split": "train", "loss": 0.5},
+        {"step": 18, "epoch": 2, "split": "test", "loss": 0.25},
+    ]
+    assert [row.split() for row in metrics_table(lines).splitlines()] == [
+        ["epoch", "train", "loss", "test", "loss", "lr", "samples/s", "time"],
+        ["1", "nan"],
+        ["*", "2", "0.5000", "0.2500"],
+    ]
+
+
+def test_a_run_without_metrics_has_a_table_without_rows() -> None:
+    assert metrics_table([]).split() == ["epoch", "lr", "samples/s", "time"]
+
+
+# ------------------------------------------------------------------------------------------------ the curves
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_the_curves_say_what_was_reached_and_where() -> None:
+    figure = draw_curves(lines_of(30), "first")
+    said = texts(figure)
+    assert "first" in said
+    assert "best test accuracy 88.44% at epoch 29" in said
+    assert {"train 98.00%", "test 86.67%", "best 88.44%", "train 0.0667", "test 1.0333", "learning rate"} <= set(said)
+
+
+def test_the_curves_are_the_metrics() -> None:
+    panel = panels(draw_curves(lines_of(30), "first"))["accuracy"]
+    train, test, ring = panel.lines
+    assert train.get_xydata() == pytest.approx(np.array([(e, 1 - 0.6 / e) for e in range(1, 31)]))
+    assert test.get_xydata()[-2] == pytest.approx([29, 0.8844])
+    assert ring.get_xydata() == pytest.approx(np.array([(29, 0.8844)]))
+
+
+def test_an_epoch_cut_short_stands_where_it_ended() -> None:
+    lines = lines_of(3)
+    cut = [line for line in lines if line["step"] <= 120]
+    cut.append({"step": 120, "epoch": 3, "split": "train", "loss": 1.0, "accuracy": 0.5, "lr": 0.0})
+    train, *_ = panels(draw_curves(cut, "cut"))["accuracy"].lines
+    assert list(train.get_xdata()) == [1, 2, 2.4]
+
+
+def test_what_is_no_number_is_a_gap_and_is_said() -> None:
+    figure = draw_curves(RUNS["diverging"], "diverging")
+    panel = panels(figure)["loss"]
+    losses = panel.lines[1].get_ydata()
+    assert np.isfinite(losses).tolist() == 7 * [True] + 5 * [False]
+    assert {"train nan", "test nan"} <= {text.get_text() for text in panel.texts}
+
+
+def test_a_loss_over_many_decades_has_a_logarithmic_scale() -> None:
+    assert panels(draw_curves(RUNS["over many decades"], "x"))["loss"].get_yscale() == "log"
+    assert panels(draw_curves(RUNS["thirty"], "x"))["loss"].get_yscale() == "linear"
+
+
+def test_one_wild_batch_does_not_squash_the_curves() -> None:
+    lines = [
+        {**line, "loss": 500.0} if line["step"] == 10 and line["split"] == "step" else line for line in lines_of(30)
+    ]
+    assert panels(draw_curves(lines, "x"))["loss"].get_ylim()[1] < 5
+
+
+def test_a_constant_learning_rate_has_no_strip() -> None:
+    lines = [{**line, "lr": 0.1} if "lr" in line else line for line in lines_of(30)]
+    assert len(draw_curves(lines, "x").axes) == len(draw_curves(lines_of(30), "x").axes) - 1
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_text_of_the_curves_is_cut_off_or_overlaps_another(name: str) -> None:
+    figure = draw_curves(RUNS[name], 20 * "long name ")
+    seen = [(text.get_text(), text.get_window_extent()) for text in shown_texts(figure)]
+    assert len(seen) > 4
+    page = figure.bbox
+    for text, box in seen:
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, text
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, text
+    for place, (text, box) in enumerate(seen):
+        for other, other_box in seen[place + 1 :]:
+            overlap = (
+                min(box.x1, other_box.x1) - max(box.x0, other_box.x0),
+                min(box.y1, other_box.y1) - max(box.y0, other_box.y0),
+            )
+            # A text's box has some air above and below it.
+            assert overlap[0] <= 1 or overlap[1] <= 8, (text, other)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_same_metrics_give_the_same_bytes(tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "run", RUNS[name])
+    first = curves(folder).read_bytes()
+    assert curves(folder).read_bytes() == first
+    picture = np.array(Image.open(io.BytesIO(first)).convert("RGB"))
+    assert picture.shape == (960, 2200, 3)
+    assert (picture != 255).any(axis=2).mean() > 0.002
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "metrics.jsonl"]
+
+
+def test_dollars_and_underscores_in_a_runs_name_are_themselves(tmp_path: Path) -> None:
+    folder = written(tmp_path / "lr_$0.1$_", lines_of(2))
+    curves(folder)
+    assert "lr_$0.1$_" in texts(draw_curves(lines_of(2), folder.name))
+
+
+def test_plots_leave_matplotlib_as_it_was_and_need_no_display(tmp_path: Path) -> None:
+    folder = written(tmp_path / "run", lines_of(2))
+    script = f"""
+import sys
+from pathlib import Path
+from torchrelay.report import confusion_matrix, curves
+assert "matplotlib" not in sys.modules
+import matplotlib, torch
+def settings():  # asking for the backend would choose one, and import pyplot
+    return {{name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}}
+before = settings()
+curves(Path({str(folder)!r}))
+confusion_matrix(torch.eye(3).long()).savefig(Path({str(folder)!r}) / "confusion.png")
+assert settings() == before
+print("matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# ------------------------------------------------------------------------------------------------ the confusion matrix
+
+
+def cells(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_the_confusion_matrix_has_counts_as_numbers_and_shares_as_colours() -> None:
+    figure = confusion_matrix(torch.tensor([[90, 10], [0, 1900]]), ["cat", "dog"])
+    assert cells(figure) == ["90", "10", "0", "1,900"]
+    assert figure.axes[0].images[0].get_array().tolist() == [[0.9, 0.1], [0, 1]]  # type: ignore[union-attr]
+    assert figure.axes[0].get_title(loc="left") == "99.50% of 2,000 samples right"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
+
+
+def test_a_class_without_samples_is_blank_and_wrong_names_are_replaced_by_numbers() -> None:
+    figure = confusion_matrix(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]]), ["cat", "dog"])
+    assert np.isfinite(figure.axes[0].images[0].get_array()).all()  # type: ignore[arg-type]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
+    assert figure.axes[0].get_title(loc="left") == "83.33% of 6 samples right"
+    assert confusion_matrix(torch.zeros(2, 2).long()).axes[0].get_title(loc="left") == "0.00% of 0 samples right"
+
+
+@pytest.mark.parametrize(("classes", "counted"), [(20, True), (21, False), (100, False), (1000, False)])
+def test_above_twenty_classes_there_is_no_room_for_numbers(classes: int, counted: bool) -> None:
+    figure = confusion_matrix(torch.eye(classes).long())
+    assert len(cells(figure)) == (classes**2 if counted else 0)
+    assert len(figure.axes[0].get_yticks()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("classes", "name"),
+    [(2, "{}"), (10, "class{}"), (20, "a class with a very long name, number {}"), (100, "class_{}"), (500, "{}")],
+)
+def test_no_text_of_the_confusion_matrix_is_cut_off(classes: int, name: str) -> None:
+    matrix = torch.full((classes, classes), 12_345)
+    figure = confusion_matrix(matrix, [name.format(index) for index in range(classes)])
+    for text in shown_texts(figure):
+        box, page = text.get_window_extent(), figure.bbox
+        assert page.x0 <= box.x0 < box.x1 <= page.x1, text
+        assert page.y0 <= box.y0 < box.y1 <= page.y1, text
+
+
+def test_numbers_can_be_read_on_their_colours() -> None:
+    figure = confusion_matrix(torch.tensor([[100, 0], [50, 50]]))
+    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "#c4c4c4", "white", "white"]
+    picture = drawn(figure)
+    assert (picture == drawn(confusion_matrix(torch.tensor([[100, 0], [50, 50]])))).all()

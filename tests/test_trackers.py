@@ -1,0 +1,357 @@
+"""TensorBoard's event files, read back by TensorBoard's own reader."""
+
+import io
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch import Tensor, nn
+
+from torchrelay.trackers import TensorBoard, image_grid
+
+
+def lines_of(epochs: int, steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
+    """Return the metrics of a run as metrics.jsonl has them."""
+    lines: list[dict[str, Any]] = []
+    for epoch in range(1, epochs + 1):
+        inside = {"epoch": epoch, "split": "step"}
+        done = range((epoch - 1) * steps + every, epoch * steps + 1, every)
+        lines += [{"step": step, **inside, "loss": 1 / step, "lr": 1 - step / 1000} for step in done]
+        ending = {"step": epoch * steps, "epoch": epoch, "time": 1.7e9 + epoch}
+        train = {"loss": 2 / epoch, "accuracy": 1 - 1 / (epoch + 1), "lr": 1 - epoch * steps / 1000, "seconds": 3.5}
+        lines.append({**ending, "split": "train", **train, "samples_per_second": 1000.0 + epoch})
+        lines.append({**ending, "split": "test", "loss": 3 / epoch, "accuracy": 0.5})
+    return lines
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = read(folder)
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def picture(folder: Path, tag: str) -> np.ndarray[Any, Any]:
+    [shown] = read(folder).Images(tag)
+    return np.array(Image.open(io.BytesIO(shown.encoded_image_string)))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ charts
+
+
+def test_train_and_test_share_a_group_of_charts(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for line in lines_of(epochs=2):
+        board.write(line)
+    board.close()
+    found = scalars(tmp_path)
+    assert set(found) == {
+        *("loss/step", "loss/train", "loss/test", "accuracy/train", "accuracy/test"),
+        *("lr", "samples_per_second"),
+    }
+    assert found["loss/test"] == [(40, 3.0), (80, 1.5)]
+    assert found["accuracy/train"] == [(40, 0.5), (80, pytest.approx(2 / 3))]
+
+
+def test_a_chart_has_one_point_a_step_though_two_lines_tell_of_it(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for line in lines_of(epochs=2):
+        board.write(line)
+    board.close()
+    assert [step for step, _ in scalars(tmp_path)["lr"]] == [10, 20, 30, 40, 50, 60, 70, 80]
+
+
+def test_points_carry_the_time_of_their_line(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.write(lines_of(epochs=1)[-1])
+    board.close()
+    assert [point.wall_time for point in read(tmp_path).Scalars("loss/test")] == [1.7e9 + 1]
+
+
+def test_a_diverged_loss_is_a_point_whether_it_comes_from_the_run_or_from_the_file(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for step, loss in enumerate((math.inf, math.nan, None)):
+        board.write({"step": step, "epoch": 1, "split": "test", "loss": loss, "note": "no number", "by_class": [1.0]})
+    board.close()
+    [(tag, points)] = scalars(tmp_path).items()
+    assert tag == "loss/test"
+    assert [step for step, _ in points] == [0, 1, 2]
+    assert all(math.isnan(value) for _, value in points)
+
+
+def test_a_line_is_one_event(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for line in lines_of(epochs=1):
+        board.write(line)
+    board.close()
+    [file] = tmp_path.iterdir()
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+
+    assert len(list(RawEventFileLoader(str(file)).Load())) == 1 + len(lines_of(epochs=1))
+
+
+def test_after_a_resume_no_point_is_doubled_and_none_is_missing(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    board = TensorBoard(whole)
+    for line in lines_of(epochs=4):
+        board.write(line)
+    board.close()
+
+    killed_in_epoch_3 = f"""
+import json, os, signal, sys, torch
+from pathlib import Path
+from torchrelay.trackers import TensorBoard
+board = TensorBoard(Path({str(broken)!r}))
+board.images("first batch", torch.rand(4, 3, 8, 8), None, None, step=0)
+for line in json.load(sys.stdin):
+    board.write(line)
+board._writers[".scalars"].flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    metrics = json.dumps(lines_of(epochs=3))
+    killed = subprocess.run([sys.executable, "-c", killed_in_epoch_3], input=metrics, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(scalars(broken)["loss/test"]) == 3
+    board = TensorBoard(broken)
+    board.rewrite(lines_of(epochs=2))  # its last checkpoint is that of epoch 2
+    for line in lines_of(epochs=4)[len(lines_of(epochs=2)) :]:
+        board.write(line)
+    board.close()
+
+    assert scalars(broken) == scalars(whole)
+    assert read(broken).Tags()["images"] == ["first batch"]
+    assert files(broken) == [".media", ".scalars"]
+
+
+def test_nothing_is_opened_or_imported_before_it_is_needed(tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from torchrelay.trackers import TensorBoard
+board = TensorBoard(Path({str(tmp_path)!r}))
+board.close()
+print([name for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "torchvision") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_batch_is_shown_as_the_images_it_came_from(tmp_path: Path) -> None:
+    original = torch.randint(0, 256, (70, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    mean, std = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.2, 0.19, 0.21])
+    normalised = (original / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    board = TensorBoard(tmp_path)
+    board.images("first batch", normalised, mean.tolist(), std.tolist(), step=0)
+    board.close()
+    shown = picture(tmp_path, "first batch")
+    assert shown.shape == (8 * 130, 8 * 130, 3)  # 64 of them, eightfold, each in a frame of a pixel
+    for place in (0, 7, 8, 63):
+        row, column = divmod(place, 8)
+        tile = shown[row * 130 + 1 : row * 130 + 129, column * 130 + 1 : column * 130 + 129]
+        assert (tile[::8, ::8] == original[place].permute(1, 2, 0).numpy()).all()
+        assert (tile[7::8, 7::8] == tile[::8, ::8]).all()
+
+
+def test_images_are_float32_of_any_memory_format_or_precision(tmp_path: Path) -> None:
+    images = torch.rand(3, 3, 8, 8)
+    board = TensorBoard(tmp_path)
+    board.images("plain", images, None, None, step=0)
+    board.images("channels last", images.contiguous(memory_format=torch.channels_last), None, None, step=0)
+    board.images("half", images.bfloat16(), None, None, step=0)
+    board.close()
+    assert (picture(tmp_path, "plain") == picture(tmp_path, "channels last")).all()
+    assert np.abs(picture(tmp_path, "plain").astype(int) - picture(tmp_path, "half")).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "shape"), [(256, 224, (904, 904)), (2, 1100, (1102, 1102)), (3, 4, (130, 390))]
+)
+def test_a_grid_is_never_much_wider_than_a_screen(
+    tmp_path: Path, count: int, side: int, shape: tuple[int, int]
+) -> None:
+    board = TensorBoard(tmp_path)
+    board.images("first batch", torch.rand(count, 1, side, side), (0.0,), (1.0,), step=0)
+    board.close()
+    assert picture(tmp_path, "first batch").shape[:2] == shape
+
+
+def test_the_missing_images_of_a_last_row_are_white() -> None:
+    grid = image_grid(torch.zeros(9, 1, 128, 128))
+    assert grid.shape == (2 * 130, 8 * 130, 3)
+    assert (grid[130:, 130:] == 255).all()
+    assert (grid[131:259, 1:129] == 0).all()
+
+
+def test_images_that_are_no_numbers_are_black() -> None:
+    assert (image_grid(torch.full((1, 1, 200, 200), math.nan))[1:-1, 1:-1] == 0).all()
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(8, 64), torch.zeros(8, 12, dtype=torch.int64), [torch.zeros(2)], {}])
+def test_inputs_that_are_no_images_are_left_out(tmp_path: Path, inputs: Any) -> None:
+    TensorBoard(tmp_path).images("first batch", inputs, None, None, step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_and_a_png_file_look_the_same(tmp_path: Path) -> None:
+    figure = Figure(figsize=(2, 1))
+    figure.add_subplot().plot([1, 2, 3])
+    figure.savefig(tmp_path / "figure.png", dpi=100)
+    board = TensorBoard(tmp_path / "tensorboard")
+    board.figure("drawn", figure, step=3)
+    board.figure("from file", tmp_path / "figure.png", step=3)
+    board.close()
+    assert picture(tmp_path / "tensorboard", "drawn").shape == (100, 200, 3)
+    assert (picture(tmp_path / "tensorboard", "drawn") == picture(tmp_path / "tensorboard", "from file")).all()
+
+
+# ------------------------------------------------------------------------------------------------ the graph
+
+
+class Net(nn.Module):
+    """A network with all that tracing could disturb: batch statistics, dropout, draws in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(2)
+        )
+        self.calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.body(images) + torch.rand(1)
+
+
+def test_a_training_cannot_tell_that_its_graph_was_drawn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Net(), torch.rand(6, 3, 8, 8)
+    model(images).sum().backward()
+    model.body[2].eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    modes, random, numpy = [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()[1]
+
+    said: list[str] = []
+    board = TensorBoard(tmp_path, said.append)
+    board.graph(model, images)
+    board.close()
+
+    assert said == []
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (np.random.get_state()[1] == numpy).all()
+    assert model.calls == 1
+
+
+def test_the_graph_names_the_models_parts(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    board.graph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(6, 3, 8, 8))
+    board.close()
+    names = " ".join(node.name for node in read(tmp_path).Graph().node)
+    assert "Conv2d[0]" in names
+    assert "ReLU[1]" in names
+
+
+def test_inputs_of_several_parts_are_traced_too(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+            return inputs[0] + inputs[1]
+
+    said: list[str] = []
+    board = TensorBoard(tmp_path, said.append)
+    board.graph(Pair(), (torch.rand(4, 2), torch.rand(4, 2)))
+    board.close()
+    assert said == []
+    assert read(tmp_path).Tags()["graph"]
+
+
+def test_a_model_that_cannot_be_traced_is_said_and_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stubborn(nn.Module):
+        def forward(self, images: Tensor) -> list[str]:
+            return ["not", "a", "tensor"]
+
+    class Faulty(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise KeyError("mask")
+
+    said: list[str] = []
+    board = TensorBoard(tmp_path, said.append)
+    board.graph(Stubborn(), torch.rand(6, 3, 8, 8))
+    board.graph(Faulty(), torch.rand(6, 3, 8, 8))
+    board.close()
+    assert len(said) == 2
+    assert all("can't be traced" in text and "\n" not in text for text in said)
+    assert "KeyError: 'mask'" in said[1]
+    assert capsys.readouterr() == ("", "")
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def hyperparameters(folder: Path) -> dict[str, Any]:
+    [events] = [read(folder).SummaryMetadata("_hparams_/session_start_info")]
+    start = HParamsPluginData.FromString(events.plugin_data.content).session_start_info
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+
+
+def test_settings_stand_in_the_runs_own_folder_with_what_they_led_to(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for line in lines_of(epochs=2):
+        board.write(line)
+    settings = {"optimizer.lr": 0.1, "run.exact": True, "run.patience": None, "data.augment": ["flip"], "run.epochs": 2}
+    board.hyperparameters(settings, {"accuracy/test": 0.5, "final/f1": 0.25})
+    board.close()
+    assert hyperparameters(tmp_path) == {
+        "optimizer.lr": 0.1,
+        "run.exact": "true",
+        "run.patience": "None",
+        "data.augment": "['flip']",
+        "run.epochs": 2.0,
+    }
+    assert scalars(tmp_path)["final/f1"] == [(80, 0.25)]
+    assert scalars(tmp_path)["accuracy/test"] == [(40, 0.5), (80, 0.5)]  # it has a chart: no point is added
+    assert all(path.is_file() for path in tmp_path.iterdir())
+
+
+def test_a_run_that_ends_again_after_a_resume_shows_its_new_settings_only(tmp_path: Path) -> None:
+    for epochs in (2, 4):
+        board = TensorBoard(tmp_path)
+        board.rewrite(lines_of(epochs))
+        board.hyperparameters({"run.epochs": epochs}, {"final/f1": 0.1 * epochs})
+        board.close()
+    assert hyperparameters(tmp_path) == {"run.epochs": 4.0}
+    assert scalars(tmp_path)["final/f1"] == [(160, pytest.approx(0.4))]
+    assert files(tmp_path) == [".hparams", ".scalars"]
+
+
+def test_the_metrics_of_a_file_are_the_charts(tmp_path: Path) -> None:
+    text = "".join(json.dumps(line) + "\n" for line in lines_of(epochs=2))
+    board = TensorBoard(tmp_path)
+    board.rewrite(map(json.loads, text.splitlines()))
+    board.close()
+    assert scalars(tmp_path)["loss/train"] == [(40, 2.0), (80, 1.0)]
