@@ -13,7 +13,10 @@ from torchrelay.models import ModelSettings
 
 def pretrain(run: Path) -> Path:
     """Train on the digits 0 to 4 and return the file of the weights."""
-    parts = [tr.data.arrays(p.inputs[p.targets < 5], p.targets[p.targets < 5], classes=tuple("01234")) for p in tr.data.digits()]
+    parts = [
+        tr.data.arrays(p.inputs[p.targets < 5], p.targets[p.targets < 5], classes=tuple("01234"))
+        for p in tr.data.digits()
+    ]
     torch.manual_seed(0)
     model = tr.models.build(ModelSettings(name="small-cnn"), classes=5, channels=1, image_size=8, log=print)
     trainer = tr.Trainer(model, *parts, optimizer=tr.optim.AdamW(lr=3e-3), epochs=5, batch_size=64, run=run)

@@ -44,14 +44,16 @@ def main(run: str = "runs/own-loop", epochs: int = 3) -> int:
     while step < epochs * len(batches):
         epoch, place = divmod(step, len(batches))
         for batch in batches.epoch(epoch, start=place):
-            rng.reseed(rng.seed_for(SEED, "noise", step), here.torch)  # randomness by name: nothing of it to save
+            rng.reseed(rng.seed_for(SEED, "noise", step), here.device)  # randomness by name: nothing of it to save
             real = batch.inputs.flatten(1)
-            made = draw(torch.randn(len(real), NOISE, device=here.torch))
+            made = draw(torch.randn(len(real), NOISE, device=here.device))
 
             verdicts = judge(torch.cat([real, made.detach()]))
-            truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]).to(here.torch)
+            truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]).to(here.device)
             update(optimizers["judge"], F.binary_cross_entropy_with_logits(verdicts, truth))
-            update(optimizers["draw"], F.binary_cross_entropy_with_logits(judge(made), torch.ones_like(truth[: len(real)])))
+            update(
+                optimizers["draw"], F.binary_cross_entropy_with_logits(judge(made), torch.ones_like(truth[: len(real)]))
+            )
             step += 1
         state = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         checkpoint.write(folder, checkpoint.Contents(step, models.state_dict(), state))

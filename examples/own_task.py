@@ -22,7 +22,9 @@ class Reconstruct(tr.Task):
 def main(run: str = "runs/own-task", epochs: int = 10) -> float:
     train, test = ((part.inputs.flatten(1) / 255.0) for part in tr.data.digits())  # (samples, 64) in [0, 1]
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 64))
+    model = nn.Sequential(
+        nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 64)
+    )
     trainer = tr.Trainer(
         model,
         (train, train),

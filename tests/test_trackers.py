@@ -165,10 +165,10 @@ def test_a_batch_is_shown_as_the_images_it_came_from(tmp_path: Path) -> None:
     board.images("first batch", normalised, mean.tolist(), std.tolist(), step=0)
     board.close()
     shown = picture(tmp_path, "first batch")
-    assert shown.shape == (8 * 130, 8 * 130, 3)  # 64 of them, eightfold, each in a frame of a pixel
+    assert shown.shape == (8 * 132, 8 * 132, 3)  # 64 of them, eightfold, each in a frame of two pixels
     for place in (0, 7, 8, 63):
         row, column = divmod(place, 8)
-        tile = shown[row * 130 + 1 : row * 130 + 129, column * 130 + 1 : column * 130 + 129]
+        tile = shown[row * 132 + 2 : row * 132 + 130, column * 132 + 2 : column * 132 + 130]
         assert (tile[::8, ::8] == original[place].permute(1, 2, 0).numpy()).all()
         assert (tile[7::8, 7::8] == tile[::8, ::8]).all()
 
@@ -185,7 +185,7 @@ def test_images_are_float32_of_any_memory_format_or_precision(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("count", "side", "shape"), [(256, 224, (904, 904)), (2, 1100, (1102, 1102)), (3, 4, (130, 390))]
+    ("count", "side", "shape"), [(256, 224, (912, 912)), (2, 1100, (1104, 1104)), (3, 4, (132, 396))]
 )
 def test_a_grid_is_never_much_wider_than_a_screen(
     tmp_path: Path, count: int, side: int, shape: tuple[int, int]
@@ -198,13 +198,13 @@ def test_a_grid_is_never_much_wider_than_a_screen(
 
 def test_the_missing_images_of_a_last_row_are_white() -> None:
     grid = image_grid(torch.zeros(9, 1, 128, 128))
-    assert grid.shape == (2 * 130, 8 * 130, 3)
-    assert (grid[130:, 130:] == 255).all()
-    assert (grid[131:259, 1:129] == 0).all()
+    assert grid.shape == (2 * 132, 8 * 132, 3)
+    assert (grid[132:, 132:] == 255).all()
+    assert (grid[134:262, 2:130] == 0).all()
 
 
 def test_images_that_are_no_numbers_are_black() -> None:
-    assert (image_grid(torch.full((1, 1, 200, 200), math.nan))[1:-1, 1:-1] == 0).all()
+    assert (image_grid(torch.full((1, 1, 200, 200), math.nan))[2:-2, 2:-2] == 0).all()
 
 
 @pytest.mark.parametrize("inputs", [torch.zeros(8, 64), torch.zeros(8, 12, dtype=torch.int64), [torch.zeros(2)], {}])

@@ -22,7 +22,24 @@ _HOME = {
     "RelayError": "torchrelay.errors",
 }
 _MODULES = ("augment", "data", "models", "optim")
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = [
+    "Callback",
+    "Classification",
+    "EarlyStopping",
+    "MultiLabel",
+    "NextToken",
+    "Recipe",
+    "Regression",
+    "RelayError",
+    "RunSettings",
+    "Task",
+    "Trainer",
+    "__version__",
+    "augment",
+    "data",
+    "models",
+    "optim",
+]
 
 if TYPE_CHECKING:
     from torchrelay import data, models, optim

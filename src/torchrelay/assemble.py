@@ -124,7 +124,7 @@ class Predictor:
         inputs = decode_images(paths, self.shape)
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        return predict(self.model, batches.epoch(), Classification(), self.device)
+        return predict(self.model, batches.epoch(), Classification(), self.device, self.model)
 
 
 def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:
@@ -134,7 +134,9 @@ def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: Module
         UsageError: there is no such checkpoint, or the run's task has no classes.
     """
     if recipe.loss.name != "cross_entropy":
-        raise UsageError(f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()")
+        raise UsageError(
+            f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()"
+        )
     contents = checkpoint.read(checkpoint.find(folder / "checkpoints", which))
     return Predictor(recipe, contents, code)
 
@@ -155,7 +157,9 @@ def task(settings: LossSettings, train: Source, code: ModuleType | None = None) 
         "next_token": lambda: NextToken(settings.label_smoothing),
     }
     if settings.name not in tasks:
-        raise UsageError(f"loss.name '{settings.name}' is unknown{nearest(settings.name, tasks)} known: {', '.join(tasks)}")
+        raise UsageError(
+            f"loss.name '{settings.name}' is unknown{nearest(settings.name, tasks)} known: {', '.join(tasks)}"
+        )
     return tasks[settings.name]()
 
 
@@ -168,7 +172,9 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
             raise UsageError("loss.class_weights 'balanced' needs one class a sample, held in memory: give the numbers")
         return balanced_weights(train.targets, len(train.classes))
     if len(weights) != len(train.classes):
-        raise UsageError(f"loss.class_weights has {len(weights)} numbers for {len(train.classes)} classes: give one each")
+        raise UsageError(
+            f"loss.class_weights has {len(weights)} numbers for {len(train.classes)} classes: give one each"
+        )
     return torch.tensor(weights)
 
 
@@ -219,7 +225,13 @@ def environment(code: ModuleType | None = None) -> dict[str, Any]:
     if code is not None and code.__file__ is not None:
         found["code"] = code.__file__
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=False)  # noqa: S607
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return found  # no git here: then there is no commit to name
     return found | ({"git": git.stdout.strip()} if git.returncode == 0 else {})

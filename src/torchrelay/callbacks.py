@@ -88,7 +88,7 @@ class StepLog(Callback):
     """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, the rates."""
 
     def __init__(self) -> None:
-        self._losses: list["Tensor | float"] = []
+        self._losses: list[Tensor | float] = []
         self._samples = 0
         self._since = 0.0
 

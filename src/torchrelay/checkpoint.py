@@ -1,12 +1,12 @@
 """Step 3: checkpoints, folders that appear whole or not at all.
 
-`checkpoints/step-00001234/` holds `model.safetensors` (the raw weights, for anyone to load), `ema.safetensors` if weights
-are averaged, `state.safetensors` and `state.json` (everything else that the run needs to go on) and `manifest.json` (the
-size and SHA-256 of each). Nothing is pickled: loading a checkpoint runs no code. This module knows tensors and folders,
-not trainers.
+`checkpoints/step-00001234/` holds `model.safetensors` (the raw weights, for anyone to load), `ema.safetensors` if
+weights are averaged, `state.safetensors` and `state.json` (everything else that the run needs to go on) and
+`manifest.json` (the size and SHA-256 of each). Nothing is pickled: loading a checkpoint runs no code. This module
+knows tensors and folders, not trainers.
 
-Writing: files beside the target, each flushed; the manifest; the folder flushed; renamed; the parent flushed. A crash in
-between leaves a folder that no reader counts.
+Writing: files beside the target, each flushed; the manifest; the folder flushed; renamed; the parent flushed. A crash
+in between leaves a folder that no reader counts.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from torchrelay.duration import Duration
@@ -41,9 +42,9 @@ class CheckpointSettings(Settings):
 
     every: Duration = Duration("1 epoch")
     """How often to save: "1 epoch", "500 steps" or "10 min". The end of the run is always saved."""
-    keep: int = 2
+    keep: int = Field(default=2, ge=1)
     """How many of the newest to keep."""
-    keep_best: int = 1
+    keep_best: int = Field(default=1, ge=0)
     """How many of the best, by the task's headline metric, to keep beside them."""
 
 

@@ -4,12 +4,14 @@ torch takes seconds to import, so nothing that needs it is imported before it is
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from torchrelay import __version__
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError, nearest
 
 _FAILED = 1
 
@@ -34,18 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and leave with exit code 2."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            known = [name.strip(" '") for name in choice[2].split(",")]
+            near = nearest(choice[1], known) or f"; known: {', '.join(known)}"
+            message = f"there is no command '{choice[1]}'{near}"
+        self.exit(UsageError.exit_code, f"error: {message}; '{self.prog} --help' shows what there is\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchrelay",
         description="Train networks: a loop you can read, runs that go on exactly, fast by default.",
         epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 75 stopped by a signal with a checkpoint saved.",
     )
     parser.add_argument("--version", action="version", version=f"torchrelay {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
+    def command(name: str, text: str) -> _Parser:
         return commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
 
     train = command("train", "train by a recipe")
@@ -96,7 +110,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step's number")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="best (default), last, or a step's number"
+    )
 
 
 if __name__ == "__main__":

@@ -113,10 +113,14 @@ def _recipe_of_run(options: argparse.Namespace) -> tuple[recipe.Recipe, ModuleTy
     """Return the recipe in a run's folder with the overrides applied, and the code that it names things of."""
     file = options.folder / "recipe.toml"
     if not file.is_file():
-        raise UsageError(f"{options.folder} is no run: it has no recipe.toml; give a folder that 'torchrelay train' made")
+        raise UsageError(
+            f"{options.folder} is no run: it has no recipe.toml; give a folder that 'torchrelay train' made"
+        )
     started = tomllib.loads(file.read_text(encoding="utf-8")).get("environment", {})
     if started.get("started_from") == "python":
-        raise UsageError(f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that did it")
+        raise UsageError(
+            f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that did it"
+        )
     if "code" in started and options.code is None:
         raise UsageError(f"{options.folder} uses code of its own: add --code {started['code']}")
     return recipe.load(str(file), options.overrides), _code(options.code)

@@ -38,7 +38,7 @@ class DeviceSettings(Settings):
 class Device:
     """A device that is set up."""
 
-    torch: torch.device
+    device: torch.device
     settings: DeviceSettings
 
     @property
@@ -50,20 +50,20 @@ class Device:
         """Return the context of a forward pass in this device's precision."""
         if self.settings.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.torch.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, in its memory format."""
         if self.settings.channels_last:
-            return model.to(self.torch, memory_format=torch.channels_last)
-        return model.to(self.torch)
+            model = model.to(memory_format=torch.channels_last)
+        return model.to(self.device)
 
     def move(self, value: Any) -> Any:
         """Move a tensor, or the tensors of a tuple, list or dict, without waiting for the copy."""
         if isinstance(value, Tensor):
             if self.settings.channels_last and value.ndim == 4:
-                return value.to(self.torch, non_blocking=True, memory_format=torch.channels_last)
-            return value.to(self.torch, non_blocking=True)
+                return value.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+            return value.to(self.device, non_blocking=True)
         if isinstance(value, dict):
             return {key: self.move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -72,13 +72,13 @@ class Device:
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler that fp16 needs; it does nothing in the other precisions."""
-        return torch.amp.GradScaler(self.torch.type, enabled=self.settings.precision == "fp16")
+        return torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     def describe(self) -> str:
         """Return a line for the log."""
-        name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else self.torch.type
-        extras = [self.settings.precision]
-        if self.torch.type == "cpu":
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        extras: list[str] = [self.settings.precision]
+        if self.device.type == "cpu":
             extras.append(f"{torch.get_num_threads()} threads")
         extras += [
             word
@@ -112,7 +112,7 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
         # cuBLAS reads this when its first handle is made; without it PyTorch refuses its deterministic mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(exact)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it hides no bug of ours and costs memory traffic
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no bug of ours and costs memory traffic
     return Device(device, settings)
 
 

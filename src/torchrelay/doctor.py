@@ -21,7 +21,8 @@ def findings() -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "processor": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {memory / 2**30:.0f} GiB memory",
+        "processor": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "memory": f"{memory / 2**30:.0f} GiB",
         "threads": f"{torch.get_num_threads()} for one operation (device.threads)",
         "CUDA": _cuda(),
         "MPS": "yes" if torch.backends.mps.is_available() else "no",

@@ -1,6 +1,6 @@
 """Step 7, the test: every sample once, in blocks whose sums are added in the order of the data."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchrelay.data.batches import Batch
 from torchrelay.device import Device
 from torchrelay.task import Task
+
+Forward = Callable[[Any], Any]  # from inputs to outputs
 
 
 @dataclass(frozen=True)
@@ -76,22 +78,31 @@ class Sums:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device) -> Evaluation:
-    """Run a model over data, in evaluation mode, and return its loss and metrics; the mode it had is set again."""
+def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device, forward: Forward) -> Evaluation:
+    """Run a model over data, in evaluation mode, and return its loss and metrics; the mode it had is set again.
+
+    Args:
+        model: whose mode is set.
+        batches: each sample once.
+        task: what a batch means.
+        device: where the batches are.
+        forward: the model, or the same compiled.
+    """
     was_training = model.training
     model.eval()
     sums = Sums()
-    metrics = {name: metric.to(device.torch) for name, metric in task.metrics().items()}
+    metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for batch in batches:
         with device.autocast():
-            outputs = model(batch.inputs)
+            outputs = forward(batch.inputs)
             loss = task.loss(outputs, batch.targets)
         weight = task.weight(batch.targets)
         sums.add_loss(loss / weight, weight)
         sums.add_measures(task.measure(outputs, batch.targets), task.count(batch.targets))
-        predictions = task.predict(outputs) if metrics else None
-        for metric in metrics.values():
-            metric.update(predictions, _as_targets(batch.targets, predictions))
+        if metrics:
+            predictions = task.predict(outputs)
+            for metric in metrics.values():
+                metric.update(predictions, _as_targets(batch.targets, predictions))
     model.train(was_training)
     return _result(sums, {name: metric.compute() for name, metric in metrics.items()})
 
@@ -116,14 +127,14 @@ def _result(sums: Sums, computed: dict[str, Tensor]) -> Evaluation:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device) -> Tensor:
+def predict(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device, forward: Forward) -> Tensor:
     """Return what the task makes of the outputs for each sample, in the order of the data, on the CPU."""
     was_training = model.training
     model.eval()
     found = []
     for batch in batches:
         with device.autocast():
-            outputs = model(batch.inputs)
+            outputs = forward(batch.inputs)
         found.append(task.predict(outputs).cpu())
     model.train(was_training)
     return torch.cat(found)

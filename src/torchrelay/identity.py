@@ -27,7 +27,9 @@ def of_machine(device: torch.device) -> Identity:
     """Return what of this machine decides the last bits of a result."""
     return {
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()})",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -45,6 +47,8 @@ def compare(saved: dict[str, Any], now: Identity, accept_changes: bool) -> list[
             continue
         change = f"{_MUST_AGREE.get(name, name)} was {saved[name]} and is {value}"
         if name in _MUST_AGREE and not accept_changes:
-            raise RelayError(f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes")
+            raise RelayError(
+                f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"
+            )
         warnings.append(f"{change}: the result may differ from the undisturbed run's")
     return warnings

@@ -74,10 +74,14 @@ class GradientTree:
 
 def _sum(left: Gradients, right: Gradients) -> Gradients:
     """Add two lists of gradients; a missing one counts as exact zeros, unless it is missing on both sides."""
-    return [
-        None if a is None and b is None else (0.0 if a is None else a) + (0.0 if b is None else b)
-        for a, b in zip(left, right, strict=True)
-    ]
+
+    def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if a is None or b is None:
+            there = b if a is None else a
+            return None if there is None else there + 0.0  # which makes a negative zero a positive one
+        return a + b
+
+    return [add(a, b) for a, b in zip(left, right, strict=True)]
 
 
 class Buffers:

@@ -53,7 +53,7 @@ class Recipe(Settings):
     """7. When to save, what to keep."""
 
     def to_toml(self) -> str:
-        """Return the recipe, resolved, as TOML: each key with its meaning, and its default where it has another value."""
+        """Return the recipe, resolved, as TOML: each key with its meaning, and its default where that is another."""
         return "\n".join(_lines(self)) + "\n"
 
 
@@ -109,7 +109,10 @@ def _read(name: str) -> Table:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{name} can't be read as text: {error}") from None
     else:
-        raise UsageError(f"there is no recipe '{name}': neither shipped nor a file{nearest(name, names())} 'torchrelay recipes' lists them")
+        raise UsageError(
+            f"there is no recipe '{name}', neither a shipped one nor a file"
+            f"{nearest(name, names()) or '; the shipped ones are ' + ', '.join(names())}"
+        )
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -142,6 +145,10 @@ def _explain(error: ValidationError) -> str:
         known = _keys(Recipe, sections)
         dotted = ".".join([*_without_tags(sections), key])
         return f"unknown key '{dotted}'{nearest(key, known) or '; known here: ' + ', '.join(known)}{more}"
+    if first["type"] == "union_tag_invalid":
+        known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
+        near = nearest(first["ctx"]["tag"], known) or f"; known: {', '.join(known)}"
+        return f"{'.'.join(_without_tags(place))}.name: '{first['ctx']['tag']}' is unknown{near}{more}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first.get("input"), dict) else f", not {first['input']!r}"
     return f"{'.'.join(_without_tags(place))}: {message}{'' if first['type'] == 'value_error' else given}{more}"
@@ -160,7 +167,9 @@ def _keys(model: type[BaseModel], sections: Sequence[str]) -> list[str]:
     """Return the keys known in a section; a union's tag in the path chooses among its members."""
     candidates = [model]
     for section in sections:
-        inside = [m for c in candidates if section in c.model_fields for m in _members(c.model_fields[section].annotation)]
+        inside = [
+            m for c in candidates if section in c.model_fields for m in _members(c.model_fields[section].annotation)
+        ]
         tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == section]
         candidates = inside or tagged or candidates
     return sorted({key for candidate in candidates for key in candidate.model_fields})
@@ -185,7 +194,7 @@ def _lines(recipe: Recipe) -> Iterator[str]:
         yield f"[{section}]"
         values: Settings = getattr(recipe, section)
         shown = values.model_dump(mode="json")
-        for key, info in type(values).model_fields.items():
+        for key, info in sorted(type(values).model_fields.items(), key=lambda item: item[0] != "name"):
             default = info.get_default(call_default_factory=True)
             meaning = f"  # {info.description}" if info.description else ""
             differs = "" if getattr(values, key) == default or info.is_required() else f" (default {_toml(default)})"

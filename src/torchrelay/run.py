@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import tomli_w
+from pydantic import Field
 
 from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
 from torchrelay.errors import RelayError, UsageError
@@ -28,19 +29,19 @@ Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metr
 class RunSettings(Settings):
     """How long to train, from which seed, and how often to look."""
 
-    epochs: int = 10
+    epochs: int = Field(default=10, ge=1)
     """How many times to go through the training data."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """From which all randomness of the run follows: initial weights, order, augmentation, dropout."""
     exact: bool = True
     """Only deterministic kernels, and replicas in a power of two: the same bits however the run is interrupted."""
-    max_steps: int | None = None
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
-    evaluate_every: int = 1
+    evaluate_every: int = Field(default=1, ge=1)
     """Epochs between two evaluations; the last epoch is always evaluated."""
-    log_every: int = 50
+    log_every: int = Field(default=50, ge=1)
     """Steps between two lines of metrics inside an epoch."""
-    patience: int | None = None
+    patience: int | None = Field(default=None, ge=1)
     """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
 
 
@@ -51,9 +52,11 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
+        """Begin to count seconds and samples."""
         self._since, self.samples = time.perf_counter(), 0
 
     def lap(self) -> dict[str, float]:
+        """Return the seconds since the start, and the samples of each."""
         seconds = time.perf_counter() - self._since
         return {"seconds": round(seconds, 3), "samples_per_second": round(self.samples / max(seconds, 1e-9), 1)}
 
@@ -88,7 +91,9 @@ class Run:
         self.terminal = terminal
         started = (folder / "recipe.toml").exists()
         if started and not resume:
-            raise UsageError(f"{folder} holds a run already: go on with it by 'torchrelay resume {folder}', or choose another")
+            raise UsageError(
+                f"{folder} holds a run already: go on with it by 'torchrelay resume {folder}', or choose another"
+            )
         if resume and not started:
             raise UsageError(f"{folder} holds no run to resume: give a folder that 'torchrelay train' made")
         try:
@@ -97,7 +102,9 @@ class Run:
             self._log = (folder / "log.txt").open("a", encoding="utf-8")
             self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
-            raise RelayError(f"can't write in the run folder {folder}: {error.strerror or error}; choose another by --run") from error
+            raise RelayError(
+                f"can't write in the run folder {folder}: {error.strerror or error}; choose another by --run"
+            ) from error
         self.tensorboard = TensorBoard(folder / "tensorboard")
         self.trackers: list[Tracker] = [self.tensorboard]
         self._writer = Writer(self.checkpoints, saving)
@@ -192,7 +199,9 @@ def _lock(path: Path) -> TextIO:
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise RelayError(f"{path.parent} is in use by {holder}: wait for it, stop it, or choose another run folder") from error
+        raise RelayError(
+            f"{path.parent} is in use by {holder}: wait for it, stop it, or choose another run folder"
+        ) from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

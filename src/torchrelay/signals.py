@@ -15,7 +15,7 @@ STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped by a signal, a ch
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class Interrupted(RelayError):
+class Interrupted(RelayError):  # noqa: N818 - it is no error either
     """The run was stopped by a signal and saved a checkpoint; resuming goes on exactly."""
 
     exit_code = STOPPED

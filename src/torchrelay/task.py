@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +21,8 @@ class LossSettings(Settings):
     """What is minimised; it also says what the targets are."""
 
     name: str = "cross_entropy"
-    """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (sequences), or a task in --code."""
-    label_smoothing: float = 0.0
+    """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (texts), or a task in --code."""
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the target spread evenly over all classes (cross_entropy, next_token)."""
     class_weights: list[float] | Literal["balanced"] | None = None
     """A weight for each class, or "balanced": inversely to how often the training data has it (cross_entropy, bce)."""
@@ -201,7 +202,9 @@ class Regression(Task):
         """Return the summed squared error; outputs of (batch, 1) meet targets of (batch,)."""
         outputs = outputs.view_as(targets) if outputs.numel() == targets.numel() else outputs
         if outputs.shape != targets.shape:
-            raise RelayError(f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal")
+            raise RelayError(
+                f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal"
+            )
         return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ _PLACE = {"step", "epoch", "split", "time", "seconds"}  # where a line belongs, 
 _SHARED = {"lr", "samples_per_second"}  # the same chart, whichever split tells of it
 _MOST_PICTURES = 64
 _GRID_SIDE = 1024  # pixels a grid of pictures is wide at most; a wider one would take seconds to write
+_FRAME = 2  # white pixels around each image of a grid
 _QUEUE = 1000  # events waiting for the writer's thread; with TensorBoard's own 10 the training would wait
 
 
@@ -220,7 +221,7 @@ def image_grid(images: Tensor) -> Picture:
     pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = F.pad(pixels, (1, 1, 1, 1), value=255)
+    pixels = F.pad(pixels, (_FRAME, _FRAME, _FRAME, _FRAME), value=255)
     pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, rows * columns - count), value=255)
     tiles = pixels.reshape(rows, columns, *pixels.shape[1:])  # (rows, columns, 3, height, width)
     grid: Picture = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()

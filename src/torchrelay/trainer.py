@@ -1,13 +1,13 @@
 """Step 7: the loop. `fit` calls `train_step`, which calls `optimizer.step`; there is nothing between them.
 
-    open the run                                           # or go on from its newest checkpoint
-    for each epoch:
-        for each global batch, from where the run stands:
-            set the learning rates of this step
-            loss and gradients of every replica, added in a fixed tree
-            update; average the weights
-            log, save, stop, where it is time to
-        evaluate, keep the best, save
+open the run                                           # or go on from its newest checkpoint
+for each epoch:
+    for each global batch, from where the run stands:
+        set the learning rates of this step
+        loss and gradients of every replica, added in a fixed tree
+        update; average the weights
+        log, save, stop, where it is time to
+    evaluate, keep the best, save
 """
 
 import time
@@ -35,7 +35,7 @@ from torchrelay.errors import UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
 from torchrelay.finite import FiniteGuard
 from torchrelay.models import EMA, InitFromData
-from torchrelay.optim import SGD, Constant, ScheduleSettings
+from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, check_replicas, give_gradients, take_gradients
 from torchrelay.run import Run, RunSettings, Stopwatch
 from torchrelay.signals import Interrupted, StopNow, StopSignal
@@ -219,7 +219,9 @@ class Trainer:
         with self._open_run(resume, accept_changes):
             while self._goes_on():
                 self.model.train()
-                for batch in self.batches.epoch(self.epochs_done, start=self.step - self.epochs_done * len(self.batches)):
+                for batch in self.batches.epoch(
+                    self.epochs_done, start=self.step - self.epochs_done * len(self.batches)
+                ):
                     loss = self.train_step(batch)
                     self._after_step(batch, loss)
                     if self._stop_reason is not None:
@@ -270,11 +272,11 @@ class Trainer:
 
     def _replica(self, replica: int, inputs: Any, targets: Tensor, total: Tensor | float) -> Tensor:
         """Go forward and backward through one replica's part; return its share of the mean loss."""
-        rng.reseed(rng.seed_for(self.settings.seed, "model", self.step, replica), self.device.torch)
+        rng.reseed(rng.seed_for(self.settings.seed, "model", self.step, replica), self.device.device)
         with self.device.autocast():
             outputs = self.forward(inputs)
             loss = self.task.loss(outputs, targets) / total
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
         return loss.detach()
@@ -306,7 +308,9 @@ class Trainer:
         """Append a line to the run's metrics, if there is a run."""
         if self.run is not None:
             epoch = -(-self.step // len(self.batches))
-            self.run.record({"step": self.step, "epoch": epoch, "split": split, **values, "time": round(time.time(), 3)})
+            self.run.record(
+                {"step": self.step, "epoch": epoch, "split": split, **values, "time": round(time.time(), 3)}
+            )
 
     def _goes_on(self) -> bool:
         at_limit = self.settings.max_steps is not None and self.step >= self.settings.max_steps
@@ -367,7 +371,9 @@ class Trainer:
         if split not in self.evaluated:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
         with self._averaged():
-            found = evaluate(self.forward, self._until_stopped(self.evaluated[split].epoch()), self.task, self.device)
+            found = evaluate(
+                self.model, self._until_stopped(self.evaluated[split].epoch()), self.task, self.device, self.forward
+            )
         if split == self.selects_on:
             self.last_evaluation, self._evaluated_at = found, self.step
         return found
@@ -381,7 +387,7 @@ class Trainer:
         source = ArraySource(data, torch.zeros(len(data), dtype=torch.int64)) if isinstance(data, Tensor) else data
         batches = Batches(as_source(source), self.batches.batch_size, self.device, self.pipeline, train=False)
         with self._averaged():
-            return predict(self.forward, batches.epoch(), self.task, self.device)
+            return predict(self.model, batches.epoch(), self.task, self.device, self.forward)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
@@ -436,7 +442,7 @@ class Trainer:
     def identity(self) -> identity.Identity:
         """Return what this run's bits depend on."""
         source = self.batches.source
-        return identity.of_machine(self.device.torch) | {
+        return identity.of_machine(self.device.device) | {
             "data": source.fingerprint(),
             "samples": len(source),
             "seed": self.settings.seed,
@@ -495,7 +501,9 @@ class Trainer:
         with ExitStack() as stack:
             self.signal = stack.enter_context(StopSignal())
             if self.folder is not None:
-                self.run = Run(self.folder, self.terminal, self.saving, len(self.batches), self.total_steps, resume=resume)
+                self.run = Run(
+                    self.folder, self.terminal, self.saving, len(self.batches), self.total_steps, resume=resume
+                )
                 stack.callback(self._close_run)
             self.say(self._introduction())
             if resume:
@@ -540,7 +548,11 @@ class Trainer:
         self.load_state_dict(contents.state)
         self.run.rewind(contents.state["metrics_size"])
         done = self.epochs_done >= self.settings.epochs
-        self.say(f"the run is done: {self.step:,} steps" if done else f"going on after step {self.step:,} of {self.total_steps:,}")
+        self.say(
+            f"the run is done: {self.step:,} steps"
+            if done
+            else f"going on after step {self.step:,} of {self.total_steps:,}"
+        )
         return None
 
     def _interrupted(self) -> Interrupted:
@@ -550,7 +562,9 @@ class Trainer:
             return Interrupted(f"stopped by {signal} after step {self.step:,}; there is no run folder to resume from")
         self.save()
         self.run.wait()
-        return Interrupted(f"stopped by {signal} after step {self.step:,}, saved; go on with: torchrelay resume {self.folder}")
+        return Interrupted(
+            f"stopped by {signal} after step {self.step:,}, saved; go on with: torchrelay resume {self.folder}"
+        )
 
     def _finish(self) -> None:
         if self._stop_reason is not None:
@@ -561,7 +575,9 @@ class Trainer:
             callback.on_end(self)
         if self.best is not None:
             shown = metric(self.best.value, self.task.percent).strip()
-            self.say(f"best {self.selects_on} {self.task.headline.replace('_', ' ')}: {shown} (epoch {self.best.epoch})")
+            self.say(
+                f"best {self.selects_on} {self.task.headline.replace('_', ' ')}: {shown} (epoch {self.best.epoch})"
+            )
 
     def _introduction(self) -> str:
         data = self.batches.source
@@ -596,10 +612,13 @@ class Trainer:
         """Return some training images, evenly from all of them and as evaluation prepares them."""
         source = self.batches.source
         if not isinstance(source, ArraySource):
-            raise UsageError(f"{type(model).__name__} initialises itself from images in memory: use arrays or an image folder")
+            raise UsageError(
+                f"{type(model).__name__} initialises itself from images in memory: use arrays or an image folder"
+            )
         places = np.arange(min(len(source), _INITIAL_SAMPLES))
         chosen = torch.from_numpy(order(self.settings.seed, 0, places, len(source)))
-        return self.pipeline.evaluate(self.device.move(source.inputs[chosen]))
+        images: Tensor = self.pipeline.evaluate(self.device.move(source.inputs[chosen]))
+        return images
 
     def _own_record(self) -> dict[str, Any]:
         """Return what goes into recipe.toml where the trainer was built from Python."""
@@ -610,4 +629,3 @@ class Trainer:
             "device": self.device.settings.model_dump(mode="json", exclude_none=True),
             "environment": {"started_from": "python", "torch": torch.__version__},
         }
-

@@ -498,16 +498,14 @@ def test_cutmix_takes_a_rectangle_and_counts_its_pixels():
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 1, 12, 20)
     whole = draw(40)
     found, targets = augment.CutMix()(images, torch.eye(40), whole, (40,))
-    shares = stats.beta(1, 1).ppf(whole.uniform(2)[:, 0].double().numpy())
-    for place, share in enumerate(shares):
-        partner = (place + 1) % 40
-        hole = found[place, 0] == partner
-        assert bool((hole | (found[place, 0] == place)).all())
-        rows, columns = hole.any(1), hole.any(0)
-        assert torch.equal(hole, rows[:, None] & columns)
-        assert int(rows.sum()) <= math.sqrt(1 - share) * 12 + 1e-6
-        assert int(columns.sum()) <= math.sqrt(1 - share) * 20 + 1e-6
-        assert abs(float(targets[place, partner]) - float(hole.double().mean())) < 1e-6
+    for place, (u, _, down, right) in enumerate(whole.uniform(4).tolist()):
+        side = math.sqrt(1 - u)  # Beta(1, 1) is uniform
+        expected = torch.full((12, 20), place, dtype=torch.uint8)
+        top, left = int(down * 12) - int(side * 12) // 2, int(right * 20) - int(side * 20) // 2
+        bottom, edge = top + int(side * 12) // 2 * 2, left + int(side * 20) // 2 * 2
+        expected[max(top, 0) : max(bottom, 0), max(left, 0) : max(edge, 0)] = (place + 1) % 40
+        assert torch.equal(found[place, 0], expected)
+        assert abs(float(targets[place, place]) - float((expected == place).double().mean())) < 1e-6
 
 
 def test_unlikely_mixing_leaves_the_rest_alone():

@@ -103,9 +103,9 @@ class Batches:
         self._place_samples = _sampler(source, seed, sampling if train else "sequential")
         if isinstance(source, ArraySource):
             self._read: Callable[[int, int], Iterator[tuple[Any, Tensor, Places]]] = self._read_arrays
-            self._inputs, self._targets = _resident(source, device.torch)
+            self._inputs, self._targets = _resident(source, device.device)
         else:
-            self._loader = _Loader(source, seed, workers, device.torch.type == "cuda")
+            self._loader = _Loader(source, seed, workers, device.device.type == "cuda")
             self._read = self._read_dataset
 
     def __len__(self) -> int:
