@@ -59,6 +59,10 @@ class EarlyStopping(Callback):
         self.best: float | None = None
         self.waited = 0
 
+    def on_start(self, trainer: "Trainer") -> None:
+        """End a run at once that has waited long enough before it was resumed."""
+        self._stop_if_waited(trainer)
+
     def on_evaluate(self, trainer: "Trainer", split: str, values: dict[str, float]) -> None:
         """Count the evaluations since the last improvement."""
         if split != trainer.selects_on:
@@ -72,7 +76,11 @@ class EarlyStopping(Callback):
             self.best, self.waited = value, 0
             return
         self.waited += 1
+        self._stop_if_waited(trainer)
+
+    def _stop_if_waited(self, trainer: "Trainer") -> None:
         if self.waited >= self.patience:
+            name = self.metric or trainer.task.headline
             trainer.stop(f"early stopping: {name} has not improved for {self.waited} evaluations")
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,14 +61,18 @@ class Device:
     def move(self, value: Any) -> Any:
         """Move a tensor, or the tensors of a tuple, list or dict, without waiting for the copy."""
         if isinstance(value, Tensor):
-            if self.settings.channels_last and value.ndim == 4:
-                return value.to(self.device, non_blocking=True, memory_format=torch.channels_last)
             return value.to(self.device, non_blocking=True)
         if isinstance(value, dict):
             return {key: self.move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(self.move(item) for item in value)
         return value
+
+    def arrange(self, inputs: Any) -> Any:
+        """Set the memory format of images that the model is about to see; anything else stays as it is."""
+        if self.settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
 
     def scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler that fp16 needs; it does nothing in the other precisions."""

@@ -1,13 +1,15 @@
 """Durations as people say them: "30 epochs", "2000 steps", "5%", "10 min"; turned into steps once."""
 
 import re
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]+)\s*", re.IGNORECASE)
+from torchrelay.errors import UsageError, nearest
+
+_TEXT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[a-z]+)\s*", re.IGNORECASE)
 _UNITS = {
     **dict.fromkeys(("epoch", "epochs"), "epochs"),
     **dict.fromkeys(("step", "steps"), "steps"),
@@ -20,7 +22,9 @@ _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 
 class Duration(str):
-    """A text such as "1 epoch", "500 steps", "5%" (of the whole run) or "10 min".
+    """A text such as "1 epoch", "500 steps", "5%" (of the whole run) or "10 min"; a bare whole number means epochs.
+
+    It is a string, so a recipe prints it as it was written.
 
     Raises:
         ValueError: it isn't one.
@@ -30,51 +34,65 @@ class Duration(str):
     amount: float
     unit: str  # epochs, steps, %, seconds, minutes or hours
 
-    def __new__(cls, text: str) -> "Duration":
+    def __new__(cls, text: str | int) -> Self:
+        text = _with_unit(text)
         match = _TEXT.fullmatch(text)
-        unit = _UNITS.get(match[2].lower()) if match else None
-        if match is None or unit is None:
+        if match is None:
             raise ValueError(f"'{text}' is no duration: write '30 epochs', '2000 steps', '5%' or '10 min'")
+        amount, unit = float(match[1]), match[2].lower()
+        if unit not in _UNITS:
+            raise ValueError(f"'{text}' has no unit that we know: use epochs, steps, % or min{nearest(unit, _UNITS)}")
+        if unit == "%" and amount > 100:
+            raise ValueError(f"'{text}' is more than the whole run: write at most '100%'")
         duration = super().__new__(cls, text.strip())
-        duration.amount, duration.unit = float(match[1]), unit
+        duration.amount, duration.unit = amount, _UNITS[unit]
         return duration
 
     @property
     def seconds(self) -> float | None:
-        """The seconds of a duration by the clock, None of one in steps."""
+        """The seconds of a duration by the clock, None of any other."""
         return self.amount * _SECONDS[self.unit] if self.unit in _SECONDS else None
 
     def steps(self, steps_per_epoch: int, total_steps: int) -> int:
-        """Return how many steps this is, rounded, at least one unless it is zero.
+        """Return how many steps this is, rounded; at least one unless it is zero.
 
         Raises:
-            ValueError: it is a duration by the clock, on which nothing that is computed may depend.
+            UsageError: it is a duration by the clock, on which nothing that is computed may depend.
         """
         if self.unit in _SECONDS:
-            raise ValueError(f"'{self}' is measured by the clock: write it in epochs, steps or percent")
+            raise UsageError(_by_the_clock(self))
         unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "%": total_steps / 100}[self.unit]
         return max(1, round(self.amount * unit)) if self.amount else 0
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Let pydantic read it from a text and write it as one."""
-        return core_schema.no_info_after_validator_function(
-            cls, core_schema.str_schema(), serialization=core_schema.to_string_ser_schema()
-        )
+        """Let pydantic read it from a text or a whole number, and write it as a text."""
+        return core_schema.no_info_plain_validator_function(cls, serialization=core_schema.to_string_ser_schema())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Describe it to editors."""
-        return {"type": "string", "examples": ["1 epoch", "500 steps", "5%"]}
+        return {"type": ["string", "integer"], "examples": ["1 epoch", "500 steps", "5%"]}
 
 
-class StepDuration(Duration):
-    """A duration that isn't measured by the clock."""
+def _with_unit(value: object) -> str:
+    """Return a text as it is, and a whole number as that many epochs."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value} epoch{'' if value == 1 else 's'}"
+    raise ValueError("a duration is a text such as '1.5 epochs' or '5%', or a whole number of epochs")  # noqa: TRY004
 
-    __slots__ = ()
 
-    def __new__(cls, text: str) -> "StepDuration":
-        duration = super().__new__(cls, text)
-        if duration.seconds is not None:
-            raise ValueError(f"'{text}' is measured by the clock: write it in epochs, steps or percent")
-        return duration  # type: ignore[return-value]
+def _by_the_clock(duration: Duration) -> str:
+    return f"'{duration}' is measured by the clock: write it in epochs, steps or percent"
+
+
+def _without_clock(duration: Duration) -> Duration:
+    if duration.seconds is not None:
+        raise ValueError(_by_the_clock(duration))
+    return duration
+
+
+StepDuration = Annotated[Duration, AfterValidator(_without_clock)]
+"""A duration on which something computed depends, and which therefore isn't measured by the clock."""

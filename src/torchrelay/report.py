@@ -243,7 +243,7 @@ def _draw_panel(
     if not drawn:
         axes.text(0.5, 0.5, "no finished epoch yet", transform=axes.transAxes, ha="center", color=_SOFT)
     if inside:
-        axes.set_title("thin: single batches", loc="right", fontsize=8, color=_SOFT, pad=8)
+        axes.set_title("thin: within the epochs", loc="right", fontsize=8, color=_SOFT, pad=8)
         axes.plot(*zip(*inside, strict=True), color=_COLOURS["train"], alpha=0.25, linewidth=0.8)
     for split, points in drawn.items():
         style: dict[str, Any] = {"color": _COLOURS[split], "linewidth": 1.8, "markersize": 3.5, "clip_on": False}

@@ -124,7 +124,7 @@ class Batches:
             else:
                 inputs = self.pipeline.evaluate(inputs)
             place += len(indices)
-            yield Batch(inputs, targets, indices, parts)
+            yield Batch(self.device.arrange(inputs), targets, indices, parts)
 
     def _indices(self, epoch: int, start: int) -> Iterator[Places]:
         """Yield the sample indices of each batch from `start` on."""

@@ -1,66 +1,91 @@
-"""Step 5: parameter groups: which parameters have which learning rate and weight decay."""
+"""Step 5: parameter groups: which parameters have a learning rate or a weight decay of their own, or aren't trained."""
 
 import fnmatch
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
-from torchrelay.errors import UsageError
+from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
-ParameterGroup = dict[str, Any]  # as torch.optim has it: "params" and the options that differ
+Options = dict[str, Any]  # what a parameter is trained with: "lr", "weight_decay" and what else its optimizer wants
 
 
 class Group(Settings):
     """Parameters, chosen by their names, that are treated in a way of their own."""
 
-    match: list[str]
-    """Patterns of parameter names, such as ["layer4.*", "fc.*"]; the first group that matches counts."""
+    match: list[str] = Field(min_length=1)
+    """Shell patterns of parameter names, such as ["layer4.*", "fc.*"]; the first group that matches counts."""
     lr: float | None = Field(default=None, ge=0.0)
     """Their learning rate."""
+    lr_scale: float | None = Field(default=None, ge=0.0)
+    """Or the factor between their learning rate and the one that they would have."""
     weight_decay: float | None = Field(default=None, ge=0.0)
     """Their weight decay."""
+    freeze: bool = False
+    """Whether they stay as they are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lr is not None and self.lr_scale is not None:
+            raise ValueError("lr and lr_scale say the same thing: keep one of them")
+        if self.freeze and {self.lr, self.lr_scale, self.weight_decay} != {None}:
+            raise ValueError("a frozen group has no lr, lr_scale or weight_decay: leave them out")
+        return self
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, groups: list[Group], decay_norms_and_biases: bool
-) -> list[ParameterGroup]:
-    """Return the trainable parameters in groups of one learning rate and weight decay.
+    model: nn.Module,
+    options: Callable[[str, nn.Parameter], Options],
+    groups: list[Group],
+    decay_norms_and_biases: bool,
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups of equal options, as a torch optimizer takes them.
 
-    Parameters of equal options are one group, in the order of `model.parameters()`, so that without options of their own
-    all are one group, as with a plain torch optimizer.
+    The parameters of a group are in the order of `model.parameters()`, so that without options of their own all are one
+    group, as with a plain torch optimizer.
 
     Args:
-        model: the model.
-        lr: of parameters that no group names.
-        weight_decay: likewise.
+        model: parameters that `groups` freeze have their `requires_grad` turned off.
+        options: from a parameter and its name to its options, among them "lr" and "weight_decay".
         groups: the exceptions.
-        decay_norms_and_biases: whether parameters of less than two dimensions decay, too.
+        decay_norms_and_biases: if not, parameters of less than two dimensions don't decay, whatever a group says.
 
     Raises:
-        UsageError: a pattern matches no parameter.
+        UsageError: a pattern matches no trainable parameter, or none is left to train.
     """
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
-    unused = {pattern for group in groups for pattern in group.match}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+    unused = [pattern for group in groups for pattern in group.match]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in trainable:
+        unused = [pattern for pattern in unused if not fnmatch.fnmatchcase(name, pattern)]
+        group = next((g for g in groups if matches(name, g.match)), None)
+        if group is not None and group.freeze:
+            parameter.requires_grad_(False)
             continue
-        its_lr, its_decay = lr, weight_decay if decay_norms_and_biases or parameter.ndim > 1 else 0.0
-        for group in groups:
-            matching = {pattern for pattern in group.match if fnmatch.fnmatchcase(name, pattern)}
-            unused -= matching
-            if matching:
-                its_lr = lr if group.lr is None else group.lr
-                its_decay = its_decay if group.weight_decay is None else group.weight_decay
-                break
-        found.setdefault((its_lr, its_decay), []).append(parameter)
+        its = _with_exceptions(options(name, parameter), group)
+        if parameter.ndim < 2 and not decay_norms_and_biases:
+            its["weight_decay"] = 0.0
+        found.setdefault(tuple(its.items()), []).append(parameter)
     if unused:
-        names = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-        raise UsageError(f"optimizer.groups: '{min(unused)}' matches no trainable parameter; the names begin with {names}, …")
+        names = [name for name, _ in trainable]
+        known = nearest(unused[0], names) or f"; the names begin with {', '.join(names[:4])}"
+        raise UsageError(f"optimizer.groups: '{unused[0]}' matches no trainable parameter{known}")
     if not found:
-        raise UsageError("no parameter of the model is trainable: model.freeze leaves nothing to the optimizer")
-    return [
-        {"params": parameters, "lr": its_lr, "initial_lr": its_lr, "weight_decay": its_decay}
-        for (its_lr, its_decay), parameters in found.items()
-    ]
+        raise UsageError("no parameter is left to train: let some go in model.freeze or optimizer.groups")
+    return [{"params": members, "initial_lr": dict(its)["lr"], **dict(its)} for its, members in found.items()]
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """Return whether a parameter's name is among those that shell patterns mean."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _with_exceptions(options: Options, group: Group | None) -> Options:
+    if group is None:
+        return dict(options)
+    lr = options["lr"] * (1.0 if group.lr_scale is None else group.lr_scale) if group.lr is None else group.lr
+    decay = options["weight_decay"] if group.weight_decay is None else group.weight_decay
+    return {**options, "lr": lr, "weight_decay": decay}

@@ -1,7 +1,9 @@
-"""Step 5: Muon: momentum whose matrices are orthogonalised (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+"""Step 5: Muon: momentum whose matrices are orthogonalised.
 
-Weight matrices and convolutions get it; everything else (biases, norms, the head, what is frozen apart) is trained by
-Nesterov momentum in the same optimizer, since an update of a vector has nothing to orthogonalise.
+After Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (https://kellerjordan.github.io/posts/muon),
+and Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982). Where a gradient's matrix is dominated by few
+directions, its orthogonalisation lets all of them move alike. A bias or a norm has no directions; an embedding or a head
+is better off without (both sources): those are trained by SGD or AdamW in the same optimizer.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,72 +12,105 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # a quintic that is steep at zero: small singular values grow in few iterations
+# Jordan's quintic a·x + b·x³ + c·x⁵: as steep at zero as it can be while [0, 1] stays within some [0, 1.2]. It doesn't
+# converge to one, and needn't: five iterations bring singular values from 0.01 up to between 0.68 and 1.14.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_SMALLEST = 1e-30  # below any norm that matters: the result doesn't depend on the gradient's scale
 
 
-def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype) -> Tensor:
-    """Return nearly the closest matrix with all singular values one, by a Newton-Schulz iteration.
+def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the matrix with its singular vectors kept and its singular values brought near one (Newton-Schulz).
 
     Args:
-        matrix: (rows, columns).
-        iterations: 3 to 5; the singular values come to lie between some 0.7 and 1.2.
-        dtype: in which to compute; bfloat16 serves.
+        matrix: (rows, columns), of any scale; zeros stay zeros.
+        iterations: 3 to 5 serve.
+        dtype: in which the matrix products are computed; the result has the matrix's own.
     """
-    x = matrix.to(dtype)
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+    x = (matrix / matrix.norm().clamp(min=_SMALLEST)).to(dtype)  # no singular value is above the norm
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x  # the products below are of the size of the smaller side
     for _ in range(iterations):
         gram = x @ x.T
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class MuonOptimizer(Optimizer):
-    """Muon for the groups that say so, Nesterov momentum for the others.
+    """Muon, SGD and AdamW in one, each for the parameter groups whose "rule" says so.
+
+    Everything that it knows stands in its groups as plain numbers and strings, and in its state as tensors, so that a
+    checkpoint goes on exactly. SGD and AdamW compute what torch.optim's do, bit for bit.
 
     Args:
-        groups: parameter groups, each with "lr", "weight_decay", "momentum" and "orthogonal".
-        iterations: of the orthogonalisation.
-        dtype: in which the orthogonalisation computes.
-        normalise: scale each orthogonalised weight to a norm of sqrt(rows) before its update, as the CIFAR-10 records do;
-            only for weights that a norm layer follows.
+        groups: each with "lr", "weight_decay", "rule" ("muon", "sgd" or "adamw") and what the rule needs:
+            muon: "momentum", "nesterov", "iterations", "dtype" and "normalise_weights", see `optim.Muon`;
+            sgd: "momentum" and "nesterov"; adamw: "betas" and "eps".
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], iterations: int, dtype: torch.dtype, normalise: bool) -> None:
-        super().__init__(groups, {"momentum": 0.9, "weight_decay": 0.0, "lr": 0.02, "orthogonal": True})
-        self._iterations = iterations
-        self._dtype = dtype
-        self._normalise = normalise
+    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.02, "weight_decay": 0.0, "rule": "muon"})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        rules = {"muon": self._muon, "sgd": self._sgd, "adamw": self._adamw}
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            rules[group["rule"]]([parameter for parameter in group["params"] if parameter.grad is not None], group)
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer: Tensor = state["momentum_buffer"]
-        if not group["orthogonal"]:
-            gradient = gradient.add(parameter, alpha=decay)
-            buffer.mul_(momentum).add_(gradient)
-            parameter.add_(gradient.add(buffer, alpha=momentum), alpha=-lr)
-            return
-        buffer.mul_(momentum).add_(gradient)
-        direction = gradient.add(buffer, alpha=momentum)
-        update = orthogonalise(direction.flatten(1), self._iterations, self._dtype).view_as(parameter)
-        if self._normalise:
-            parameter.mul_(parameter.shape[0] ** 0.5 / parameter.norm())
-        else:
-            parameter.mul_(1 - lr * decay)
-            update = update * max(1.0, update.shape[0] / update[0].numel()) ** 0.5
-        parameter.add_(update, alpha=-lr)
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            state, gradient = self.state[parameter], parameter.grad
+            assert gradient is not None  # noqa: S101 - `step` left the others out
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+            direction = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
+            # A convolution (filters, channels, height, width) is a matrix with a row for each filter.
+            update = orthogonalise(direction.flatten(1), group["iterations"], getattr(torch, group["dtype"]))
+            rows, columns = update.shape
+            if group["normalise_weights"]:
+                parameter.mul_(rows**0.5 / parameter.flatten(1).norm().clamp(min=_SMALLEST))
+            else:
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                update = update * max(1.0, rows / columns) ** 0.5  # so that a layer's output moves alike in all shapes
+            parameter.add_(update.view(parameter.shape), alpha=-group["lr"])
+
+    def _sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]
+        options = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        sgd(parameters, _gradients(parameters), buffers, **options, dampening=0.0, maximize=False)
+        for parameter, buffer in zip(parameters, buffers, strict=True):
+            if buffer is not None:
+                self.state[parameter]["momentum_buffer"] = buffer
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["step"] = torch.tensor(0.0, dtype=torch.float32)
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+        state = {name: [self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")}
+        adamw(
+            parameters,
+            _gradients(parameters),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [],
+            state["step"],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

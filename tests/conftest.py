@@ -1,0 +1,61 @@
+"""What several test files need: small real data, and comparing runs byte for byte."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.terminal import Terminal
+
+CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that the wall clock decides
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """One thread: the tests of two processes don't fight for cores, and bits don't depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet() -> Terminal:
+    return Terminal(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return tr.data.digits()
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Two runs ended alike: their checkpoints to the byte, their metrics but for the clock."""
+    mine, others = checkpoint.whole(one / "checkpoints"), checkpoint.whole(other / "checkpoints")
+    assert [path.name for path in mine] == [path.name for path in others]
+    assert mine
+    for a, b in zip(mine, others, strict=True):
+        assert {file.name for file in a.iterdir()} == {file.name for file in b.iterdir()}
+        for name in ("model.safetensors", "ema.safetensors", "state.safetensors"):
+            if (a / name).exists():
+                assert (a / name).read_bytes() == (b / name).read_bytes(), f"{a / name} differs"
+        states = [json.loads((path / "state.json").read_text()) for path in (a, b)]
+        for state in states:
+            del state["metrics_size"]  # the clock's fields have more or fewer digits
+        assert states[0] == states[1]
+    assert metrics_of(one) == metrics_of(other)
+
+
+@pytest.fixture
+def same_runs() -> Callable[[Path, Path], None]:
+    return assert_same_runs

@@ -1,0 +1,385 @@
+"""The trainer: the seven steps together, on real data, and runs that go on exactly."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.device import DeviceSettings
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.parallel import ParallelSettings
+from torchrelay.signals import Interrupted
+
+
+class Net(nn.Module):
+    """A little of everything that can go wrong at a resume: BatchNorm, dropout, a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(128, 10),
+        )
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def build(digits, quiet, run=None, **changes):
+    torch.manual_seed(1)
+    train, test = digits
+    arguments = {
+        "optimizer": tr.optim.SGD(lr=0.05, momentum=0.9),
+        "schedule": tr.optim.OneCycle(),
+        "epochs": 3,
+        "batch_size": 100,
+        "augment": [PaddedCrop(padding=1, mode="zeros")],
+        "terminal": quiet,
+        "run": run,
+    }
+    return tr.Trainer(Net(), train, test, **(arguments | changes))
+
+
+class StopAt(tr.Callback):
+    """Sends the process a real signal after a step."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step = step
+        self.number = number
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_digits_are_learnt(digits, quiet, tmp_path):
+    found = build(digits, quiet, tmp_path / "run", epochs=5).fit()
+    assert found["accuracy"] > 0.9
+    assert found["top5_accuracy"] >= found["accuracy"]
+
+
+def test_a_run_is_a_folder(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    build(digits, quiet, run).fit()
+    there = {path.name for path in run.iterdir()}
+    assert there >= {"recipe.toml", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs = [(line["split"], line["epoch"], line["step"]) for line in lines if line["split"] != "step"]
+    assert epochs == [(split, epoch, 15 * epoch) for epoch in (1, 2, 3) for split in ("train", "test")]
+    log = (run / "log.txt").read_text()
+    assert "epoch 3: train accuracy" in log
+    assert "best test accuracy: " in log
+    last = checkpoint.find(run / "checkpoints", "last")
+    assert last.name == "step-00000045"
+
+
+def test_the_final_weights_open_with_plain_safetensors(digits, quiet, tmp_path):
+    trainer = build(digits, quiet, tmp_path / "run")
+    trainer.fit()
+    weights = load_file(checkpoint.find(tmp_path / "run" / "checkpoints", "last") / "model.safetensors")
+    fresh = Net()
+    fresh.load_state_dict(weights)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), trainer.model.state_dict().values()))
+
+
+def test_two_runs_give_the_same_bytes(digits, quiet, tmp_path, same_runs):
+    for name in "ab":
+        build(digits, quiet, tmp_path / name).fit()
+    same_runs(tmp_path / "a", tmp_path / "b")
+
+
+def test_another_seed_gives_other_bytes(digits, quiet, tmp_path):
+    for seed in (0, 1):
+        build(digits, quiet, tmp_path / str(seed), seed=seed).fit()
+    one, other = (checkpoint.find(tmp_path / name / "checkpoints", "last") for name in "01")
+    assert (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
+
+
+RUNS = {
+    "plain": {},
+    "ema": {"ema": 0.9},
+    "replicas": {"parallel": ParallelSettings(replicas=4)},
+    "mixup": {"augment": [Mixup(alpha=0.5), CutMix(alpha=1.0)]},
+    "adamw, cosine": {"optimizer": tr.optim.AdamW(lr=1e-3), "schedule": tr.optim.Cosine(per="epoch")},
+    "plateau": {"schedule": tr.optim.Plateau(patience=0, least=0.9)},
+    "muon": {"optimizer": tr.optim.Muon(lr=0.02, others=["layers.6.*"])},
+    "bf16, clipped": {"device": DeviceSettings(precision="bf16"), "clip_norm": 0.5},
+    "channels last": {"device": DeviceSettings(channels_last=True)},
+    "balanced, drop last": {"sampling": "balanced", "drop_last": True},
+    "validation": {"validation": None, "settings": tr.RunSettings(log_every=4)},
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
+def test_a_stopped_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_runs, changes):
+    """Stopped inside an epoch, at an epoch's end and after its evaluation; resumed by a new trainer each time."""
+    changes = dict(changes)
+    if "validation" in changes:
+        rest, part = tr.data.split(digits[0], 0.2, seed=3)
+        changes["validation"], digits = part, (rest, digits[1])
+    saving = CheckpointSettings(keep=100)
+    undisturbed = build(digits, quiet, tmp_path / "undisturbed", checkpoint=saving, **changes)
+    undisturbed.fit()
+    steps = len(undisturbed.batches)
+    run = tmp_path / "stopped"
+    for number, stop in enumerate((4, steps, 2 * steps - 3)):
+        trainer = build(digits, quiet, run, checkpoint=saving, callbacks=[StopAt(stop)], **changes)
+        with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {stop}, saved"):
+            trainer.fit() if number == 0 else trainer.resume()
+    build(digits, quiet, run, checkpoint=saving, callbacks=[StopAt(-1)], **changes).resume()
+    for path in checkpoint.whole(run / "checkpoints"):
+        if not (tmp_path / "undisturbed" / "checkpoints" / path.name).exists():
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()  # what the signals saved; the undisturbed run had no reason to
+    for path in checkpoint.whole(run / "checkpoints") + checkpoint.whole(tmp_path / "undisturbed" / "checkpoints"):
+        state = json.loads((path / "state.json").read_text())
+        state["callbacks"] = state["callbacks"][:2]  # StopAt's place
+        (path / "state.json").write_text(json.dumps(state))
+    same_runs(run, tmp_path / "undisturbed")
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
+    """A real process, killed by SIGKILL at five moments, resumed each time."""
+    script = tmp_path / "run.py"
+    script.write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_trainer import build
+import torchrelay as tr
+from torchrelay.terminal import Terminal
+from torchrelay.checkpoint import CheckpointSettings
+torch.set_num_threads(1)
+folder = sys.argv[1]
+import pathlib
+trainer = build(tr.data.digits(), Terminal(quiet=True), folder, epochs=8, checkpoint=CheckpointSettings(every="3 steps"))
+print("ready", flush=True)
+trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer.fit()
+""")
+    subprocess.run([sys.executable, script, tmp_path / "undisturbed"], check=True, capture_output=True)
+    kills = 0
+    for moment in (0.4, 0.7, 1.0, 1.3, 1.6, None):
+        with subprocess.Popen([sys.executable, script, tmp_path / "killed"], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if moment is not None:
+                time.sleep(moment)
+                kills += process.poll() is None
+                process.kill()
+    assert kills >= 3, "the machine is too fast for this test: make the run longer"
+    same_runs(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_epochs(digits, quiet, tmp_path, capsys):
+    run = tmp_path / "run"
+    schedule = {"schedule": tr.optim.Constant()}
+    build(digits, quiet, run, epochs=2, **schedule).fit()
+    build(digits, tr.terminal.Terminal() if hasattr(tr, "terminal") else quiet, run, epochs=2, **schedule).resume()
+    assert "the run is done: 30 steps" in (run / "log.txt").read_text()
+    build(digits, quiet, run, epochs=3, **schedule).resume()
+    build(digits, quiet, tmp_path / "at once", epochs=3, **schedule).fit()
+    one, other = (checkpoint.find(tmp_path / name / "checkpoints", "last") for name in ("run", "at once"))
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_replicas_add_up_to_the_mean_over_the_batch(digits, quiet):
+    """Without BatchNorm and dropout, four replicas give the gradient of one, but for rounding."""
+    train, _ = digits
+    gradients = []
+    for replicas in (1, 4):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        trainer = tr.Trainer(model, train, batch_size=50, terminal=quiet, parallel=ParallelSettings(replicas=replicas))
+        trainer.backward(next(trainer.batches.epoch()))
+        gradients.append(model[1].weight.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_a_batch_smaller_than_the_replicas_is_trained_on(digits, quiet):
+    train, _ = digits
+    part = train.take(torch.arange(11))
+    trainer = tr.Trainer(Net(), part, batch_size=9, terminal=quiet, epochs=2, parallel=ParallelSettings(replicas=4))
+    trainer.fit()  # the last batch has 2 samples for 4 replicas
+    assert trainer.step == 4
+    assert trainer.model.layers[1].num_batches_tracked.item() == 4, "counted once a step, not once a replica"
+
+
+def test_the_loss_is_the_mean_over_an_uneven_batch(digits, quiet):
+    train, _ = digits
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    trainer = tr.Trainer(model, train, batch_size=7, terminal=quiet)
+    batch = next(trainer.batches.epoch())
+    expected = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
+    assert torch.equal(trainer.backward(batch), expected.detach())
+
+
+def test_a_batch_of_one_process_is_trained_like_a_hand_written_step(digits, quiet):
+    """The same bits as ten lines of plain PyTorch."""
+    train, _ = digits
+    trainer = build((train, None), quiet, augment=[], schedule=tr.optim.Constant(), epochs=1)
+    trainer.model.layers[5].p = 0.0
+    torch.manual_seed(1)
+    by_hand = Net()
+    by_hand.layers[5].p = 0.0
+    optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    trainer.model.train()
+    for batch in trainer.batches.epoch(0):
+        loss = trainer.train_step(batch)
+        expected = nn.functional.cross_entropy(by_hand(batch.inputs), batch.targets)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        assert torch.equal(loss, expected.detach())
+    for mine, theirs in zip(trainer.model.state_dict().values(), by_hand.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    inputs, targets = digits[0].inputs.float() / 255, digits[0].targets
+    inputs[321] = math.nan
+    trainer = build(((inputs, targets), None), quiet, run, augment=[], normalise=False)
+    with pytest.raises(RelayError, match=r"the loss of step (\d+) is nan: .*; try a lower optimizer\.lr") as caught:
+        trainer.fit()
+    (report,) = run.glob("nonfinite-step-*.json")
+    assert str(report) in str(caught.value)
+    assert 321 in json.loads(report.read_text())["samples"]
+    saved = checkpoint.newest(run / "checkpoints", warn=pytest.fail)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.model.values())
+
+
+def test_early_stopping_ends_a_run_and_a_resume_keeps_it_ended(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+
+    def make():
+        stopping = tr.EarlyStopping(patience=2, least=0.5)
+        return build(digits, quiet, run, epochs=20, callbacks=[stopping], schedule=tr.optim.Constant())
+
+    trainer = make()
+    trainer.fit()
+    stopped_at = trainer.epochs_done
+    assert stopped_at < 20
+    assert "stopped: early stopping: accuracy has not improved for 2 evaluations" in (run / "log.txt").read_text()
+    again = make()
+    again.resume()
+    assert again.epochs_done == stopped_at
+
+
+def test_max_steps_ends_a_run_where_it_says(digits, quiet, tmp_path, same_runs):
+    def make(name, steps):
+        settings = tr.RunSettings(max_steps=steps)
+        return build(digits, quiet, tmp_path / name, settings=settings, epochs=3)
+
+    make("run", 20).fit()
+    trainer = make("run", 30)
+    trainer.resume()
+    assert trainer.step == 30
+    again = make("run", 30)
+    again.resume()
+    assert again.step == 30, "there is nothing left to do"
+    straight = make("straight", 30)
+    straight.fit()
+    for mine, theirs in zip(trainer.model.state_dict().values(), straight.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_second_run_in_a_folder_is_refused(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    build(digits, quiet, run, epochs=1).fit()
+    with pytest.raises(UsageError, match="holds a run already: go on with it by 'torchrelay resume"):
+        build(digits, quiet, run).fit()
+    with pytest.raises(UsageError, match="holds no run to resume"):
+        build(digits, quiet, tmp_path / "nothing").resume()
+
+
+def test_changed_data_is_refused_at_a_resume(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        build(digits, quiet, run, callbacks=[StopAt(5)]).fit()
+    inputs = digits[0].inputs.clone()
+    inputs[0, 0, 0, 0] += 1
+    changed = (tr.data.arrays(inputs, digits[0].targets, digits[0].classes, "digits"), digits[1])
+    with pytest.raises(RelayError, match="can't go on to the same result: the training data was .* --accept-changes"):
+        build(changed, quiet, run).resume()
+    build(changed, quiet, run).resume(accept_changes=True)
+
+
+def test_another_thread_count_is_warned_of(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        build(digits, quiet, run, callbacks=[StopAt(5)]).fit()
+    torch.set_num_threads(2)
+    build(digits, quiet, run, epochs=3).resume()
+    assert "warning: threads was 1 and is 2: the result may differ" in (run / "log.txt").read_text()
+
+
+def test_evaluation_counts_every_sample_once(digits, quiet):
+    train, test = digits
+    trainer = build((train, test), quiet, batch_size=7)
+    found = trainer.evaluate("test")
+    assert found.samples == len(test)
+    assert int(found.confusion.sum()) == len(test)
+    with torch.no_grad():
+        trainer.model.eval()
+        outputs = torch.cat([trainer.model(batch.inputs) for batch in trainer.evaluated["test"].epoch()])
+    assert found.values["accuracy"] == (outputs.argmax(1) == test.targets).double().mean().item()
+    assert found.confusion.diagonal().sum().item() / len(test) == pytest.approx(found.values["accuracy"])
+
+
+def test_predictions_come_in_the_order_of_the_data(digits, quiet):
+    trainer = build(digits, quiet, epochs=4)
+    trainer.fit()
+    probabilities = trainer.predict(digits[1])
+    assert torch.equal(probabilities, trainer.predict(digits[1].inputs))
+    assert torch.allclose(probabilities.sum(1), torch.ones(len(digits[1])))
+    right = (probabilities.argmax(1) == digits[1].targets).double().mean().item()
+    assert right == trainer.evaluate().values["accuracy"]
+
+
+def test_ema_weights_are_evaluated_and_raw_ones_saved(digits, quiet, tmp_path):
+    trainer = build(digits, quiet, tmp_path / "run", ema=0.9)
+    trainer.fit()
+    path = checkpoint.find(tmp_path / "run" / "checkpoints", "last")
+    raw, averaged = load_file(path / "model.safetensors"), load_file(path / "ema.safetensors")
+    assert torch.equal(raw["layers.0.weight"], trainer.model.layers[0].weight)
+    assert not torch.equal(raw["layers.0.weight"], averaged["layers.0.weight"])
+    by_average = Net()
+    by_average.load_state_dict(averaged)
+    plain = tr.Trainer(by_average, *digits, batch_size=100, terminal=quiet)
+    assert plain.evaluate().values["loss"] == trainer.evaluate().values["loss"]
+
+
+def test_the_second_signal_ends_the_process_at_once(tmp_path):
+    script = """
+import os, signal, time
+from torchrelay.signals import StopSignal
+with StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    print(stop.received.name, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout.strip() == "SIGTERM"
+    assert done.returncode == 128 + signal.SIGTERM
