@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torchrelay.trainer import Trainer
 
 
+_REDRAW = 30.0  # seconds between two drawings of the curves, each of which takes some 0.2
+
+
 class Callback:
     """Override what you need. A callback with a state of its own also overrides the last two methods."""
 
@@ -96,6 +99,7 @@ class StepLog(Callback):
     """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, the rates."""
 
     def __init__(self) -> None:
+        self.last: float | None = None  # the last mean loss recorded
         self._losses: list[Tensor | float] = []
         self._samples = 0
         self._since = 0.0
@@ -118,6 +122,7 @@ class StepLog(Callback):
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "samples_per_second": round(self._samples / (now - self._since), 1),
         }
+        self.last = values["loss"]
         trainer.record_line("step", values)
         self._losses.clear()
         self._samples, self._since = 0, now
@@ -134,21 +139,30 @@ class StepLog(Callback):
 class Pictures(Callback):
     """What the run folder shows a person: TensorBoard's pictures and curves.png."""
 
+    def __init__(self) -> None:
+        self._drawn_at = -math.inf
+
     def on_start(self, trainer: "Trainer") -> None:
         """Show the first batch as the network sees it, and the network's graph."""
         if trainer.run is None or trainer.step > 0:
             return
         batch = next(trainer.batches.epoch(0))
         pipeline = trainer.batches.pipeline
-        trainer.run.tensorboard.images("first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        trainer.run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
         trainer.run.tensorboard.graph(trainer.model, batch.inputs)
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
-        """Draw the curves so far."""
-        from torchrelay.report import curves
+        """Draw the curves so far, now and then."""
+        if trainer.run is not None and time.monotonic() - self._drawn_at > _REDRAW:
+            self._draw_curves(trainer)
 
-        if trainer.run is not None:
-            curves(trainer.run.folder)
+    def _draw_curves(self, trainer: "Trainer") -> None:
+        from torchrelay.report import Headline, curves
+
+        assert trainer.run is not None  # noqa: S101 - the callers have asked
+        task = trainer.task
+        curves(trainer.run.folder, Headline(task.headline, task.percent, task.higher_is_better))
+        self._drawn_at = time.monotonic()
 
     def on_end(self, trainer: "Trainer") -> None:
         """Show the confusion matrix, and the settings with what they led to."""
@@ -156,13 +170,16 @@ class Pictures(Callback):
 
         if trainer.run is None:
             return
+        self._draw_curves(trainer)
         last = trainer.last_evaluation
         if last is not None and last.confusion is not None:
             figure = confusion_matrix(last.confusion, trainer.classes)
             figure.savefig(trainer.run.folder / "confusion.png")
-            trainer.run.tensorboard.figure("confusion matrix", figure, step=trainer.step)
+            trainer.run.tensorboard.figure("pictures/confusion matrix", figure, step=trainer.step)
         values = last.values if last is not None else {}
-        trainer.run.tensorboard.hyperparameters(_flat(trainer.record), {f"final/{k}": v for k, v in values.items()})
+        trainer.run.tensorboard.hyperparameters(
+            _flat(trainer.record), {f"{k}/{trainer.selects_on}": v for k, v in values.items()}
+        )
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

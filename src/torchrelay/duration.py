@@ -35,6 +35,7 @@ class Duration(str):
     unit: str  # epochs, steps, %, seconds, minutes or hours
 
     def __new__(cls, text: str | int) -> Self:
+        """Read a duration."""
         text = _with_unit(text)
         match = _TEXT.fullmatch(text)
         if match is None:
@@ -81,7 +82,7 @@ def _with_unit(value: object) -> str:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value} epoch{'' if value == 1 else 's'}"
-    raise ValueError("a duration is a text such as '1.5 epochs' or '5%', or a whole number of epochs")  # noqa: TRY004
+    raise ValueError("a duration is a text with its unit, such as '2.5 epochs' or '5%', or a whole number of epochs")
 
 
 def _by_the_clock(duration: Duration) -> str:

@@ -105,7 +105,7 @@ class Run:
             raise RelayError(
                 f"can't write in the run folder {folder}: {error.strerror or error}; choose another by --run"
             ) from error
-        self.tensorboard = TensorBoard(folder / "tensorboard")
+        self.tensorboard = TensorBoard(folder / "tensorboard", say=self.say)
         self.trackers: list[Tracker] = [self.tensorboard]
         self._writer = Writer(self.checkpoints, saving)
         self._save_seconds = saving.every.seconds

@@ -190,11 +190,14 @@ class Trainer:
         self._evaluated_at = -1
         self.sums = Sums()  # of the running epoch
         self.saving = checkpoint or CheckpointSettings()
-        self.callbacks = [StepLog(), Pictures(), *callbacks]
+        self._log = StepLog()
+        self.callbacks = [self._log, Pictures(), *callbacks]
         self._buffers = Buffers(self.model)
         self._guard = FiniteGuard(self.folder)
         self.signal = StopSignal()
         self._stop_reason: str | None = None
+        self._samples_seen = 0  # since this process began; for people only
+        self._phase = ""
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -291,6 +294,7 @@ class Trainer:
         if self.step == self.settings.max_steps:
             self.stop(f"{self.step} steps are done, as run.max_steps says")
         self._stopwatch.samples += len(batch.indices)
+        self._samples_seen += len(batch.indices)
         if self.signal.received is not None:
             raise StopNow
         if self.step % len(self.batches) and self._save_is_due():  # at an epoch's end the evaluation comes first
@@ -338,7 +342,9 @@ class Trainer:
         self._stopwatch.start()
 
     def _evaluate_and_record(self, split: str) -> dict[str, float]:
+        self._phase = "evaluating"
         found = self.evaluate(split)
+        self._phase = ""
         self.record_line(split, found.values)
         for callback in self.callbacks:
             callback.on_evaluate(self, split, found.values)
@@ -392,6 +398,12 @@ class Trainer:
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
         return nullcontext() if self.ema is None else self.ema.swap(self.model)
+
+    @property
+    def unit(self) -> str:
+        """What people call the samples."""
+        shape = self.seen_data()["shape"]
+        return "images" if shape is None or len(shape) == 3 else "samples"
 
     def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yield batches; a signal ends an evaluation, which is repeated after a resume."""
@@ -514,7 +526,7 @@ class Trainer:
                 callback.on_start(self)
             self._stopwatch = Stopwatch()
             try:
-                with self.terminal.progress(self._counters):
+                with self.terminal.progress(self._counters, self.unit):
                     yield
             except StopNow:
                 raise self._interrupted() from None
@@ -596,6 +608,7 @@ class Trainer:
             percent=self.task.percent,
             rate=clock["samples_per_second"],
             seconds=clock["seconds"],
+            unit=self.unit,
         )
 
     def _counters(self) -> Counters:
@@ -605,7 +618,9 @@ class Trainer:
             epochs=self.settings.epochs,
             step=self.step,
             steps=self.total_steps,
-            samples=self.step * self.batches.batch_size,
+            samples=self._samples_seen,
+            loss=self._log.last,
+            phase=self._phase,
         )
 
     def _initial_images(self, model: nn.Module) -> Tensor:
@@ -617,7 +632,7 @@ class Trainer:
             )
         places = np.arange(min(len(source), _INITIAL_SAMPLES))
         chosen = torch.from_numpy(order(self.settings.seed, 0, places, len(source)))
-        images: Tensor = self.pipeline.evaluate(self.device.move(source.inputs[chosen]))
+        images: Tensor = self.device.arrange(self.pipeline.evaluate(self.device.move(source.inputs[chosen])))
         return images
 
     def _own_record(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
 Options = dict[str, Any]  # what a parameter is trained with: "lr", "weight_decay" and what else its optimizer wants
+OptionsOf = Callable[[str, nn.Parameter], Options]  # from a parameter and its name
 
 
 class Group(Settings):
@@ -38,7 +39,7 @@ class Group(Settings):
 
 def parameter_groups(
     model: nn.Module,
-    options: Callable[[str, nn.Parameter], Options],
+    options: OptionsOf,
     groups: list[Group],
     decay_norms_and_biases: bool,
 ) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def parameter_groups(
 
     Args:
         model: parameters that `groups` freeze have their `requires_grad` turned off.
-        options: from a parameter and its name to its options, among them "lr" and "weight_decay".
+        options: what a parameter has that no group names, among them "lr" and "weight_decay".
         groups: the exceptions.
         decay_norms_and_biases: if not, parameters of less than two dimensions don't decay, whatever a group says.
 

@@ -1,9 +1,9 @@
 """Step 5: Muon: momentum whose matrices are orthogonalised.
 
-After Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (https://kellerjordan.github.io/posts/muon),
-and Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982). Where a gradient's matrix is dominated by few
-directions, its orthogonalisation lets all of them move alike. A bias or a norm has no directions; an embedding or a head
-is better off without (both sources): those are trained by SGD or AdamW in the same optimizer.
+After Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), and
+Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982). A gradient's matrix is often dominated by a few
+directions; orthogonalised, it moves all of them alike. A bias or a norm has no directions, and embeddings and the head
+do better without it (both sources): those are trained by SGD or AdamW in the same optimizer.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,8 +34,9 @@ def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.fl
     x = x.T if tall else x  # the products below are of the size of the smaller side
     for _ in range(iterations):
         gram = x @ x.T
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
+    near: Tensor = (x.T if tall else x).to(matrix.dtype)
+    return near
 
 
 class MuonOptimizer(Optimizer):

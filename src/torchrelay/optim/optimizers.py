@@ -1,192 +1,291 @@
-"""Step 5: optimizers: settings that, called with a model, make a torch optimizer."""
+"""Step 5: optimizers: settings that, called with a model, make a torch optimizer.
 
-import fnmatch
+`SGD`, `AdamW` and `Muon` have settings of their own; `Other` is any other optimizer of torch.optim. The trainer takes
+any function from a model to a torch optimizer as well.
+"""
+
 import inspect
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from torchrelay.errors import nearest
-from torchrelay.optim.groups import Group, ParameterGroup, parameter_groups
+from torchrelay.errors import UsageError, nearest
+from torchrelay.optim.groups import Group, Options, OptionsOf, matches, parameter_groups
 from torchrelay.optim.muon import MuonOptimizer
 from torchrelay.settings import Settings
 
-_REFUSED = {
-    "LBFGS": "it evaluates the loss several times a step, which a step of ours does once",
-    "SparseAdam": "it needs sparse gradients",
-    "Muon": "it takes matrices only: write it 'muon' for ours, which also trains the rest",
-}
-_NAMES = tuple(
-    name
-    for name in vars(torch.optim)
-    if name[0].isupper() and name not in (*_REFUSED, "Optimizer") and issubclass(getattr(torch.optim, name), Optimizer)
-)
 _OURS = ("sgd", "adamw", "muon")
+_REFUSED = {
+    "lbfgs": "evaluates the loss several times a step, which a step here does once: use 'adamw'",
+    "sparseadam": "takes sparse gradients only, which a step here has none of: use 'adam'",
+}
+_OTHERS = {  # by their names in lower case
+    name.lower(): found
+    for name, found in vars(torch.optim).items()
+    if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
+    if name.lower() not in (*_OURS, *_REFUSED)
+}
 
 
 class _Base(Settings):
-    lr: float = Field(default=0.1, ge=0.0)
-    """The learning rate; a schedule may change it by step."""
+    """What all optimizers have in common."""
+
+    name: str
+    """Which optimizer."""
+    lr: float = Field(ge=0.0)
+    """The learning rate, which a schedule may change by step."""
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Weight decay."""
     decay_norms_and_biases: bool = True
     """Whether parameters of one dimension (norms, biases) decay, too."""
     clip_norm: float | None = Field(default=None, gt=0.0)
-    """Largest norm of the whole gradient; unset: as it is."""
-    groups: list[Group] = []
-    """Parameters with a learning rate or weight decay of their own: [{match = ["fc.*"], lr = 0.01}]."""
+    """Largest norm of the whole gradient, to which the trainer scales it down; unset: as it is."""
+    groups: list[Group] = Field(default_factory=list)
+    """Parameters treated in a way of their own: [{match = ["fc.*"], lr = 0.01}]; or lr_scale, weight_decay, freeze."""
 
     @abstractmethod
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return the optimizer of a model's trainable parameters."""
 
-    def parameter_groups(self, model: nn.Module) -> list[ParameterGroup]:
-        """Return the model's trainable parameters in groups of equal options."""
-        return parameter_groups(model, self.lr, self.weight_decay, self.groups, self.decay_norms_and_biases)
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the model's trainable parameters in groups of equal options; those that `groups` freeze are frozen."""
+        return parameter_groups(model, self._options_in(model), self.groups, self.decay_norms_and_biases)
+
+    def _options_in(self, model: nn.Module) -> OptionsOf:  # noqa: ARG002 - Muon's differ within a model
+        return lambda _name, _parameter: {"lr": self.lr, "weight_decay": self.weight_decay}
 
 
 class SGD(_Base):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"] = "sgd"
+    """sgd, adamw, muon, or a name of torch.optim."""
+    lr: float = Field(default=0.1, ge=0.0)
+    """The learning rate, which a schedule may change by step."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """How much of the last update stays."""
     weight_decay: float = Field(default=5e-4, ge=0.0)
     """Weight decay, added to the gradient."""
     nesterov: bool = False
-    """Look ahead along the momentum (Nesterov)."""
+    """Look ahead along the momentum."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along a momentum, and there is none: set momentum, such as 0.9")
+        return self
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.SGD."""
-        return torch.optim.SGD(
-            self.parameter_groups(model),
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.nesterov,
-        )
+        groups = self.parameter_groups(model)
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
 
 class AdamW(_Base):
     """Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019)."""
 
     name: Literal["adamw"] = "adamw"
+    """sgd, adamw, muon, or a name of torch.optim."""
     lr: float = Field(default=1e-3, ge=0.0)
-    """The learning rate; a schedule may change it by step."""
+    """The learning rate, which a schedule may change by step."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Weight decay, apart from the gradient."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
+    """How much of the two moments stays."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.AdamW."""
-        return torch.optim.AdamW(
-            self.parameter_groups(model), lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay
-        )
+        return torch.optim.AdamW(self.parameter_groups(model), lr=self.lr, betas=self.betas, eps=self.eps)
 
 
 class Muon(_Base):
-    """Orthogonalised momentum for matrices and convolutions, Nesterov momentum for the rest."""
+    """Orthogonalised momentum for the weights of linear and convolutional layers, AdamW or SGD for the rest.
+
+    "The rest" is what has no matrix (biases, norms), embeddings, and the head: the model's last linear layer. The fast
+    CIFAR-10 recipe's variant (Jordan's airbench94_muon) is `normalise_weights` with `other = "sgd"`; a learning rate of
+    a program that sums the loss over the batch, as that does, is multiplied by the batch size for ours.
+    """
 
     name: Literal["muon"] = "muon"
-    lr: float = Field(default=0.24, ge=0.0)
-    """The learning rate of matrices and convolutions; a schedule changes all rates by the same factor."""
-    momentum: float = Field(default=0.6, ge=0.0, lt=1.0)
-    """Momentum of matrices and convolutions."""
-    iterations: int = Field(default=3, ge=1, le=12)
+    """sgd, adamw, muon, or a name of torch.optim."""
+    lr: float = Field(default=0.02, ge=0.0)
+    """The learning rate of the matrices; a schedule changes all rates by the same factor."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """How much of the matrices' last gradients stays."""
+    nesterov: bool = True
+    """Look ahead along the momentum, in matrices and by "sgd"."""
+    iterations: int = Field(default=5, ge=1, le=12)
     """Of the orthogonalisation."""
-    normalise: bool = False
-    """Keep each convolution's filters at norm sqrt(filters); only where a norm layer follows."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """In which the orthogonalisation computes."""
-    other_lr: float = Field(default=0.05, ge=0.0)
-    """The learning rate of all other parameters."""
-    other_momentum: float = Field(default=0.85, ge=0.0, lt=1.0)
-    """Momentum of all other parameters."""
-    others: list[str] = ["head.*", "fc.*", "classifier.*", "*embed*"]
-    """Patterns of matrices that are trained like all other parameters."""
+    normalise_weights: bool = False
+    """Set each matrix to a norm of sqrt(rows) before its update, in place of decay; only where norm layers follow."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """In which the orthogonalisation computes; auto: bfloat16 where the device has it in hardware."""
+    exclude: list[str] = Field(default_factory=list)
+    """Patterns of further matrices that are trained like the rest, such as ["conv1.*"]."""
+    other: Literal["adamw", "sgd"] = "adamw"
+    """By what the rest is trained."""
+    other_lr: float = Field(default=3e-3, ge=0.0)
+    """The rest's learning rate."""
+    other_momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """The rest's momentum; "adamw" calls it its first beta."""
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        """Return our Muon."""
-        orthogonal = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.ndim > 1 and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.others)
-        ]
-        chosen = {id(parameter) for name, parameter in model.named_parameters() if name in orthogonal}
-        groups = []
-        for is_matrix, lr, momentum in ((True, self.lr, self.momentum), (False, self.other_lr, self.other_momentum)):
-            for group in parameter_groups(model, lr, self.weight_decay, self.groups, self.decay_norms_and_biases):
-                members = [p for p in group["params"] if (id(p) in chosen) == is_matrix]
-                if members:
-                    groups.append({**group, "params": members, "momentum": momentum, "orthogonal": is_matrix})
-        return MuonOptimizer(groups, self.iterations, getattr(torch, self.dtype), self.normalise)
+        """Return our Muon, its matrices in front.
+
+        Raises:
+            UsageError: the model has no matrix for it.
+        """
+        groups = sorted(self.parameter_groups(model), key=lambda group: group["rule"] != "muon")
+        if groups[0]["rule"] != "muon":
+            raise UsageError("optimizer 'muon' finds no matrix to train besides the head: use 'sgd' or 'adamw'")
+        return MuonOptimizer(groups)
+
+    def _options_in(self, model: nn.Module) -> OptionsOf:
+        chosen = _matrices(model)
+
+        def options(name: str, parameter: nn.Parameter) -> Options:
+            if name in chosen and not matches(name, self.exclude):
+                return self._of_matrices(parameter.device)
+            return self._of_the_rest()
+
+        return options
+
+    def _of_matrices(self, device: torch.device) -> Options:
+        return {
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "rule": "muon",
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "iterations": self.iterations,
+            "dtype": _fastest(device) if self.dtype == "auto" else self.dtype,
+            "normalise_weights": self.normalise_weights,
+        }
+
+    def _of_the_rest(self) -> Options:
+        common: Options = {"lr": self.other_lr, "weight_decay": self.weight_decay, "rule": self.other}
+        if self.other == "adamw":
+            return {**common, "betas": (self.other_momentum, 0.95), "eps": 1e-8}  # the second as in both sources
+        return {**common, "momentum": self.other_momentum, "nesterov": self.nesterov and self.other_momentum > 0}
+
+
+def _matrices(model: nn.Module) -> set[str]:
+    """Return the names of the weights of all layers with a matrix, but embeddings and the last linear layer."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) and module not in linear[-1:]
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1 and "weight" in name  # a position table or a class token is a bare parameter
+    }
+
+
+def _fastest(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 class Other(_Base):
-    """Any other optimizer of torch.optim, by its name there; its further arguments stand in `options`."""
+    """Any other optimizer of torch.optim by its name there, such as RMSprop, NAdam or Adafactor.
+
+    `lr` is the class's own default if it isn't given. In a recipe, `options` may be left out: any key that is an
+    argument of the class counts.
+    """
 
     name: str
-    """The class's name in torch.optim, such as "RMSprop"."""
+    """The class's name in torch.optim, in capitals or not."""
     lr: float = Field(default=1e-3, ge=0.0)
-    """The learning rate; a schedule may change it by step."""
-    options: dict[str, Any] = {}
+    """The learning rate, which a schedule may change by step."""
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the class, such as {alpha = 0.9}."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sort(cls, values: Any) -> Any:
+        """Find the class, collect its arguments, and fill in its own learning rate."""
+        if not isinstance(values, dict) or "name" not in values:
+            return values
+        found = _class_named(values["name"])
+        known = dict(inspect.signature(found).parameters)
+        loose = {key: value for key, value in values.items() if key not in cls.model_fields}
+        given = values.get("options", {})
+        options = {**given, **loose} if isinstance(given, dict) else loose
+        for key in options:
+            if key not in known or key in ("params", "lr", "weight_decay"):
+                allowed = [name for name in (*known, *cls.model_fields) if name not in ("params", "options")]
+                hint = nearest(key, allowed) or f": there are {', '.join(sorted(allowed))}"
+                raise ValueError(f"'{key}' is no option of torch.optim.{found.__name__}{hint}")
+        if values.get("weight_decay") and "weight_decay" not in known:
+            raise ValueError(f"torch.optim.{found.__name__} has no weight decay: leave weight_decay out")
+        kept = {key: value for key, value in values.items() if key not in loose}
+        return {"lr": known["lr"].default, **kept, "name": found.__name__, "options": options}
+
     @model_validator(mode="after")
-    def _check(self) -> "Other":
-        known = {name.lower(): name for name in _NAMES}
-        refused = {name.lower(): reason for name, reason in _REFUSED.items()}
-        if self.name.lower() in refused:
-            raise ValueError(f"optimizer.name '{self.name}' can't be used: {refused[self.name.lower()]}")
-        if self.name.lower() not in known:
-            raise ValueError(f"optimizer.name '{self.name}' is unknown{nearest(self.name, (*_OURS, *_NAMES))}")
-        arguments = self._arguments()
-        for option in self.options:
-            if option not in arguments:
-                raise ValueError(
-                    f"optimizer.options.{option} is no argument of torch.optim.{known[self.name.lower()]}"
-                    f"{nearest(option, arguments)}"
-                )
+    def _check(self) -> Self:
+        try:
+            self._build([{"params": [torch.zeros(1)]}])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"torch.optim.{self.name} refuses its options: {error}") from None
         return self
-
-    def _class(self) -> type[Optimizer]:
-        found: type[Optimizer] = getattr(torch.optim, {name.lower(): name for name in _NAMES}[self.name.lower()])
-        return found
-
-    def _arguments(self) -> list[str]:
-        ours = ("self", "params", "lr", "weight_decay")
-        return [name for name in inspect.signature(self._class().__init__).parameters if name not in ours]
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return the torch optimizer of that name."""
-        groups = self.parameter_groups(model)
-        if "weight_decay" not in inspect.signature(self._class().__init__).parameters:
-            groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
-        return self._class()(groups, lr=self.lr, **self.options)  # type: ignore[call-arg]
+        return self._build(self.parameter_groups(model))
+
+    def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
+        built: Optimizer = _class_named(self.name)(groups, lr=self.lr, **self.options)
+        return built
+
+
+def _class_named(name: Any) -> Any:
+    """Return a class of torch.optim.
+
+    Raises:
+        ValueError: there is none, or it can't be used here.
+    """
+    lower = str(name).lower()
+    if lower in _REFUSED:
+        raise ValueError(f"'{name}' can't be used: it {_REFUSED[lower]}")
+    if lower in _OURS:
+        raise ValueError(
+            f"'{name}' has settings of its own: use optim.{ {'sgd': 'SGD', 'adamw': 'AdamW'}.get(lower, 'Muon') }"
+        )
+    if lower not in _OTHERS:
+        raise ValueError(f"there is no optimizer '{name}'{nearest(lower, (*_OURS, *_OTHERS))}")
+    return _OTHERS[lower]
 
 
 def _kind(value: Any) -> str:
     """Return which settings class a table, or an instance, is."""
-    name = str(value.get("name", "sgd") if isinstance(value, dict) else getattr(value, "name", "")).lower()
-    return name if name in _OURS else "other"
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if name in _OURS else "torch.optim"
 
 
-def _lower(value: Any) -> Any:
-    """Let people write SGD for sgd."""
-    if isinstance(value, dict) and _kind(value) != "other":
-        return {**value, "name": _kind(value)}
+def _named(value: Any) -> Any:
+    """Let people write SGD for sgd, leave the name out, and hear of a wrong name before its keys are looked at."""
+    if not isinstance(value, dict):
+        return value
+    name = str(value.get("name", "sgd"))
+    if name.lower() in _OURS:
+        return {**value, "name": name.lower()}
+    _class_named(name)
     return value
 
 
 OptimizerSettings = Annotated[
-    Annotated[SGD, Tag("sgd")] | Annotated[AdamW, Tag("adamw")] | Annotated[Muon, Tag("muon")] | Annotated[Other, Tag("other")],
+    Annotated[SGD, Tag("sgd")]
+    | Annotated[AdamW, Tag("adamw")]
+    | Annotated[Muon, Tag("muon")]
+    | Annotated[Other, Tag("torch.optim")],
     Discriminator(_kind),
-    BeforeValidator(_lower),
+    BeforeValidator(_named),
 ]
+"""A recipe's section `[optimizer]`: its `name` says which."""

@@ -1,0 +1,127 @@
+"""Do the recipes compute what a plain loop computes? Losses and final weights, bit by bit.
+
+    python -m benchmarks.agreement [--data FOLDER] [--out docs/agreement.md]
+
+trains each recipe with torchrelay, writing down the batches, and then `benchmarks/twin.py`, a hand-written loop that
+imports nothing of torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's
+photographs; without it only the digits run.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import torchrelay as tr
+from torchrelay import assemble, recipe
+from torchrelay.data.batches import Batch
+from torchrelay.terminal import Terminal
+
+TWIN = Path(__file__).with_name("twin.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe to compare, with what is changed of it."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    what: str
+    photographs: bool = True
+
+
+CASES = (
+    Case("digits", (), "all 20 epochs", photographs=False),
+    Case("cifar10-small", ("run.epochs=2",), "2 whole epochs at 32x32"),
+    Case("cifar10-reference", ("run.max_steps=20",), "20 steps at 112x112"),
+)
+
+
+class WriteDown(tr.Callback):
+    """Keeps the losses, and writes each batch to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.losses: list[Tensor] = []
+        self.seconds = 0.0
+
+    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:
+        self.losses.append(loss.clone())
+        path = self.folder / f"batch-{trainer.step:06d}.safetensors"
+        save_file({"inputs": batch.inputs.contiguous(), "targets": batch.targets}, path)
+
+
+def compare(case: Case, data: Path | None) -> str:
+    """Train both ways and return a row of the table."""
+    folder = Path(tempfile.mkdtemp(prefix="agreement-"))
+    where = (f"data.root={data}", "data.name=image-folder") if case.photographs else ()
+    loaded = recipe.load(case.recipe, (*where, *case.overrides))
+    written = WriteDown(folder)
+    trainer = assemble.trainer(loaded, callbacks=[written], terminal=Terminal(quiet=True))
+    started = time.perf_counter()
+    trainer.fit()
+    seconds = time.perf_counter() - started
+    (folder / "case.json").write_text(json.dumps(parameters(loaded, trainer)))
+    subprocess.run([sys.executable, TWIN, folder], check=True)
+    twin = load_file(folder / "twin.safetensors")
+    same_losses = torch.equal(torch.stack(written.losses), twin.pop("losses"))
+    weights = trainer.model.state_dict()
+    same_weights = all(torch.equal(weights[name.removeprefix("model.")], tensor) for name, tensor in twin.items())
+    same_weights = same_weights and len(twin) == len(weights)
+    last = written.losses[-1].item()
+    shutil.rmtree(folder)
+    print(f"{case.recipe}: losses equal: {same_losses}, weights equal: {same_weights} ({seconds:.0f} s)", flush=True)
+    shown = {True: "equal", False: "**differ**"}
+    return (
+        f"| `{case.recipe}` | {case.what} | {len(written.losses)} | {last:.8f} | "
+        f"{shown[same_losses]} | {shown[same_weights]} ({len(weights)} tensors) |"
+    )
+
+
+def parameters(loaded: recipe.Recipe, trainer: tr.Trainer) -> dict[str, Any]:
+    """Return what the hand-written loop must know."""
+    optimizer, schedule = loaded.optimizer, loaded.schedule
+    return {
+        "model": loaded.model.name,
+        "seed": loaded.run.seed,
+        "lr": optimizer.lr,
+        "momentum": getattr(optimizer, "momentum", 0.0),
+        "weight_decay": optimizer.weight_decay,
+        "schedule": schedule.name,
+        "final_lr": getattr(schedule, "final_lr", 0.0),
+        "epochs": loaded.run.epochs,
+        "steps_per_epoch": len(trainer.batches),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="an image folder with CIFAR-10's photographs")
+    parser.add_argument("--out", type=Path, help="where to write the table")
+    options = parser.parse_args()
+    rows = [compare(case, options.data) for case in CASES if options.data or not case.photographs]
+    heading = "| recipe | what ran | steps | last loss | losses | weights |\n| --- | --- | ---: | ---: | --- | --- |\n"
+    note = (
+        f"float32 on the CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        "made by `python -m benchmarks.agreement`.\n"
+    )
+    text = f"# The recipes against a hand-written loop, bit by bit\n\n{note}\n{heading}" + "\n".join(rows) + "\n"
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text)
+    if "**differ**" in text:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
