@@ -12,12 +12,11 @@ for each epoch:
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,21 +27,19 @@ from torchrelay.callbacks import Callback, Pictures, StepLog
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.data.augment import Augment, Pipeline
 from torchrelay.data.batches import Batch, Batches, Sampling, statistics
-from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
 from torchrelay.finite import FiniteGuard
-from torchrelay.models import EMA, InitFromData
+from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, check_replicas, give_gradients, take_gradients
 from torchrelay.run import Run, RunSettings, Stopwatch
-from torchrelay.signals import Interrupted, StopNow, StopSignal
+from torchrelay.session import session
+from torchrelay.signals import StopNow, StopSignal
 from torchrelay.task import Classification, Task
-from torchrelay.terminal import Counters, Terminal, epoch_line, metric
-
-_INITIAL_SAMPLES = 5_000  # training images from which a model may initialise itself
+from torchrelay.terminal import Terminal, epoch_line
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ class Trainer:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
 
         # 7. Where the run stands
-        self.record = record or self._own_record()
+        self.record = record or _own_record(self)
         self.step = 0  # optimizer steps done; the place within the epoch follows from this
         self.epochs_done = 0  # epochs trained and evaluated
         self.best: Best | None = None
@@ -190,14 +187,15 @@ class Trainer:
         self._evaluated_at = -1
         self.sums = Sums()  # of the running epoch
         self.saving = checkpoint or CheckpointSettings()
-        self._log = StepLog()
-        self.callbacks = [self._log, Pictures(), *callbacks]
+        self.step_log = StepLog()
+        self.stopwatch = Stopwatch()
+        self.callbacks = [self.step_log, Pictures(), *callbacks]
         self._buffers = Buffers(self.model)
         self._guard = FiniteGuard(self.folder)
         self.signal = StopSignal()
-        self._stop_reason: str | None = None
-        self._samples_seen = 0  # since this process began; for people only
-        self._phase = ""
+        self.stop_reason: str | None = None
+        self.samples_seen = 0  # since this process began; for people only
+        self.phase = ""
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -219,7 +217,7 @@ class Trainer:
         return self._fit(resume=True, accept_changes=accept_changes)
 
     def _fit(self, resume: bool, accept_changes: bool = False) -> dict[str, float]:
-        with self._open_run(resume, accept_changes):
+        with session(self, resume, accept_changes):
             while self._goes_on():
                 self.model.train()
                 for batch in self.batches.epoch(
@@ -227,7 +225,7 @@ class Trainer:
                 ):
                     loss = self.train_step(batch)
                     self._after_step(batch, loss)
-                    if self._stop_reason is not None:
+                    if self.stop_reason is not None:
                         break
                 self._end_epoch()
         return self.last_evaluation.values if self.last_evaluation else {}
@@ -293,8 +291,8 @@ class Trainer:
             self._guard.read()
         if self.step == self.settings.max_steps:
             self.stop(f"{self.step} steps are done, as run.max_steps says")
-        self._stopwatch.samples += len(batch.indices)
-        self._samples_seen += len(batch.indices)
+        self.stopwatch.samples += len(batch.indices)
+        self.samples_seen += len(batch.indices)
         if self.signal.received is not None:
             raise StopNow
         if self.step % len(self.batches) and self._save_is_due():  # at an epoch's end the evaluation comes first
@@ -302,7 +300,7 @@ class Trainer:
 
     def stop(self, reason: str) -> None:
         """End the training after this step or this epoch, as early stopping does; the run counts as done."""
-        self._stop_reason = reason
+        self.stop_reason = reason
 
     def say(self, text: str) -> None:
         """Write a line to the terminal and to the run's log."""
@@ -318,33 +316,33 @@ class Trainer:
 
     def _goes_on(self) -> bool:
         at_limit = self.settings.max_steps is not None and self.step >= self.settings.max_steps
-        return self.epochs_done < self.settings.epochs and self._stop_reason is None and not at_limit
+        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not at_limit
 
     def _end_epoch(self) -> None:
         """Evaluate where it is time to, keep the best, tell people, save."""
         self._guard.read()
         epoch = self.epochs_done + 1
-        last = epoch == self.settings.epochs or self._stop_reason is not None
-        train, clock = self.sums.means(), self._stopwatch.lap()
+        last = epoch == self.settings.epochs or self.stop_reason is not None
+        train, clock = self.sums.means(), self.stopwatch.lap()
         self.record_line("train", {**train, "lr": self.optimizer.param_groups[0]["lr"], **clock})
         found: dict[str, dict[str, float]] = {}
         if last or epoch % self.settings.evaluate_every == 0:
             found = {split: self._evaluate_and_record(split) for split in self.evaluated}
         chosen = found.get(self.selects_on) or (None if self.evaluated else train)
         improved = chosen is not None and self._is_best(chosen, epoch)
-        self.say(self._epoch_line(epoch, {"train": train, **found}, clock))
+        self.say(_epoch_line(self, epoch, {"train": train, **found}, clock))
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)
         if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
             self.epochs_done, self.sums = epoch, Sums()
-        if last or improved or self._stop_reason is not None or self._save_is_due():
+        if last or improved or self.stop_reason is not None or self._save_is_due():
             self.save()
-        self._stopwatch.start()
+        self.stopwatch.start()
 
     def _evaluate_and_record(self, split: str) -> dict[str, float]:
-        self._phase = "evaluating"
+        self.phase = "evaluating"
         found = self.evaluate(split)
-        self._phase = ""
+        self.phase = ""
         self.record_line(split, found.values)
         for callback in self.callbacks:
             callback.on_evaluate(self, split, found.values)
@@ -495,152 +493,35 @@ class Trainer:
         if self.folder is None:
             raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
         path = checkpoints.find(self.folder / "checkpoints", which)
-        self._load_weights(checkpoints.read(path))
+        self.load_weights(checkpoints.read(path))
         return path
 
-    def _load_weights(self, contents: Contents) -> None:
+    def load_weights(self, contents: Contents) -> None:
+        """Take over a checkpoint's weights, the averaged ones included."""
         self.model.load_state_dict(contents.model)
         if self.ema is not None and contents.ema is not None:
             self.ema.load_state_dict(contents.ema)
 
-    # ------------------------------------------------------------------------------------------------ open and close
 
-    @contextmanager
-    def _open_run(self, resume: bool, accept_changes: bool) -> Iterator[None]:
-        """Hold the run's folder, log and signals while the loop runs; go on from a checkpoint if asked to."""
-        if resume and self.folder is None:
-            raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
-        with ExitStack() as stack:
-            self.signal = stack.enter_context(StopSignal())
-            if self.folder is not None:
-                self.run = Run(
-                    self.folder, self.terminal, self.saving, len(self.batches), self.total_steps, resume=resume
-                )
-                stack.callback(self._close_run)
-            self.say(self._introduction())
-            if resume:
-                self._go_on(accept_changes)
-            else:
-                self._begin()
-            for callback in self.callbacks:
-                callback.on_start(self)
-            self._stopwatch = Stopwatch()
-            try:
-                with self.terminal.progress(self._counters, self.unit):
-                    yield
-            except StopNow:
-                raise self._interrupted() from None
-            self._finish()
+def _epoch_line(trainer: Trainer, epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:
+    return epoch_line(
+        epoch,
+        trainer.settings.epochs,
+        splits,
+        headline=trainer.task.headline,
+        percent=trainer.task.percent,
+        rate=clock["samples_per_second"],
+        seconds=clock["seconds"],
+        unit=trainer.unit,
+    )
 
-    def _close_run(self) -> None:
-        run, self.run = self.run, None
-        if run is not None:
-            run.close()
 
-    def _begin(self) -> None:
-        """Write down what runs, initialise from the data, and save what the run starts from."""
-        if isinstance(self.model, InitFromData):
-            self.model.init_from(self._initial_images(self.model))
-            if self.ema is not None:
-                self.ema.load_state_dict(self.model.state_dict())
-        if self.run is not None:
-            self.run.write_recipe(self.record)
-            self.save()
-
-    def _go_on(self, accept_changes: bool) -> None:
-        """Stand where the newest whole checkpoint stands."""
-        assert self.run is not None  # noqa: S101 - `_open_run` has refused
-        contents = checkpoints.newest(self.run.checkpoints, warn=self.say)
-        if contents is None:
-            self.say("no checkpoint was saved yet: starting from the beginning")
-            return self._begin()
-        for warning in identity.compare(contents.state["identity"], self.identity(), accept_changes):
-            self.say(f"warning: {warning}")
-        self._load_weights(contents)
-        self.load_state_dict(contents.state)
-        self.run.rewind(contents.state["metrics_size"])
-        done = self.epochs_done >= self.settings.epochs
-        self.say(
-            f"the run is done: {self.step:,} steps"
-            if done
-            else f"going on after step {self.step:,} of {self.total_steps:,}"
-        )
-        return None
-
-    def _interrupted(self) -> Interrupted:
-        """Save, and say how to go on."""
-        signal = self.signal.received.name if self.signal.received is not None else "a signal"
-        if self.run is None:
-            return Interrupted(f"stopped by {signal} after step {self.step:,}; there is no run folder to resume from")
-        self.save()
-        self.run.wait()
-        return Interrupted(
-            f"stopped by {signal} after step {self.step:,}, saved; go on with: torchrelay resume {self.folder}"
-        )
-
-    def _finish(self) -> None:
-        if self._stop_reason is not None:
-            self.say(f"stopped: {self._stop_reason}")
-        if self.run is not None:
-            self.run.wait()
-        for callback in self.callbacks:
-            callback.on_end(self)
-        if self.best is not None:
-            shown = metric(self.best.value, self.task.percent).strip()
-            self.say(
-                f"best {self.selects_on} {self.task.headline.replace('_', ' ')}: {shown} (epoch {self.best.epoch})"
-            )
-
-    def _introduction(self) -> str:
-        data = self.batches.source
-        parameters = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"{type(self.model).__name__} ({parameters:,} parameters) on {data.name} ({len(data):,} samples), "
-            f"{self.total_steps:,} steps on {self.device.describe()}"
-        )
-
-    def _epoch_line(self, epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:
-        return epoch_line(
-            epoch,
-            self.settings.epochs,
-            splits,
-            headline=self.task.headline,
-            percent=self.task.percent,
-            rate=clock["samples_per_second"],
-            seconds=clock["seconds"],
-            unit=self.unit,
-        )
-
-    def _counters(self) -> Counters:
-        """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
-        return Counters(
-            epoch=min(self.epochs_done + 1, self.settings.epochs),
-            epochs=self.settings.epochs,
-            step=self.step,
-            steps=self.total_steps,
-            samples=self._samples_seen,
-            loss=self._log.last,
-            phase=self._phase,
-        )
-
-    def _initial_images(self, model: nn.Module) -> Tensor:
-        """Return some training images, evenly from all of them and as evaluation prepares them."""
-        source = self.batches.source
-        if not isinstance(source, ArraySource):
-            raise UsageError(
-                f"{type(model).__name__} initialises itself from images in memory: use arrays or an image folder"
-            )
-        places = np.arange(min(len(source), _INITIAL_SAMPLES))
-        chosen = torch.from_numpy(order(self.settings.seed, 0, places, len(source)))
-        images: Tensor = self.device.arrange(self.pipeline.evaluate(self.device.move(source.inputs[chosen])))
-        return images
-
-    def _own_record(self) -> dict[str, Any]:
-        """Return what goes into recipe.toml where the trainer was built from Python."""
-        return {
-            "run": self.settings.model_dump(mode="json", exclude_none=True),
-            "data": {"name": self.batches.source.name, "batch_size": self.batches.batch_size},
-            "model": {"name": type(self.model).__name__},
-            "device": self.device.settings.model_dump(mode="json", exclude_none=True),
-            "environment": {"started_from": "python", "torch": torch.__version__},
-        }
+def _own_record(trainer: Trainer) -> dict[str, Any]:
+    """Return what goes into recipe.toml where the trainer was built from Python."""
+    return {
+        "run": trainer.settings.model_dump(mode="json", exclude_none=True),
+        "data": {"name": trainer.batches.source.name, "batch_size": trainer.batches.batch_size},
+        "model": {"name": type(trainer.model).__name__},
+        "device": trainer.device.settings.model_dump(mode="json", exclude_none=True),
+        "environment": {"started_from": "python", "torch": torch.__version__},
+    }

@@ -99,7 +99,9 @@ class Batches:
         self.samples = len(source)
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
-            raise RelayError(f"data.drop_last leaves nothing: {self.samples} samples are fewer than a batch of {batch_size}")
+            raise RelayError(
+                f"data.drop_last leaves nothing: {self.samples} samples are fewer than a batch of {batch_size}"
+            )
         self._place_samples = _sampler(source, seed, sampling if train else "sequential")
         if isinstance(source, ArraySource):
             self._read: Callable[[int, int], Iterator[tuple[Any, Tensor, Places]]] = self._read_arrays
@@ -242,7 +244,9 @@ class _Loader:
             if batch is None:
                 return
             if not isinstance(batch, list | tuple) or len(batch) != 2:
-                raise RelayError("a dataset's sample must be a pair (inputs, target): return one, or give a collate function")
+                raise RelayError(
+                    "a dataset's sample must be a pair (inputs, target): return one, or give a collate function"
+                )
             yield batch[0], batch[1]
 
 

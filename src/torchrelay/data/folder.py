@@ -88,10 +88,16 @@ def image_folder(
 
     if not (base / "train").is_dir():
         whole = read(base)
-        return (split(whole, test_share, seed)) if isinstance(whole, ArraySource) else _split_files(whole, test_share, seed)
+        return (
+            (split(whole, test_share, seed))
+            if isinstance(whole, ArraySource)
+            else _split_files(whole, test_share, seed)
+        )
     test_folder = next((base / name for name in _TESTS if (base / name).is_dir()), None)
     if test_folder is None:
-        raise RelayError(f"{base} has a folder 'train' but none named {', '.join(_TESTS)}: add one with the same classes")
+        raise RelayError(
+            f"{base} has a folder 'train' but none named {', '.join(_TESTS)}: add one with the same classes"
+        )
     train = read(base / "train")
     return train, read(test_folder, train.classes)
 
@@ -103,7 +109,9 @@ def decode_images(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
     for place, path in enumerate(paths):
         picture = _open(path)
         same = picture.size == (width, height)
-        images[place] = _pixels(picture if same else ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR), channels)
+        images[place] = _pixels(
+            picture if same else ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR), channels
+        )
     return torch.from_numpy(images)
 
 
@@ -114,7 +122,9 @@ def _scan(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], li
         raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
     if classes is not None and set(found) != set(classes):
         odd = sorted(set(found) ^ set(classes))[0]
-        raise RelayError(f"{folder}: class '{odd}' is in only one of the training and the test part: both need the same classes")
+        raise RelayError(
+            f"{folder}: class '{odd}' is in only one of the training and the test part: both need the same classes"
+        )
     paths, labels = [], []
     for label, name in enumerate(found):
         members = sorted((p for p in (folder / name).rglob("*") if is_image(p)), key=lambda p: p.as_posix())
@@ -171,7 +181,9 @@ def _open(path: Path) -> Image.Image:
             picture.load()
             return ImageOps.exif_transpose(picture)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise RelayError(f"{path} can't be read as an image: {error}; repair or remove it, or set data.on_error=skip") from error
+        raise RelayError(
+            f"{path} can't be read as an image: {error}; repair or remove it, or set data.on_error=skip"
+        ) from error
 
 
 def _pixels(picture: Image.Image, channels: int) -> Images:
@@ -228,7 +240,9 @@ def _fill(
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
         missing = [place for part in pool.map(decode, chunks) for place in part]
     if len(missing) > max_errors:
-        raise RelayError(f"{len(missing)} images can't be read, more than the {max_errors} allowed, beginning with {paths[missing[0]]}")
+        raise RelayError(
+            f"{len(missing)} images can't be read, more than the {max_errors} allowed, beginning with {paths[missing[0]]}"
+        )
     return missing
 
 

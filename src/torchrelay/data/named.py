@@ -27,7 +27,9 @@ def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySo
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise RelayError("the digits come with scikit-learn, which isn't installed: pip install 'torchrelay[digits]'") from None
+        raise RelayError(
+            "the digits come with scikit-learn, which isn't installed: pip install 'torchrelay[digits]'"
+        ) from None
     found = load_digits()
     images = np.round(found.images * (255 / _GREY_LEVELS)).astype(np.uint8)[:, None]
     whole = arrays(images, found.target, tuple("0123456789"), "digits")
@@ -63,11 +65,16 @@ def _cifar(kind: str, name: str, root: str | Path, download: bool) -> tuple[Arra
             found: Any = getattr(torchvision.datasets, kind)(Path(root).expanduser(), train=train, download=download)
         except RuntimeError as error:
             remedy = "check the connection" if download else "set data.download=true, or data.root to where it is"
-            raise RelayError(f"{kind} isn't in {root}, or its files are damaged ({error}): {remedy}") from None
+            raise RelayError(f"{kind} isn't in {root}, or its files are damaged: {remedy}") from error
         except OSError as error:
-            raise RelayError(f"{kind} can't be fetched to {root}: {error}; put torchvision's files there by hand") from None
+            raise RelayError(
+                f"{kind} can't be fetched to {root}: {error}; put torchvision's files there by hand"
+            ) from None
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        return ArraySource(images, torch.tensor(found.targets), tuple(found.classes), name, CIFAR_MEAN, CIFAR_STD)
+        stamp = f"{name}/{'train' if train else 'test'}"  # torchvision has compared the files' checksums
+        return ArraySource(
+            images, torch.tensor(found.targets), tuple(found.classes), name, CIFAR_MEAN, CIFAR_STD, stamp=stamp
+        )
 
     return read(True), read(False)
 
@@ -103,5 +110,3 @@ def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple
         return ArraySource(inputs.view(count, length), targets.view(count, length), characters, Path(source).stem)
 
     return windows(tokens[:cut], "training"), windows(tokens[cut:], "test")
-
-

@@ -1,17 +1,18 @@
 """Step 2: what a recipe says of the data, and loading it."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchrelay.data.augment import Augment
+from torchrelay.data.augment import Augment, Prepare
 from torchrelay.data.folder import image_folder
 from torchrelay.data.named import cifar10, cifar100, digits, text
-from torchrelay.data.sources import Source, as_source, split
+from torchrelay.data.sources import ArraySource, Source, as_source, split
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
@@ -45,9 +46,9 @@ class DataSettings(Settings):
     """Colour (3) or grey (1) of an image folder."""
     length: int = Field(default=64, ge=1)
     """Characters of a window of a text."""
-    prepare: list[Augment] = []
+    prepare: list[Prepare] = Field(default_factory=list)
     """What training and test images alike go through first, such as [{name = "resize", size = 112}]."""
-    augment: list[Augment] = []
+    augment: list[Augment] = Field(default_factory=list)
     """What training images go through, such as ["flip", {name = "crop", padding = 4}]."""
     normalise: bool = True
     """Shift and scale each channel by its mean and deviation."""
@@ -56,14 +57,14 @@ class DataSettings(Settings):
     std: list[float] | None = None
     """The channels' deviations, likewise."""
     cache: bool = True
-    """Keep a decoded image folder on the disk, for all later runs."""
+    """Keep a decoded image folder on the disk, for all later runs; one cache a folder, size and number of channels."""
     cache_dir: str | None = None
     """Where to keep it; unset: ~/.cache/torchrelay."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do about an image that can't be read."""
     max_errors: int = Field(default=100, ge=0)
     """How many images may be skipped."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of a function in --code."""
 
     @model_validator(mode="after")
@@ -96,6 +97,10 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
         RelayError: it is damaged; the text says where.
     """
     train, test = _load(settings, seed, code, log)
+    if settings.mean is not None and settings.std is not None:
+        if not isinstance(train, ArraySource):
+            raise UsageError(f"data.mean is for images in arrays, and {train.name} is read one by one: normalise in it")
+        train = replace(train, mean=tuple(settings.mean), std=tuple(settings.std))
     validation = None
     if settings.validation:
         train, validation = split(train, settings.validation, seed)
@@ -105,6 +110,10 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
 def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> tuple[Source, Source | None]:
     own = getattr(code, settings.name, None)
     if callable(own):
+        try:
+            inspect.signature(own).bind(**settings.options)
+        except TypeError as error:
+            raise UsageError(f"data.options don't fit '{settings.name}' in --code: {error}") from None
         found = own(**settings.options)
         if not isinstance(found, tuple | list) or len(found) != 2:
             raise UsageError(f"data.name '{settings.name}': the function in --code must return a pair (train, test)")

@@ -1,12 +1,13 @@
 """Step 2: what can be indexed: samples in memory, or any torch Dataset."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -15,7 +16,7 @@ from torchrelay.data.order import order
 from torchrelay.errors import RelayError, UsageError
 
 Mean = tuple[float, ...]
-_BLOCK = 4096  # samples that are summed or hashed at once
+_BLOCK = 2**22  # values that are summed at once, or hashed; at eight bytes each, what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class ArraySource:
     mean: Mean | None = None  # per channel, of images in [0, 1]; None: to be computed
     std: Mean | None = None
     paths: tuple[str, ...] | None = field(default=None, repr=False)  # the file of each sample, if any
-    stamp: str | None = field(default=None, repr=False)  # what identifies the content, if something cheaper than it does
+    stamp: str | None = field(default=None, repr=False)  # what identifies the content, if it needn't be read for that
 
     def __post_init__(self) -> None:
+        if self.inputs.ndim == 0 or self.targets.ndim == 0:
+            raise RelayError(f"{self.name}: inputs and targets need a first dimension, one entry a sample")
         if len(self.inputs) != len(self.targets):
             raise RelayError(f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets: give one each")
         if len(self.inputs) == 0:
@@ -77,7 +80,7 @@ class DatasetSource:
     """Any map-style torch Dataset of (inputs, target) pairs, read sample by sample through a DataLoader.
 
     Its global randomness (PyTorch's, NumPy's, Python's) is seeded for each sample; a generator object that it keeps
-    of its own is not.
+    of its own is not. A method `fingerprint()` of the dataset's, if it has one, says what content it stands for.
     """
 
     dataset: Dataset[Any]
@@ -91,6 +94,8 @@ class DatasetSource:
                 f"{type(self.dataset).__name__} can only be read in its own order, so a run could not go on inside an "
                 "epoch: give a Dataset with __getitem__ and __len__"
             )
+        if not hasattr(self.dataset, "__len__"):
+            raise UsageError(f"{type(self.dataset).__name__} doesn't say how many samples it has: give it a __len__")
         if len(self) == 0:
             raise RelayError(f"{self.name}: there are no samples")
 
@@ -99,37 +104,42 @@ class DatasetSource:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
-        """Return what little can be told of a dataset without reading it: its kind and its length."""
+        """Return what the dataset says of its content, or the little to be told unread: its kind and its length."""
+        own = getattr(self.dataset, "fingerprint", None)
+        if callable(own):
+            return str(own())
         return f"{type(self.dataset).__name__} of {len(self)}"
 
 
 Source = ArraySource | DatasetSource
 
 
-def arrays(inputs: Any, targets: Any, classes: tuple[str, ...] = (), name: str = "arrays") -> ArraySource:
-    """Return a source of arrays.
+def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
+    """Return a source of arrays: what is uint8 stays so, other integers become int64, all else float32.
 
     Args:
-        inputs: a tensor or a NumPy array (samples, …). Images are uint8 (samples, channels, height, width) or, with 1 or
-            3 channels, (samples, height, width, channels), which is turned around; float images lie in [0, 1].
-        targets: (samples, …) class indices, numbers, or 0/1 labels.
+        inputs: a tensor or a NumPy array (samples, …). Images are uint8 (samples, channels, height, width) or, with
+            1 or 3 channels, (samples, height, width, channels), which is turned around; float images lie in [0, 1].
+        targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, all else float32.
         classes: names of the classes or labels.
         name: what logs call it.
     """
-    x, y = torch.as_tensor(inputs), torch.as_tensor(targets)
+    x, y = (torch.as_tensor(values, device="cpu").detach() for values in (inputs, targets))
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
-    if x.dtype == torch.float64:
-        x = x.float()
-    if not y.is_floating_point() and y.dtype != torch.bool:
-        y = y.long()
-    elif y.dtype != torch.float32:
-        y = y.float()
+    if x.dtype != torch.uint8:
+        x = _plain(x)
+    y = _plain(y)
     return ArraySource(x, y, tuple(classes), name)
 
 
+def _plain(values: Tensor) -> Tensor:
+    """Return int64 of integers and float32 of all else, truth values among it."""
+    return values.float() if values.is_floating_point() or values.dtype == torch.bool else values.long()
+
+
 def dataset(
-    data: Dataset[Any], classes: tuple[str, ...] = (), collate: Callable[[list[Any]], Any] | None = None
+    data: Dataset[Any], classes: Sequence[str] = (), collate: Callable[[list[Any]], Any] | None = None
 ) -> DatasetSource:
     """Return a source of any map-style torch Dataset whose samples are pairs (inputs, target).
 
@@ -153,11 +163,15 @@ def as_source(thing: Any) -> Source:
         return dataset(thing)
     if isinstance(thing, tuple | list) and len(thing) == 2:
         return arrays(*thing)
-    raise UsageError(f"{type(thing).__name__} is no data: give a source of torchrelay.data, a Dataset, or (inputs, targets)")
+    raise UsageError(
+        f"{type(thing).__name__} is no data: give a source of torchrelay.data, a torch Dataset, or (inputs, targets)"
+    )
 
 
 def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """Divide a source into the rest and a part of its own, evenly over the classes where there are some.
+    """Divide a source into the rest and a part of its own.
+
+    Each class is divided by that share; one with two samples or more is in both.
 
     Args:
         source: what to divide.
@@ -167,6 +181,8 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     Raises:
         UsageError: one side would be empty, or the source isn't held in memory.
     """
+    if not 0.0 < share < 1.0:
+        raise UsageError(f"a share of {share} of {source.name} leaves one part empty: choose one between 0 and 1")
     if not isinstance(source, ArraySource):
         raise UsageError(f"{source.name} can't be divided without reading it: give the parts as datasets of their own")
     labelled = source.targets.ndim == 1 and not source.targets.is_floating_point()
@@ -175,9 +191,12 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
         shuffled = members[order(seed, int(label), np.arange(len(members)), len(members))]
-        chosen[shuffled[: round(len(members) * share)]] = True
-    if chosen.all() or not chosen.any():
-        raise UsageError(f"a share of {share} of {source.name}'s {len(source)} samples leaves one part empty: choose another")
+        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        chosen[shuffled[:count]] = True
+    if not chosen.any():
+        raise UsageError(
+            f"{source.name}: no class has a second sample, so no part can be set apart: add samples, or give the part"
+        )
     rest, part = (torch.from_numpy(np.flatnonzero(side)) for side in (~chosen, chosen))
     return source.take(rest), source.take(part)
 
@@ -185,23 +204,41 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
 def channel_statistics(images: Tensor) -> tuple[Mean, Mean]:
     """Return the mean and the deviation of each channel of images in [0, 1].
 
-    Sums of uint8 are exact integers, so that the order of adding and the number of threads don't matter.
+    Bytes are counted, which is exact. The rest is left to NumPy, which adds in one thread: the number of threads
+    changes nothing.
 
     Args:
         images: uint8 or float32 (samples, channels, height, width).
     """
-    scale = 255.0 if images.dtype == torch.uint8 else 1.0
-    wide = torch.int64 if images.dtype == torch.uint8 else torch.float64
-    total = torch.zeros(images.shape[1], dtype=wide)
-    squares = torch.zeros(images.shape[1], dtype=wide)
-    for block in images.split(_BLOCK):
-        values = block.to(wide)
-        total += values.sum(dim=(0, 2, 3))
-        squares += values.square().sum(dim=(0, 2, 3))
-    count = images.numel() // images.shape[1]
-    mean = [float(t) / count for t in total]
-    std = [max(float(s) / count - m * m, 0.0) ** 0.5 for s, m in zip(squares, mean, strict=True)]
-    return tuple(m / scale for m in mean), tuple(max(s / scale, 1e-6) for s in std)
+    channels, count = images.shape[1], images.numel() // images.shape[1]
+    total, squares = np.zeros(channels), np.zeros(channels)
+    if images.dtype == torch.uint8:
+        levels = np.arange(256)
+        found = _histograms(images)
+        total, squares = found @ levels / 255, found @ levels**2 / 255**2
+    else:
+        for block in _split(images):
+            values = block.numpy().astype(np.float64)
+            total += values.sum(axis=(0, 2, 3))
+            squares += np.square(values).sum(axis=(0, 2, 3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+    return tuple(mean.tolist()), tuple(np.maximum(std, 1e-6).tolist())
+
+
+def _histograms(images: Tensor) -> npt.NDArray[np.int64]:
+    """Return how often each value stands in each channel of uint8 images, int64 (channels, 256)."""
+    found = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for block in _split(images):
+        for channel in range(images.shape[1]):
+            found[channel] += np.bincount(block[:, channel].reshape(-1).numpy(), minlength=256)
+    return found
+
+
+def _split(values: Tensor) -> tuple[Tensor, ...]:
+    """Return (samples, …) in blocks that don't strain the memory."""
+    each = max(values[0].numel(), 1) if len(values) else 1
+    return torch.split(values, max(_BLOCK // each, 1))
 
 
 def _hash(*tensors: Tensor) -> str:
@@ -209,6 +246,6 @@ def _hash(*tensors: Tensor) -> str:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for block in tensor.detach().cpu().split(_BLOCK):
-            found.update(block.contiguous().view(torch.uint8).numpy().data if block.ndim else bytes(block))
+        for block in _split(tensor.detach().cpu()):
+            found.update(block.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -216,20 +216,22 @@ class Other(_Base):
         found = _class_named(values["name"])
         known = dict(inspect.signature(found).parameters)
         loose = {key: value for key, value in values.items() if key not in cls.model_fields}
-        given = values.get("options", {})
-        options = {**given, **loose} if isinstance(given, dict) else loose
+        if not isinstance(given := values.get("options", {}), dict):
+            return values
+        options = {**given, **loose}
         for key in options:
             if key not in known or key in ("params", "lr", "weight_decay"):
                 allowed = [name for name in (*known, *cls.model_fields) if name not in ("params", "options")]
                 hint = nearest(key, allowed) or f": there are {', '.join(sorted(allowed))}"
                 raise ValueError(f"'{key}' is no option of torch.optim.{found.__name__}{hint}")
-        if values.get("weight_decay") and "weight_decay" not in known:
-            raise ValueError(f"torch.optim.{found.__name__} has no weight decay: leave weight_decay out")
         kept = {key: value for key, value in values.items() if key not in loose}
         return {"lr": known["lr"].default, **kept, "name": found.__name__, "options": options}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        decays = (self.weight_decay, *(group.weight_decay for group in self.groups))
+        if any(decays) and "weight_decay" not in inspect.signature(_class_named(self.name)).parameters:
+            raise ValueError(f"torch.optim.{self.name} has no weight decay: leave weight_decay out")
         try:
             self._build([{"params": [torch.zeros(1)]}])
         except (TypeError, ValueError) as error:

@@ -1,0 +1,155 @@
+"""Step 7: what surrounds the loop: opening or resuming a run before its first step, closing it after its last."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchrelay import checkpoint, identity
+from torchrelay.data.order import order
+from torchrelay.data.sources import ArraySource
+from torchrelay.errors import UsageError
+from torchrelay.models import InitFromData
+from torchrelay.run import Run
+from torchrelay.signals import Interrupted, StopNow, StopSignal
+from torchrelay.terminal import Counters, metric
+
+if TYPE_CHECKING:
+    from torchrelay.trainer import Trainer
+
+_INITIAL_SAMPLES = 5_000  # training images from which a model may initialise itself
+
+
+@contextmanager
+def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[None]:
+    """Hold the run's folder, log and signals while the loop runs; go on from a checkpoint if asked to.
+
+    Raises:
+        Interrupted: a signal came, and a checkpoint is saved.
+    """
+    if resume and trainer.folder is None:
+        raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
+    with ExitStack() as stack:
+        trainer.signal = stack.enter_context(StopSignal())
+        if trainer.folder is not None:
+            trainer.run = Run(
+                trainer.folder,
+                trainer.terminal,
+                trainer.saving,
+                len(trainer.batches),
+                trainer.total_steps,
+                resume=resume,
+            )
+            stack.callback(_close, trainer)
+        trainer.say(_introduction(trainer))
+        if resume and trainer.run is not None:
+            _go_on(trainer, trainer.run, accept_changes)
+        else:
+            _begin(trainer)
+        for callback in trainer.callbacks:
+            callback.on_start(trainer)
+        trainer.stopwatch.start()
+        try:
+            with trainer.terminal.progress(lambda: _counters(trainer), trainer.unit):
+                yield
+        except StopNow:
+            raise _interrupted(trainer) from None
+        _finish(trainer)
+
+
+def _close(trainer: "Trainer") -> None:
+    run, trainer.run = trainer.run, None
+    if run is not None:
+        run.close()
+
+
+def _begin(trainer: "Trainer") -> None:
+    """Initialise from the data, write down what runs, and save what the run starts from."""
+    if isinstance(trainer.model, InitFromData):
+        trainer.model.init_from(_initial_images(trainer))
+        if trainer.ema is not None:
+            trainer.ema.load_state_dict(trainer.model.state_dict())
+    if trainer.run is not None:
+        trainer.run.write_recipe(trainer.record)
+        trainer.save()
+
+
+def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
+    """Stand where the newest whole checkpoint stands."""
+    contents = checkpoint.newest(run.checkpoints, warn=trainer.say)
+    if contents is None:
+        trainer.say("no checkpoint was saved yet: starting from the beginning")
+        run.rewind(0)
+        _begin(trainer)
+        return
+    for warning in identity.compare(contents.state["identity"], trainer.identity(), accept_changes):
+        trainer.say(f"warning: {warning}")
+    trainer.load_weights(contents)
+    trainer.load_state_dict(contents.state)
+    run.rewind(contents.state["metrics_size"])
+    run.write_recipe(trainer.record)  # which may now ask for more epochs
+    if trainer.epochs_done >= trainer.settings.epochs:
+        trainer.say(f"the run is done: {trainer.step:,} steps")
+    else:
+        trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
+
+
+def _interrupted(trainer: "Trainer") -> Interrupted:
+    """Save, and say how to go on."""
+    signal = trainer.signal.received.name if trainer.signal.received is not None else "a signal"
+    done = f"stopped by {signal} after step {trainer.step:,}"
+    if trainer.run is None:
+        return Interrupted(f"{done}; there is no run folder to resume from")
+    trainer.save()
+    trainer.run.wait()
+    return Interrupted(f"{done}, saved; go on with: torchrelay resume {trainer.folder}")
+
+
+def _finish(trainer: "Trainer") -> None:
+    if trainer.stop_reason is not None:
+        trainer.say(f"stopped: {trainer.stop_reason}")
+    if trainer.run is not None:
+        trainer.run.wait()
+    for callback in trainer.callbacks:
+        callback.on_end(trainer)
+    if trainer.best is not None:
+        shown = metric(trainer.best.value, trainer.task.percent).strip()
+        name = trainer.task.headline.replace("_", " ")
+        trainer.say(f"best {trainer.selects_on} {name}: {shown} (epoch {trainer.best.epoch})")
+
+
+def _introduction(trainer: "Trainer") -> str:
+    data = trainer.batches.source
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    return (
+        f"{trainer.record['model']['name']} ({parameters:,} parameters) on {data.name} ({len(data):,} samples), "
+        f"{trainer.total_steps:,} steps on {trainer.device.describe()}"
+    )
+
+
+def _counters(trainer: "Trainer") -> Counters:
+    """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
+    return Counters(
+        epoch=min(trainer.epochs_done + 1, trainer.settings.epochs),
+        epochs=trainer.settings.epochs,
+        step=trainer.step,
+        steps=trainer.total_steps,
+        samples=trainer.samples_seen,
+        loss=trainer.step_log.last,
+        phase=trainer.phase,
+    )
+
+
+def _initial_images(trainer: "Trainer") -> Tensor:
+    """Return some training images, evenly from all of them and as evaluation prepares them."""
+    source = trainer.batches.source
+    if not isinstance(source, ArraySource):
+        name = type(trainer.model).__name__
+        raise UsageError(f"{name} initialises itself from images in memory: use arrays or an image folder")
+    places = np.arange(min(len(source), _INITIAL_SAMPLES))
+    chosen = torch.from_numpy(order(trainer.settings.seed, 0, places, len(source)))
+    images: Tensor = trainer.device.arrange(trainer.pipeline.evaluate(trainer.device.move(source.inputs[chosen])))
+    return images

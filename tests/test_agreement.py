@@ -1,0 +1,37 @@
+"""A recipe computes what a hand-written loop computes, bit by bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(tmp_path):
+    out = tmp_path / "table.md"
+    command = [sys.executable, "-m", "benchmarks.agreement", "--out", out]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = next(line for line in out.read_text().splitlines() if line.startswith("| `digits`"))
+    assert row.endswith("| equal | equal (20 tensors) |")
+    assert "| 460 |" in row
+
+
+def test_the_hand_written_loop_is_its_own():
+    text = (ROOT / "benchmarks" / "twin.py").read_text()
+    assert "import torchrelay" not in text
+    assert "from torchrelay" not in text
+
+
+def test_the_comparison_can_fail(tmp_path):
+    """With another learning rate by one part in a million the weights differ, and the program says so."""
+    script = """
+import benchmarks.agreement as agreement, sys
+true = agreement.parameters
+agreement.parameters = lambda loaded, trainer: {**true(loaded, trainer), "lr": 0.05 * (1 + 1e-6)}
+sys.argv = ["agreement"]
+agreement.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "**differ**" in done.stdout
