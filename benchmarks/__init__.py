@@ -1,0 +1,1 @@
+"""What is claimed, as programs: each prints a table or draws a picture."""

@@ -5,7 +5,8 @@ weights bit by bit:
 
     python benchmarks/twin.py FOLDER
 
-reads `FOLDER/case.json` (the parameters) and `FOLDER/batch-*.safetensors`, trains, and writes `FOLDER/twin.safetensors` (losses and weights).
+reads `FOLDER/case.json` (the parameters) and `FOLDER/batch-*.safetensors`, trains, and writes
+`FOLDER/twin.safetensors` (losses and weights).
 """
 
 import json
@@ -44,10 +45,11 @@ def resnet18() -> nn.Module:
 
 def learning_rate(case: dict[str, Any], step: int) -> float:
     """Half a cosine by epoch, as the tutorial's CosineAnnealingLR, or PyTorch's one-cycle curve by step."""
-    lr, steps = case["lr"], case["epochs"] * case["steps_per_epoch"]
+    lr, epochs, steps_per_epoch = float(case["lr"]), int(case["epochs"]), int(case["steps_per_epoch"])
     if case["schedule"] == "cosine":
-        epoch = step // case["steps_per_epoch"]
-        return case["final_lr"] + (lr - case["final_lr"]) * (1 + math.cos(math.pi * epoch / case["epochs"])) / 2
+        final = float(case["final_lr"])
+        return final + (lr - final) * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs)) / 2
+    steps = epochs * steps_per_epoch
     start, end, peak = lr / 25, lr / 25 / 1e4, 0.3 * steps - 1
     if step < peak:
         return lr + (start - lr) * (1 + math.cos(math.pi * step / peak)) / 2
@@ -70,7 +72,7 @@ def train(case: dict[str, Any], folder: Path) -> None:
             group["lr"] = learning_rate(case, step)
         loss = F.cross_entropy(model(batch["inputs"]), batch["targets"])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.detach())
     print(json.dumps({"seconds": time.perf_counter() - started, "steps": len(losses)}))

@@ -16,8 +16,8 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay import checkpoint
-from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device import DeviceSettings
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import ParallelSettings
@@ -97,7 +97,8 @@ def test_the_final_weights_open_with_plain_safetensors(digits, quiet, tmp_path):
     weights = load_file(checkpoint.find(tmp_path / "run" / "checkpoints", "last") / "model.safetensors")
     fresh = Net()
     fresh.load_state_dict(weights)
-    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), trainer.model.state_dict().values()))
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor)
 
 
 def test_two_runs_give_the_same_bytes(digits, quiet, tmp_path, same_runs):
@@ -170,7 +171,8 @@ from torchrelay.checkpoint import CheckpointSettings
 torch.set_num_threads(1)
 folder = sys.argv[1]
 import pathlib
-trainer = build(tr.data.digits(), Terminal(quiet=True), folder, epochs=8, checkpoint=CheckpointSettings(every="3 steps"))
+often = CheckpointSettings(every="3 steps")
+trainer = build(tr.data.digits(), Terminal(quiet=True), folder, epochs=8, checkpoint=often)
 print("ready", flush=True)
 trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer.fit()
 """)
@@ -188,11 +190,11 @@ trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer
     same_runs(tmp_path / "killed", tmp_path / "undisturbed")
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_epochs(digits, quiet, tmp_path, capsys):
+def test_a_finished_run_says_so_and_goes_on_with_more_epochs(digits, quiet, tmp_path):
     run = tmp_path / "run"
     schedule = {"schedule": tr.optim.Constant()}
     build(digits, quiet, run, epochs=2, **schedule).fit()
-    build(digits, tr.terminal.Terminal() if hasattr(tr, "terminal") else quiet, run, epochs=2, **schedule).resume()
+    build(digits, quiet, run, epochs=2, **schedule).resume()
     assert "the run is done: 30 steps" in (run / "log.txt").read_text()
     build(digits, quiet, run, epochs=3, **schedule).resume()
     build(digits, quiet, tmp_path / "at once", epochs=3, **schedule).fit()
@@ -318,7 +320,7 @@ def test_changed_data_is_refused_at_a_resume(digits, quiet, tmp_path):
     inputs = digits[0].inputs.clone()
     inputs[0, 0, 0, 0] += 1
     changed = (tr.data.arrays(inputs, digits[0].targets, digits[0].classes, "digits"), digits[1])
-    with pytest.raises(RelayError, match="can't go on to the same result: the training data was .* --accept-changes"):
+    with pytest.raises(RelayError, match=r"can't go on to the same result: the training data was .* --accept-changes"):
         build(changed, quiet, run).resume()
     build(changed, quiet, run).resume(accept_changes=True)
 

@@ -143,13 +143,31 @@ class Pictures(Callback):
         self._drawn_at = -math.inf
 
     def on_start(self, trainer: "Trainer") -> None:
-        """Show the first batch as the network sees it, and the network's graph."""
+        """Show the first batch as the network sees it, the network's graph, and what the network costs."""
         if trainer.run is None or trainer.step > 0:
             return
         batch = next(trainer.batches.epoch(0))
         pipeline = trainer.batches.pipeline
         trainer.run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
         trainer.run.tensorboard.graph(trainer.model, batch.inputs)
+        self._summarise(trainer, batch)
+
+    def _summarise(self, trainer: "Trainer", batch: "Batch") -> None:
+        """Say what a model of one tensor costs, and write its table to model.txt."""
+        from torchrelay.models import summarise
+
+        if trainer.run is None or not hasattr(batch.inputs, "shape"):
+            return
+        try:
+            found = summarise(trainer.model, batch.inputs[:1])
+        except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its table is worth no run
+            trainer.say(f"no summary of the model: {type(error).__name__}: {error}")
+            return
+        (trainer.run.folder / "model.txt").write_text(f"{found}\n", encoding="utf-8")
+        trainer.say(
+            f"a sample takes {found.flops / 1e6:,.1f} MFLOP forward and {found.activation_bytes / 2**20:.2f} MiB of "
+            f"activations; {found.trainable:,} parameters are trained (layers in {trainer.run.folder / 'model.txt'})"
+        )
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Draw the curves so far, now and then."""

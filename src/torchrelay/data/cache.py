@@ -1,16 +1,21 @@
 """Step 2: decode an image folder once, into an array that all processes and all later runs map into memory.
 
-A cache is a folder that appears whole or not at all; its name is a hash of all that its content depends on, so a folder
-that changed gets another one. Processes that start together build it once: the others wait for the lock.
+A cache is a folder that appears whole or not at all. Its name says what it is of (a place) and what that was like (a
+key). When the place has changed it is decoded anew, and the cache of what it was like before is removed, which is safe
+while another run has it mapped. Processes that start together build it once: the others wait for the lock. All caches
+may be deleted at any time.
 """
 
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,17 @@ from torchrelay.errors import RelayError
 
 Images = npt.NDArray[np.uint8]  # (images, channels, height, width)
 _FORMAT = 1  # raised when the content or its layout changes for the same key
+# Linux's number; Python has no name for it before 3.13. Without it the kernel refuses what is larger than the memory.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images as they were decoded."""
+
+    images: Images
+    missing: list[int]  # places of those that could not be decoded; they are black
+    content: str  # a hash of the images
 
 
 def default_folder() -> Path:
@@ -29,54 +45,70 @@ def default_folder() -> Path:
 
 
 def key_of(facts: Any) -> str:
-    """Return the name of the cache of what `facts`, a JSON value, describes."""
+    """Return a name for what `facts`, a JSON value, describes."""
     return hashlib.blake2b(json.dumps([_FORMAT, facts]).encode(), digest_size=16).hexdigest()
 
 
-def cached(
-    folder: Path, key: str, shape: tuple[int, ...], fill: Callable[[Images], list[int]]
-) -> tuple[Images, list[int]]:
-    """Return the cached images of a key, and which of them could not be decoded; build them if they aren't there.
+def in_memory(shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> Decoded:
+    """Return the decoded images, which nothing keeps: `cached` without a cache."""
+    images = np.zeros(shape, dtype=np.uint8)
+    missing = fill(images)
+    return Decoded(images, missing, _content(images))
+
+
+def cached(folder: Path, place: str, key: str, shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> Decoded:
+    """Return the cached images of a key; build them if they aren't there.
 
     Args:
         folder: where caches are kept.
-        key: what `key_of` returned.
+        place: what they are of; it has one cache at a time.
+        key: what that is like.
         shape: (images, channels, height, width).
         fill: decodes into an array of this shape and returns the places that it had to leave empty.
 
     Raises:
         RelayError: the disk is full, or the folder can't be written.
     """
-    target = folder / key
+    target = folder / f"{place}-{key}"
+    found = _open(target, shape)
+    if found is not None:  # nothing is written then: the caches may lie on a disk that only others write to
+        return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{key}.lock"):
+        with _locked(folder / f"{place}.lock"):
             found = _open(target, shape)
             if found is None:
                 _build(target, shape, fill)
+                _remove_others(folder, place, target)
                 found = _open(target, shape)
     except OSError as error:
-        needed, free = int(np.prod(shape)), shutil.disk_usage(folder if folder.exists() else "/").free
         raise RelayError(
-            f"can't write the image cache {target}: {error.strerror or error}; it needs {needed:,} bytes and {free:,} are "
-            "free: make room, or set data.cache_dir to another disk, or data.cache=false to decode into memory"
+            f"can't write the image cache {target}: {error.strerror or error}; it needs {prod(shape):,} bytes and "
+            f"{_free(folder):,} are free: make room, set data.cache_dir to another disk, or data.cache=false to decode "
+            "into memory"
         ) from error
     if found is None:
         raise RelayError(f"the image cache {target} can't be read back just after it was written: check the disk")
     return found
 
 
-def _open(target: Path, shape: tuple[int, ...]) -> tuple[Images, list[int]] | None:
+def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
     """Map a cache into memory; None if it isn't there, is cut short, or is another's."""
     try:
         facts = json.loads((target / "facts.json").read_text())
-        # "c": pages are shared between processes and never written back, and PyTorch may wrap them.
-        images = np.load(target / "images.npy", mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError):
+        if facts["shape"] != list(shape):
+            return None
+        return Decoded(_mapped(target / "images.bin", shape), facts["missing"], facts["content"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    if not isinstance(facts, dict) or images.shape != shape or images.dtype != np.uint8:
-        return None
-    return images, list(facts.get("missing", []))
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Images:
+    """Map a file: the pages are shared between processes, and what is written to them stays in memory."""
+    with path.open("rb") as file:
+        flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        content = mmap.mmap(file.fileno(), prod(shape), flags=flags, prot=access)
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
 def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> None:
@@ -84,22 +116,46 @@ def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[i
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        # Taking the space first turns a full disk into an error; through the mapping it would be a bus error.
-        with (staging / "images.npy").open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            os.posix_fallocate(file.fileno(), 0, file.tell() + int(np.prod(shape)))
-        images = np.load(staging / "images.npy", mmap_mode="r+")
+        path = staging / "images.bin"
+        with path.open("wb") as file:
+            # Taking the space first turns a full disk into an error; through the mapping it would be a bus error.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, prod(shape))
+            file.truncate(prod(shape))
+        images = np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
         missing = fill(images)
         images.flush()
-        (staging / "facts.json").write_text(json.dumps({"missing": missing}))
+        facts = {"shape": shape, "missing": missing, "content": _content(images)}
+        (staging / "facts.json").write_text(json.dumps(facts))
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _remove_others(folder: Path, place: str, target: Path) -> None:
+    """Remove what else there is of a place: what it was like before, and what a killed process left behind."""
+    for pattern in (f"{place}-*", f".{place}-*.partial"):
+        for path in folder.glob(pattern):
+            if path != target:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _content(images: Images) -> str:
+    found = hashlib.blake2b(str(images.shape).encode(), digest_size=16)
+    for image in images:  # one at a time: the whole may be larger than the memory
+        found.update(image.data)
+    return found.hexdigest()
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process, however that ends."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)
         yield

@@ -1,8 +1,10 @@
 """Step 2: folders of images, a folder a class."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchrelay.data.cache import Images, cached, default_folder, key_of
+from torchrelay.data.cache import Images, cached, default_folder, in_memory, key_of
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, split
 from torchrelay.errors import RelayError, UsageError
 
@@ -35,7 +37,7 @@ def image_folder(
     channels: Literal[1, 3] = 3,
     test_share: float = 0.2,
     seed: int = 0,
-    transform: Callable[[Any], Tensor] | None = None,
+    transform: Callable[[Any], Any] | None = None,
     cache: bool = True,
     cache_dir: str | Path | None = None,
     on_error: Literal["stop", "skip"] = "stop",
@@ -44,8 +46,9 @@ def image_folder(
 ) -> tuple[Source, Source]:
     """Return the training and the test part of a folder of images.
 
-    Either `root/train/CLASS/…` and `root/test/CLASS/…` (or `val`), or `root/CLASS/…`, of which a share is set apart.
-    Images are decoded once, all to the same size, into an array in `cache_dir` that later runs map into memory.
+    Either `root/train/CLASS/…` and `root/test/CLASS/…` (or `val`), or `root/CLASS/…`, of which a share is set apart and
+    then held in memory. Hidden files and folders are left out, links are followed. Images are decoded once, all to the
+    same size, into an array in `cache_dir` that later runs map into memory.
 
     Args:
         root: the folder.
@@ -53,125 +56,275 @@ def image_folder(
         channels: 3 for colour, 1 for grey; what is stored otherwise is converted.
         test_share: which share of each class is the test part, where the folder has none.
         seed: from which that choice follows.
-        transform: a transform of your own from a PIL image to a tensor; then images are read one by one, by workers.
+        transform: a transform of your own from a PIL image to a tensor, which also sets the size; then images are read
+            one by one, by workers.
         cache: whether to keep the decoded images on the disk; otherwise in memory.
         cache_dir: where to; `~/.cache/torchrelay` if not given.
         on_error: what to do about an image that can't be read: stop, or leave it out.
-        max_errors: how many may be left out.
+        max_errors: how many may be left out of a part.
         log: is told what was decoded and left out.
 
     Raises:
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or its images have several sizes.
         RelayError: no images, an empty class, classes that differ, an image that can't be read; the text names it.
     """
     base = Path(root).expanduser()
-    if not base.is_dir():
-        raise UsageError(f"data.root {root}: there is no such folder")
-
-    def read(folder: Path, classes: tuple[str, ...] | None = None) -> Source:
-        paths, labels, names = _scan(folder, classes)
-        if transform is not None:
-            return DatasetSource(_Files(paths, labels, transform), names, base.name)
-        facts = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-        shape = _common_shape(paths, size, channels)
-        key = key_of([facts, shape, size, on_error])
-        decode = partial(_fill, paths=paths, size=size, on_error=on_error, max_errors=max_errors, log=log)
-        where = Path(cache_dir).expanduser() if cache_dir is not None else default_folder()
-        images, missing = cached(where, key, shape, decode) if cache else _in_memory(shape, decode)
-        if missing:
-            log(f"{folder}: {len(missing)} images that can't be read are left out, the first is {paths[missing[0]]}")
-        source = ArraySource(
-            torch.from_numpy(images), torch.tensor(labels), names, base.name, paths=tuple(map(str, paths)), stamp=key
-        )
-        kept = torch.from_numpy(np.setdiff1d(np.arange(len(paths)), missing))
-        return source.take(kept) if missing else source
-
-    if not (base / "train").is_dir():
-        whole = read(base)
-        return (
-            (split(whole, test_share, seed))
-            if isinstance(whole, ArraySource)
-            else _split_files(whole, test_share, seed)
-        )
-    test_folder = next((base / name for name in _TESTS if (base / name).is_dir()), None)
-    if test_folder is None:
-        raise RelayError(
-            f"{base} has a folder 'train' but none named {', '.join(_TESTS)}: add one with the same classes"
-        )
-    train = read(base / "train")
-    return train, read(test_folder, train.classes)
+    train, test = _listings(base)
+    if transform is not None:
+        if on_error == "skip":
+            raise UsageError(
+                "on_error='skip' needs decoded images, and a transform reads them later: repair or remove them"
+            )
+        if test is None:
+            train, test = _split(train, test_share, seed)
+        return _read_singly(train, transform, channels), _read_singly(test, transform, channels)
+    where = (Path(cache_dir).expanduser() if cache_dir is not None else default_folder()) if cache else None
+    allowed = max_errors if on_error == "skip" else 0
+    read = partial(_decoded, size=size, channels=channels, cache=where, allowed=allowed, log=log)
+    if test is None:
+        return split(read(train), test_share, seed)
+    return _alike(read(train), read(test))
 
 
 def decode_images(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
     """Return images as uint8 (images, channels, height, width) of a given (channels, height, width)."""
     channels, height, width = shape
     images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
-    for place, path in enumerate(paths):
-        picture = _open(path)
-        same = picture.size == (width, height)
-        images[place] = _pixels(
-            picture if same else ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR), channels
-        )
+    for image, path in zip(images, paths, strict=True):
+        image[...] = _pixels(_fitted(_open(str(path), channels), width, height))
     return torch.from_numpy(images)
 
 
-def _scan(folder: Path, classes: tuple[str, ...] | None) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Return the images below a folder, their labels and the classes, in an order that only the names decide."""
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not found:
-        raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
-    if classes is not None and set(found) != set(classes):
-        odd = sorted(set(found) ^ set(classes))[0]
+# ------------------------------------------------------------------------------------------------ listing
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """The images below a folder, in an order that only their names decide."""
+
+    name: str
+    folder: Path
+    classes: tuple[str, ...]
+    labels: list[int]
+    files: list[tuple[str, int, int]]  # path relative to the folder, bytes, time of the last change in ns
+
+    @property
+    def paths(self) -> list[str]:
+        return [f"{self.folder}/{file}" for file, _, _ in self.files]
+
+
+def _listings(base: Path) -> tuple[_Listing, _Listing | None]:
+    """Return the images for training and for the test; none where the test part is yet to be set apart."""
+    if not base.is_dir():
+        raise UsageError(f"data.root {base}: there is no such folder")
+    if not (base / "train").is_dir():
+        return _scan(base, base.name), None
+    tests = [base / name for name in _TESTS if (base / name).is_dir()]
+    if not tests:
         raise RelayError(
-            f"{folder}: class '{odd}' is in only one of the training and the test part: both need the same classes"
+            f"{base} has a folder 'train' but none named {', '.join(_TESTS)}: add one with the same classes"
         )
-    paths, labels = [], []
-    for label, name in enumerate(found):
-        members = sorted((p for p in (folder / name).rglob("*") if is_image(p)), key=lambda p: p.as_posix())
-        if not members:
-            raise RelayError(f"{folder / name} has no images in it: add some, or remove the folder")
-        paths += members
-        labels += [label] * len(members)
-    return paths, labels, tuple(found)
+    train, test = _scan(base / "train", base.name), _scan(tests[0], base.name)
+    for there, missing in ((train, test), (test, train)):
+        for name in there.classes:
+            if name not in missing.classes:
+                raise RelayError(
+                    f"{missing.folder} has no class '{name}', which {there.folder} has: both need the same classes"
+                )
+    return train, test
 
 
-def _split_files(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """Divide a source of files as `split` divides arrays."""
-    files = source.dataset if isinstance(source, DatasetSource) else None
-    assert isinstance(files, _Files)  # noqa: S101 - made by `image_folder`
-    places = ArraySource(torch.arange(len(files)), torch.tensor(files.labels), source.classes, source.name)
-    parts = [part.inputs.tolist() for part in split(places, share, seed) if isinstance(part, ArraySource)]
-    rest, part = (
-        DatasetSource(
-            _Files([files.paths[i] for i in chosen], [files.labels[i] for i in chosen], files.transform),
-            source.classes,
-            source.name,
-        )
-        for chosen in parts
-    )
-    return rest, part
+def _scan(folder: Path, name: str) -> _Listing:
+    classes = sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and e.is_dir())
+    if not classes:
+        raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
+    files, labels = [], []
+    for label, class_name in enumerate(classes):
+        found = sorted(_images(f"{folder}/{class_name}", class_name, frozenset()))
+        if not found:
+            raise RelayError(f"{folder / class_name} has no images in it: add some, or remove the folder")
+        files += found
+        labels += [label] * len(found)
+    return _Listing(name, folder, tuple(classes), labels, files)
 
 
-class _Files(Dataset[tuple[Tensor, int]]):
-    """Images read one by one, for a transform of the user's."""
+def _images(folder: str, name: str, above: frozenset[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield (path relative to the listing, bytes, time) of the images in a folder and below.
 
-    def __init__(self, paths: list[Path], labels: list[int], transform: Callable[[Any], Tensor]) -> None:
-        self.paths = paths
-        self.labels = labels
+    Each file is asked for its facts once, which takes most of the time of opening a folder that is decoded already.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return  # a link back to where we came from
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images(entry.path, f"{name}/{entry.name}", above | {real})
+            elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:  # noqa: PTH122 - a Path takes ten times as long
+                try:
+                    facts = entry.stat()
+                except OSError as error:
+                    raise _out_of_reach(entry.path, error) from error
+                yield f"{name}/{entry.name}", facts.st_size, facts.st_mtime_ns
+
+
+def _split(whole: _Listing, share: float, seed: int) -> tuple[_Listing, _Listing]:
+    """Divide a listing as `split` divides the arrays of its images."""
+
+    def part(source: Source) -> _Listing:
+        assert isinstance(source, ArraySource)  # noqa: S101 - a part of arrays is arrays
+        places = source.inputs.tolist()
+        labels, files = [whole.labels[i] for i in places], [whole.files[i] for i in places]
+        return _Listing(whole.name, whole.folder, whole.classes, labels, files)
+
+    numbers = ArraySource(torch.arange(len(whole.files)), torch.tensor(whole.labels), whole.classes, whole.name)
+    rest, set_apart = split(numbers, share, seed)
+    return part(rest), part(set_apart)
+
+
+# ------------------------------------------------------------------------------------------------ one by one
+
+
+class _Files(Dataset[tuple[Any, int]]):
+    """Images that are read one by one, for a transform of the user's."""
+
+    def __init__(self, listing: _Listing, transform: Callable[[Any], Any], channels: int) -> None:
+        self.paths = listing.paths
+        self.labels = listing.labels
+        self.facts = listing.files
         self.transform = transform
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(_open(self.paths[index]).convert("RGB")), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(_open(self.paths[index], self.channels)), self.labels[index]
+
+    def fingerprint(self) -> str:
+        return key_of(self.facts)
+
+
+def _read_singly(listing: _Listing, transform: Callable[[Any], Any], channels: int) -> DatasetSource:
+    return DatasetSource(_Files(listing, transform, channels), listing.classes, listing.name)
 
 
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def _open(path: Path) -> Image.Image:
-    """Return a picture, upright.
+class _UnreadableImageError(RelayError):
+    """What `on_error = "skip"` leaves out."""
+
+
+def _decoded(
+    listing: _Listing, *, size: int | None, channels: int, cache: Path | None, allowed: int, log: Log
+) -> ArraySource:
+    """Return all images of a listing as one array, of which up to `allowed` may be left out."""
+    paths = listing.paths
+    first, width, height = (None, size, size) if size is not None else _size_of_first(paths, channels)
+    shape = (len(paths), channels, height, width)
+
+    def fill(images: Images) -> list[int]:
+        log(f"decoding {len(paths):,} images, once")
+        return _fill(images, paths, first, allowed)
+
+    if cache is None:
+        found = in_memory(shape, fill)
+    else:
+        place = key_of([os.path.realpath(listing.folder), shape[1:]])
+        found = cached(cache, place, key_of([listing.files, shape]), shape, fill)
+    _check(found.missing, paths, allowed)  # a cache may come from a run that allowed more
+    source = ArraySource(
+        torch.from_numpy(found.images),
+        torch.tensor(listing.labels),
+        listing.classes,
+        listing.name,
+        paths=tuple(paths),
+        stamp=key_of([found.content, [file for file, _, _ in listing.files]]),
+    )
+    if not found.missing:
+        return source
+    log(
+        f"{listing.folder}: {len(found.missing)} unreadable images are left out, the first is {paths[found.missing[0]]}"
+    )
+    return source.take(torch.from_numpy(np.setdiff1d(np.arange(len(paths)), found.missing)))
+
+
+def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int) -> list[int]:
+    """Decode all files into `images`; return the places of those that can't be read, `allowed` at most.
+
+    Where `first` is named, all have to have its size; otherwise they are brought to the size of `images`.
+    """
+    _, channels, height, width = images.shape
+
+    def decode(places: range) -> list[int]:
+        missing = []
+        for place in places:
+            try:
+                picture = _open(paths[place], channels)
+            except _UnreadableImageError:
+                if not allowed:
+                    raise
+                missing.append(place)
+                continue
+            if first is not None and picture.size != (width, height):
+                raise _different(paths[place], picture.size, first, (width, height))
+            images[place] = _pixels(_fitted(picture, width, height))
+        return missing
+
+    chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
+    missing: list[int] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
+        for found in pool.map(decode, chunks):
+            missing += found
+            _check(missing, paths, allowed)
+    return missing
+
+
+def _check(missing: list[int], paths: Sequence[str], allowed: int) -> None:
+    if len(missing) > allowed:
+        raise RelayError(
+            f"{len(missing)} images can't be read where {allowed} may be left out, beginning with {paths[missing[0]]}: "
+            "repair or remove them, or set data.on_error=skip and a higher data.max_errors"
+        )
+
+
+def _size_of_first(paths: Sequence[str], channels: int) -> tuple[str, int, int]:
+    """Return the path, the width and the height of the first image that can be read."""
+    for path in paths:
+        try:
+            return (path, *_open(path, channels).size)
+        except _UnreadableImageError:
+            continue  # it has no size; decoding names it or leaves it out
+    raise RelayError(f"none of the {len(paths)} images can be read, beginning with {paths[0]}")
+
+
+def _alike(train: ArraySource, test: ArraySource) -> tuple[ArraySource, ArraySource]:
+    """Return both, if their images have one size."""
+    sizes = [(source.inputs.shape[3], source.inputs.shape[2]) for source in (train, test)]
+    if sizes[0] != sizes[1]:
+        first, other = ((source.paths or ("",))[0] for source in (train, test))
+        raise _different(other, sizes[1], first, sizes[0])
+    return train, test
+
+
+def _different(path: str, size: tuple[int, int], first: str, first_size: tuple[int, int]) -> UsageError:
+    (width, height), (first_width, first_height) = size, first_size
+    return UsageError(
+        f"{path} has {width}x{height} pixels, {first} has {first_width}x{first_height}: "
+        "set data.size to the pixels a side that all shall have"
+    )
+
+
+def _out_of_reach(path: str, error: OSError) -> RelayError:
+    """Return the error of a file that isn't given out, which says nothing of its content: it is never left out."""
+    return RelayError(f"{path} can't be read: {error.strerror}; restore it or its permissions, or remove it")
+
+
+def _open(path: str, channels: int) -> Image.Image:
+    """Return a picture, upright, as RGB (3 channels) or grey (1).
 
     Raises:
         RelayError: it can't be read; the text names it.
@@ -179,83 +332,36 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return ImageOps.exif_transpose(picture)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise RelayError(
-            f"{path} can't be read as an image: {error}; repair or remove it, or set data.on_error=skip"
+            return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
+            raise _out_of_reach(path, error) from error
+        cause = "its content is no image" if isinstance(error, UnidentifiedImageError) else error
+        raise _UnreadableImageError(
+            f"{path} can't be read as an image: {cause}; repair or remove it, or set data.on_error=skip"
         ) from error
 
 
-def _pixels(picture: Image.Image, channels: int) -> Images:
-    """Return (channels, height, width) of a picture of any kind."""
-    if picture.mode.startswith("I") or picture.mode == "F":  # 16 or 32 bits a pixel
-        values = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
-    if picture.mode in ("P", "LA", "PA") or "transparency" in picture.info:
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    """Return a picture of any kind as RGB or L, before anything resizes it: a palette's numbers can't be averaged."""
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range it doesn't say")
+    if picture.mode.startswith("I"):  # 16 bits a pixel; the upper eight are what PIL keeps of 16-bit colour as well
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:  # is shown on white
         picture = picture.convert("RGBA")
-    if picture.mode == "RGBA":  # what is transparent is shown on white
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    array = np.asarray(picture.convert("RGB" if channels == 3 else "L"))
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _resized(picture: Image.Image, size: int | None) -> Image.Image:
-    """Return a picture with its shorter side resized to `size` and the middle cut out."""
-    if size is None or picture.size == (size, size):
+def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return a picture resized until it just covers these pixels, and its middle cut out."""
+    if picture.size == (width, height):
         return picture
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)
+    return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
 
 
-def _common_shape(paths: Sequence[Path], size: int | None, channels: int) -> tuple[int, int, int, int]:
-    if size is not None:
-        return (len(paths), channels, size, size)
-    for path in paths:
-        try:
-            width, height = _open(path).size
-        except RelayError:
-            continue  # an image that can't be read has no size; decoding names it or leaves it out
-        return (len(paths), channels, height, width)
-    raise RelayError(f"none of the {len(paths)} images can be read, beginning with {paths[0]}")
-
-
-def _fill(
-    images: Images, *, paths: Sequence[Path], size: int | None, on_error: str, max_errors: int, log: Log
-) -> list[int]:
-    """Decode all files into `images`; return the places of those that can't be read."""
-    log(f"decoding {len(paths):,} images, once")
-
-    def decode(places: Iterable[int]) -> list[int]:
-        missing = []
-        for place in places:
-            try:
-                _decode_into(images[place], paths[place], paths[0], size)
-            except RelayError as error:
-                if on_error == "stop" or isinstance(error, UsageError):
-                    raise
-                missing.append(place)
-        return missing
-
-    chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
-        missing = [place for part in pool.map(decode, chunks) for place in part]
-    if len(missing) > max_errors:
-        raise RelayError(
-            f"{len(missing)} images can't be read, more than the {max_errors} allowed, beginning with {paths[missing[0]]}"
-        )
-    return missing
-
-
-def _decode_into(image: Images, path: Path, first: Path, size: int | None) -> None:
-    pixels = _pixels(_resized(_open(path), size), image.shape[0])
-    if pixels.shape != image.shape:
-        raise UsageError(
-            f"{path} has {pixels.shape[2]}x{pixels.shape[1]} pixels, {first} has {image.shape[2]}x{image.shape[1]}: "
-            "set data.size to the pixels a side that all shall have"
-        )
-    image[...] = pixels
-
-
-def _in_memory(shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> tuple[Images, list[int]]:
-    images = np.zeros(shape, dtype=np.uint8)
-    return images, fill(images)
+def _pixels(picture: Image.Image) -> Images:
+    """Return (channels, height, width) of an RGB or grey picture."""
+    array = np.asarray(picture)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

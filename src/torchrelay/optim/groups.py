@@ -55,13 +55,12 @@ def parameter_groups(
         decay_norms_and_biases: if not, parameters of less than two dimensions don't decay, whatever a group says.
 
     Raises:
-        UsageError: a pattern matches no trainable parameter, or none is left to train.
+        UsageError: a pattern has no trainable parameter of its own, or none is left to train.
     """
     found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
-    unused = [pattern for group in groups for pattern in group.match]
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    _check_patterns(groups, [name for name, _ in trainable])
     for name, parameter in trainable:
-        unused = [pattern for pattern in unused if not fnmatch.fnmatchcase(name, pattern)]
         group = next((g for g in groups if matches(name, g.match)), None)
         if group is not None and group.freeze:
             parameter.requires_grad_(False)
@@ -70,10 +69,6 @@ def parameter_groups(
         if parameter.ndim < 2 and not decay_norms_and_biases:
             its["weight_decay"] = 0.0
         found.setdefault(tuple(its.items()), []).append(parameter)
-    if unused:
-        names = [name for name, _ in trainable]
-        known = nearest(unused[0], names) or f"; the names begin with {', '.join(names[:4])}"
-        raise UsageError(f"optimizer.groups: '{unused[0]}' matches no trainable parameter{known}")
     if not found:
         raise UsageError("no parameter is left to train: let some go in model.freeze or optimizer.groups")
     return [{"params": members, "initial_lr": dict(its)["lr"], **dict(its)} for its, members in found.items()]
@@ -82,6 +77,27 @@ def parameter_groups(
 def matches(name: str, patterns: list[str]) -> bool:
     """Return whether a parameter's name is among those that shell patterns mean."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def nearest_pattern(pattern: str, names: list[str]) -> str:
+    """Return ``"; did you mean 'layer4.*'?"`` for what is most like a pattern, or else the first names."""
+    modules = {name.rsplit(".", depth)[0] + ".*" for name in names for depth in range(1, name.count(".") + 1)}
+    return nearest(pattern, [*names, *sorted(modules)]) or f"; the names begin with {', '.join(names[:4])}"
+
+
+def _check_patterns(groups: list[Group], names: list[str]) -> None:
+    """Refuse a pattern that matches nothing, or nothing that an earlier group leaves over."""
+    left = names
+    for group in groups:
+        for pattern in group.match:
+            if not any(matches(name, [pattern]) for name in names):
+                near = nearest_pattern(pattern, names)
+                raise UsageError(f"optimizer.groups: '{pattern}' matches no trainable parameter{near}")
+            if not any(matches(name, [pattern]) for name in left):
+                raise UsageError(
+                    f"optimizer.groups: '{pattern}' comes too late: earlier groups have all that it matches"
+                )
+        left = [name for name in left if not matches(name, group.match)]
 
 
 def _with_exceptions(options: Options, group: Group | None) -> Options:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchrelay.errors import UsageError, nearest
-from torchrelay.optim.groups import Group, Options, OptionsOf, matches, parameter_groups
+from torchrelay.optim.groups import Group, Options, OptionsOf, matches, nearest_pattern, parameter_groups
 from torchrelay.optim.muon import MuonOptimizer
 from torchrelay.settings import Settings
 
@@ -115,7 +115,7 @@ class Muon(_Base):
     name: Literal["muon"] = "muon"
     """sgd, adamw, muon, or a name of torch.optim."""
     lr: float = Field(default=0.02, ge=0.0)
-    """The learning rate of the matrices; a schedule changes all rates by the same factor."""
+    """The learning rate of the matrices; a schedule applies to it and to other_lr alike."""
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
     """How much of the matrices' last gradients stays."""
     nesterov: bool = True
@@ -139,8 +139,14 @@ class Muon(_Base):
         """Return our Muon, its matrices in front.
 
         Raises:
-            UsageError: the model has no matrix for it.
+            UsageError: the model has no matrix for it, or a pattern no parameter.
         """
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in self.exclude:
+            if not any(matches(name, [pattern]) for name in names):
+                raise UsageError(
+                    f"optimizer.exclude: '{pattern}' matches no parameter{nearest_pattern(pattern, names)}"
+                )
         groups = sorted(self.parameter_groups(model), key=lambda group: group["rule"] != "muon")
         if groups[0]["rule"] != "muon":
             raise UsageError("optimizer 'muon' finds no matrix to train besides the head: use 'sgd' or 'adamw'")
@@ -221,8 +227,8 @@ class Other(_Base):
         options = {**given, **loose}
         for key in options:
             if key not in known or key in ("params", "lr", "weight_decay"):
-                allowed = [name for name in (*known, *cls.model_fields) if name not in ("params", "options")]
-                hint = nearest(key, allowed) or f": there are {', '.join(sorted(allowed))}"
+                allowed = sorted({*known, *cls.model_fields} - {"params", "options"})
+                hint = nearest(key, allowed) or f": there are {', '.join(allowed)}"
                 raise ValueError(f"'{key}' is no option of torch.optim.{found.__name__}{hint}")
         kept = {key: value for key, value in values.items() if key not in loose}
         return {"lr": known["lr"].default, **kept, "name": found.__name__, "options": options}
@@ -234,7 +240,7 @@ class Other(_Base):
             raise ValueError(f"torch.optim.{self.name} has no weight decay: leave weight_decay out")
         try:
             self._build([{"params": [torch.zeros(1)]}])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"torch.optim.{self.name} refuses its options: {error}") from None
         return self
 
@@ -261,7 +267,8 @@ def _class_named(name: Any) -> Any:
             f"'{name}' has settings of its own: use optim.{ {'sgd': 'SGD', 'adamw': 'AdamW'}.get(lower, 'Muon') }"
         )
     if lower not in _OTHERS:
-        raise ValueError(f"there is no optimizer '{name}'{nearest(lower, (*_OURS, *_OTHERS))}")
+        known = (*_OURS, *_OTHERS)
+        raise ValueError(f"there is no optimizer '{name}'{nearest(lower, known) or ': use ' + ', '.join(known)}")
     return _OTHERS[lower]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from torchrelay.duration import Duration, StepDuration
 from torchrelay.errors import nearest
@@ -55,6 +55,8 @@ class Schedule:
 
     def at(self, step: int, base_lr: float) -> float:
         """Return the learning rate of a step, counted from 0, of parameters whose learning rate is set to `base_lr`."""
+        if not base_lr:
+            return 0.0  # what is held fixed stays so, whatever rate a schedule ends at
         lr = self._rate(step, base_lr)
         if step >= self._warmup:
             return lr
@@ -73,7 +75,7 @@ class Schedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        if self._descent is not None:
+        if self._descent is not None and state:  # a run may have had another schedule before, and accept the change
             self._descent.scale, self._descent.best = state["scale"], state["best"]
             self._descent.waited = state["waited"]
 
@@ -94,8 +96,12 @@ class _Base(Settings):
 
     def bind(self, steps_per_epoch: int, total_steps: int) -> Schedule:
         """Return the schedule of a run of this length."""
-        warmup = self.warmup.steps(steps_per_epoch, total_steps)
+        warmup = self._warmup_steps(steps_per_epoch, total_steps)
         return Schedule(self.rate(Span(steps_per_epoch, total_steps, warmup)), warmup, self.warmup_start)
+
+    def _warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
+        # The last step has the full rate: a share of a very short run, rounded up, must not be all of it.
+        return min(self.warmup.steps(steps_per_epoch, total_steps), max(total_steps - 1, 0))
 
 
 class Constant(_Base):
@@ -119,9 +125,16 @@ class Step(_Base):
     gamma: float = Field(default=0.1, gt=0.0)
     """The factor."""
 
+    @field_validator("every")
+    @classmethod
+    def _check_every(cls, every: Duration) -> Duration:
+        if not every.amount:
+            raise ValueError(f"a rate can't hold for '{every}': write at least '1 step'")
+        return every
+
     def rate(self, span: Span) -> Rate:
         """Return a staircase."""
-        every, gamma = max(self.every.steps(span.epoch, span.total), 1), self.gamma
+        every, gamma = self.every.steps(span.epoch, span.total), self.gamma
         return lambda step, base_lr: base_lr * gamma ** (step // every)
 
 
@@ -224,7 +237,7 @@ class Plateau(_Base):
     threshold: float = Field(default=0.0, ge=0.0)
     """An improvement counts if it is larger than this."""
     min_lr: float = Field(default=0.0, ge=0.0)
-    """The rate never falls below this."""
+    """The rate isn't brought below this."""
 
     def rate(self, span: Span) -> Rate:  # noqa: ARG002
         """Return the rate before any evaluation."""
@@ -233,7 +246,7 @@ class Plateau(_Base):
     def bind(self, steps_per_epoch: int, total_steps: int) -> Schedule:
         """Return the schedule of a run of this length, which follows its evaluations."""
         descent = _Descent(self)
-        return Schedule(descent.rate, self.warmup.steps(steps_per_epoch, total_steps), self.warmup_start, descent)
+        return Schedule(descent.rate, self._warmup_steps(steps_per_epoch, total_steps), self.warmup_start, descent)
 
 
 @dataclass
@@ -261,15 +274,17 @@ _NAMES = ("constant", "step", "multistep", "cosine", "one_cycle", "linear", "pla
 
 
 def _named(value: Any) -> Any:
-    """Let people write Cosine for cosine, leave the name out, and hear which name is nearest to a wrong one."""
+    """Let people write OneCycle for one_cycle, leave the name out, and hear which name is nearest to a wrong one."""
     if not isinstance(value, dict):
         return value
     name = str(value.get("name", "constant"))
-    if name.lower() not in _NAMES:
+    by_class_name = {known.replace("_", ""): known for known in _NAMES}
+    found = by_class_name.get(name.lower().replace("_", ""))
+    if found is None:
         raise ValueError(
             f"there is no schedule '{name}'{nearest(name.lower(), _NAMES) or ': use ' + ', '.join(_NAMES)}"
         )
-    return {**value, "name": name.lower()}
+    return {**value, "name": found}
 
 
 ScheduleSettings = Annotated[
