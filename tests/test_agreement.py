@@ -1,16 +1,18 @@
 """A recipe computes what a hand-written loop computes, bit by bit."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(tmp_path):
     out = tmp_path / "table.md"
     command = [sys.executable, "-m", "benchmarks.agreement", "--out", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in out.read_text().splitlines() if line.startswith("| `digits`"))
     assert row.endswith("| equal | equal (20 tensors) |")
@@ -32,6 +34,8 @@ agreement.parameters = lambda loaded, trainer: {**true(loaded, trainer), "lr": 0
 sys.argv = ["agreement"]
 agreement.main()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "**differ**" in done.stdout

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint
+from torchrelay import assemble, checkpoint, recipe
 from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device import DeviceSettings
@@ -323,6 +323,27 @@ def test_changed_data_is_refused_at_a_resume(digits, quiet, tmp_path):
     with pytest.raises(RelayError, match=r"can't go on to the same result: the training data was .* --accept-changes"):
         build(changed, quiet, run).resume()
     build(changed, quiet, run).resume(accept_changes=True)
+
+
+def test_a_changed_recipe_is_refused_at_a_resume_and_counts_if_accepted(tmp_path, quiet):
+    run = tmp_path / "run"
+
+    def make(*overrides):
+        loaded = recipe.load("digits", ["run.max_steps=30", "schedule.name=constant", *overrides])
+        return assemble.trainer(loaded, run, terminal=quiet)
+
+    make().fit()
+    with pytest.raises(RelayError, match=r"optimizer\.lr was 0\.05 and is 0\.5; put it back, or resume with --accept"):
+        make("optimizer.lr=0.5").resume()
+    trainer = make("run.max_steps=40", "checkpoint.keep=5")
+    trainer.resume()
+    assert trainer.step == 40
+    log = (run / "log.txt").read_text()
+    assert "changed: run.max_steps was 30 and is 40" in log
+    assert "changed: checkpoint.keep was 2 and is 5" in log
+    trainer = make("run.max_steps=50", "checkpoint.keep=5", "optimizer.lr=0.5")
+    trainer.resume(accept_changes=True)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_another_thread_count_is_warned_of(digits, quiet, tmp_path):

@@ -22,7 +22,7 @@ _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 
 class Duration(str):
-    """A text such as "1 epoch", "500 steps", "5%" (of the whole run) or "10 min"; a bare whole number means epochs.
+    """A text such as "1 epoch", "500 steps", "5%" (of the whole run) or "10 min".
 
     It is a string, so a recipe prints it as it was written.
 
@@ -34,9 +34,10 @@ class Duration(str):
     amount: float
     unit: str  # epochs, steps, %, seconds, minutes or hours
 
-    def __new__(cls, text: str | int) -> Self:
+    def __new__(cls, text: str) -> Self:
         """Read a duration."""
-        text = _with_unit(text)
+        if not isinstance(text, str):
+            raise ValueError(_without_unit(text))  # noqa: TRY004 - pydantic makes its own only of a ValueError
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"'{text}' is no duration: write '30 epochs', '2000 steps', '5%' or '10 min'")
@@ -67,22 +68,19 @@ class Duration(str):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Let pydantic read it from a text or a whole number, and write it as a text."""
+        """Let pydantic read it from a text, and write it as one."""
         return core_schema.no_info_plain_validator_function(cls, serialization=core_schema.to_string_ser_schema())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """Describe it to editors."""
-        return {"type": ["string", "integer"], "examples": ["1 epoch", "500 steps", "5%"]}
+        return {"type": "string", "examples": ["1 epoch", "500 steps", "5%"]}
 
 
-def _with_unit(value: object) -> str:
-    """Return a text as it is, and a whole number as that many epochs."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value} epoch{'' if value == 1 else 's'}"
-    raise ValueError("a duration is a text with its unit, such as '2.5 epochs' or '5%', or a whole number of epochs")
+def _without_unit(value: object) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value} has no unit: write '{value} epochs' or '{value} steps'"
+    return f"{value!r} is no duration: write '30 epochs', '2000 steps', '5%' or '10 min'"
 
 
 def _by_the_clock(duration: Duration) -> str:

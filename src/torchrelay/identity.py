@@ -23,6 +23,14 @@ _MUST_AGREE = {
 }
 
 
+# Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.
+_MAY_CHANGE = {
+    *("run.epochs", "run.max_steps", "run.patience", "run.evaluate_every", "run.log_every"),
+    *("data.root", "data.workers", "data.download", "data.cache", "data.cache_dir", "model.pretrained"),
+    *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
+}
+
+
 def of_machine(device: torch.device) -> Identity:
     """Return what of this machine decides the last bits of a result."""
     return {
@@ -52,3 +60,25 @@ def compare(saved: dict[str, Any], now: Identity, accept_changes: bool) -> list[
             )
         warnings.append(f"{change}: the result may differ from the undisturbed run's")
     return warnings
+
+
+def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: bool) -> list[str]:
+    """Compare the recipe that a run was started with and the present one, section by section, and return the changes.
+
+    Raises:
+        RelayError: a change would lead to another result, and `accept_changes` is off.
+    """
+    changes = []
+    for section in sorted({*saved, *now} - {"environment"}):
+        before, after = saved.get(section, {}), now.get(section, {})
+        for key in sorted({*before, *after}):
+            if before.get(key) == after.get(key):
+                continue
+            name = f"{section}.{key}"
+            change = f"{name} was {before.get(key, 'unset')} and is {after.get(key, 'unset')}"
+            if name not in _MAY_CHANGE and not accept_changes:
+                raise RelayError(
+                    f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"
+                )
+            changes.append(change)
+    return changes

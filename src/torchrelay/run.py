@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import time
+import tomllib
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -172,6 +173,10 @@ class Run:
         staging = path.with_suffix(".partial")
         staging.write_text(tomli_w.dumps(record), encoding="utf-8")
         staging.rename(path)
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return what `write_recipe` wrote down."""
+        return tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
 
     def close(self) -> None:
         """Finish what is being written, close the files and give the folder free.

@@ -87,8 +87,14 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
         return
     for warning in identity.compare(contents.state["identity"], trainer.identity(), accept_changes):
         trainer.say(f"warning: {warning}")
+    for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
+        trainer.say(f"changed: {change}")
+    options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
     trainer.load_weights(contents)
     trainer.load_state_dict(contents.state)
+    if accept_changes:  # then the recipe's rates and decays count, not those that were saved
+        for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
+            group.update({key: value for key, value in fresh.items() if key != "params"})
     run.rewind(contents.state["metrics_size"])
     run.write_recipe(trainer.record)  # which may now ask for more epochs
     if trainer.epochs_done >= trainer.settings.epochs:

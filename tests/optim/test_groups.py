@@ -93,6 +93,11 @@ def test_shared_weights_are_trained_once():
             "'0.0.wieght' matches no trainable parameter; did you mean '0.0.weight'?",
         ),
         ([Group(match=["zzz*"], lr=1.0)], "'zzz\\*' matches no trainable parameter; the names begin with 0.0.weight"),
+        ([Group(match=["0.22.*"], lr=1.0)], "'0.22.\\*' matches no trainable parameter; did you mean '0.2.\\*'?"),
+        (
+            [Group(match=["0.*"], lr=1.0), Group(match=["0.0.*"], lr=2.0)],
+            "'0.0.\\*' comes too late: earlier groups have all that it matches",
+        ),
         ([Group(match=["*"], freeze=True)], "no parameter is left to train"),
     ],
 )

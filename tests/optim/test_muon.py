@@ -170,6 +170,11 @@ def test_further_matrices_can_be_excluded():
     assert by_rule(model, Muon(exclude=["0.*"])(model))["muon"] == {"3.weight"}
 
 
+def test_a_pattern_of_matrices_that_matches_nothing_is_an_error():
+    with pytest.raises(UsageError, match=r"exclude: '33\.\*' matches no parameter; did you mean '3\.\*'"):
+        Muon(exclude=["33.*"])(a_model())
+
+
 def test_embeddings_tables_and_tokens_are_not_orthogonalised():
     model = small.char_lm(20, width=16, layers=1, heads=2)
     model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 16)))

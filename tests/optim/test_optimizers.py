@@ -9,8 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from torchrelay import optim
+from torchrelay import optim, recipe
 from torchrelay.checkpoint import pack, unpack
+from torchrelay.errors import UsageError
 from torchrelay.optim import SGD, AdamW, Muon, OptimizerSettings, Other
 from torchrelay.recipe import Recipe
 
@@ -200,6 +201,11 @@ def test_every_optimizer_of_torch_can_be_had_or_is_refused_with_a_reason():
         ({"name": "rprop", "weight_decay": 0.1}, "torch.optim.Rprop has no weight decay: leave weight_decay out"),
         ({"name": "rprop", "groups": [{"match": ["*"], "weight_decay": 0.1}]}, "torch.optim.Rprop has no weight decay"),
         ({"name": "rprop", "zzz": 1}, "'zzz' is no option of torch.optim.Rprop: there are capturable"),
+        (
+            {"name": "adam", "fused": True, "foreach": True},
+            "torch.optim.Adam refuses its options: `fused` and `foreach`",
+        ),
+        ({"name": 3}, "there is no optimizer '3': use sgd, adamw, muon"),
         ({"name": "rmsprop", "alpha": -1.0}, "torch.optim.RMSprop refuses its options: Invalid alpha"),
         ({"name": "adam", "options": 3}, "Input should be a valid dictionary"),
         ({"nesterov": True, "momentum": 0.0}, "set momentum, such as 0.9"),
@@ -216,6 +222,25 @@ def test_what_is_wrong_is_named(table, says):
     with pytest.raises(ValidationError) as caught:
         parser.validate_python(table)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optimizer.name=sgdd", "optimizer: there is no optimizer 'sgdd'; did you mean 'sgd'?"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than or equal to 0, not -1"),
+        ("optimizer.lr=abc", "optimizer.lr: Input should be a valid number"),
+        ("schedule.name=cosin", "schedule: there is no schedule 'cosin'; did you mean 'cosine'?"),
+        ("schedule.warmup=2 foo", "schedule.warmup: '2 foo' has no unit that we know"),
+        ("schedule.warmup=5", "schedule.warmup: 5 has no unit: write '5 epochs' or '5 steps'"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line_is_answered_in_one_line(override, says):
+    with pytest.raises(UsageError) as caught:
+        recipe.load("digits", [override])
+    assert says in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_an_option_of_a_torch_class_may_stand_beside_its_learning_rate():
@@ -245,8 +270,7 @@ def test_a_recipe_keeps_its_optimizer_through_toml():
     import tomllib
 
     for settings in EVERY:
-        recipe = Recipe(optimizer=settings)
-        again = Recipe.model_validate(tomllib.loads(recipe.to_toml()))
+        again = Recipe.model_validate(tomllib.loads(Recipe(optimizer=settings).to_toml()))
         assert again.optimizer == settings
 
 

@@ -77,11 +77,18 @@ def kind(settings):
         (Step(every="4 epochs", gamma=0.5), lambda o: lr_scheduler.StepLR(o, 4, 0.5), STEPS_PER_EPOCH, 1e-12),
         (Step(every="11 steps"), lambda o: lr_scheduler.StepLR(o, 11), 1, 1e-12),
         (
-            MultiStep(milestones=[20, 10], gamma=0.2),
+            MultiStep(milestones=["20 epochs", "10 epochs"], gamma=0.2),
             lambda o: lr_scheduler.MultiStepLR(o, [10, 20], 0.2),
             STEPS_PER_EPOCH,
             1e-12,
         ),
+        (
+            MultiStep(milestones=["0 steps", "9 steps", "9 steps"]),
+            lambda o: lr_scheduler.MultiStepLR(o, [0, 9, 9]),
+            1,
+            1e-12,
+        ),
+        (Cosine(final_lr=0.5), lambda o: lr_scheduler.CosineAnnealingLR(o, TOTAL, 0.5), 1, 1e-12),  # it may rise, too
         (Linear(final_fraction=0.1), lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, TOTAL), 1, 1e-12),
         (
             Constant(warmup="25 steps", warmup_start=0.2),
@@ -177,7 +184,7 @@ def test_milestones_count_from_the_runs_start():
 
 
 def test_a_share_of_the_run_is_a_warm_up_as_well():
-    assert rates(Linear(warmup="10%")) == rates(Linear(warmup=3)) == rates(Linear(warmup="21 steps"))
+    assert rates(Linear(warmup="10%")) == rates(Linear(warmup="3 epochs")) == rates(Linear(warmup="21 steps"))
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=kind)
@@ -187,6 +194,28 @@ def test_the_shortest_runs_have_rates_too(settings, steps_per_epoch, total, warm
     schedule = type(settings)(**settings.model_dump(exclude={"warmup"}), warmup=warmup).bind(steps_per_epoch, total)
     for step in range(total):
         assert 0.0 <= schedule.at(step, LR) <= LR * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("settings", EVERY, ids=kind)
+@pytest.mark.parametrize("total", [1, 2, 20])
+def test_a_warm_up_leaves_at_least_one_step_at_the_full_rate(settings, total):
+    short = type(settings)(**settings.model_dump(exclude={"warmup", "warmup_start"}), warmup="100 steps")
+    last = type(settings)(**settings.model_dump(exclude={"warmup"})).bind(1, 1).at(0, LR)
+    if settings.name not in ("step", "multistep"):  # whose own times count from the run's start
+        assert short.bind(5, total).at(total - 1, LR) == pytest.approx(last)
+
+
+@pytest.mark.parametrize("settings", [*EVERY, Cosine(final_lr=0.1), Plateau(min_lr=0.1)], ids=kind)
+def test_what_is_held_fixed_stays_so(settings):
+    assert set(rates(settings, 0.0)) == {0.0}
+
+
+def test_epochs_of_a_cosine_change_where_epochs_do_after_a_warm_up_too():
+    found = rates(Cosine(per="epoch", warmup="10 steps", final_lr=0.01))
+    changes = {step for step in range(11, TOTAL) if found[step] != found[step - 1]}
+    assert changes == set(range(14, TOTAL, STEPS_PER_EPOCH))
+    assert found[10] == LR
+    assert min(found[10:]) > 0.01
 
 
 # ------------------------------------------------------------------------------------------------ pure, and fast
@@ -260,6 +289,17 @@ def test_a_table_becomes_the_schedule_that_its_name_says(settings):
     assert parser.validate_python(settings) is settings
 
 
+@pytest.mark.parametrize("name", ["OneCycle", "one_cycle", "ONE_CYCLE", "onecycle"])
+def test_a_name_may_be_written_like_its_class(name):
+    assert parser.validate_python({"name": name}) == OneCycle()
+
+
+def test_a_plateau_starts_afresh_where_the_run_had_another_schedule():
+    schedule = Plateau().bind(STEPS_PER_EPOCH, TOTAL)
+    schedule.load_state_dict(Cosine().bind(STEPS_PER_EPOCH, TOTAL).state_dict())
+    assert schedule.at(0, LR) == LR
+
+
 def test_without_a_name_the_rate_is_constant():
     assert parser.validate_python({"warmup": "2%"}) == Constant(warmup="2%")
 
@@ -274,6 +314,8 @@ def test_without_a_name_the_rate_is_constant():
         ({"name": "cosine", "eta_min": 0.1}, "Extra inputs"),
         ({"name": "multistep", "milestones": ["1 epoch", "soon"]}, "'soon' is no duration"),
         ({"name": "one_cycle", "pct_start": 1.0}, "less than 1"),
+        ({"name": "step", "every": "0 epochs"}, "can't hold for '0 epochs': write at least '1 step'"),
+        ({"name": "step", "every": 5}, "5 has no unit: write '5 epochs' or '5 steps'"),
         ({"name": "plateau", "factor": 1.5}, "less than 1"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.order import Places, order
@@ -51,11 +51,12 @@ class Batch:
 
 
 def _cut(value: Any, part: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[part]
     if isinstance(value, dict):
         return {key: _cut(item, part) for key, item in value.items()}
-    return type(value)(_cut(item, part) for item in value)
+    if isinstance(value, list | tuple) and all(isinstance(item, Tensor | dict | list | tuple) for item in value):
+        items = [_cut(item, part) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # the first: a named tuple
+    return value[part]  # a tensor, or a list with one thing a sample
 
 
 class Batches:
@@ -140,7 +141,9 @@ class Batches:
     def _read_arrays(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
         for indices in self._indices(epoch, start):
             index = torch.from_numpy(indices).to(self._inputs.device)
-            yield self.device.move(self._inputs[index]), self.device.move(self._targets[index]), indices
+            # Brackets would do the same in ten times the time: they allow for more than one index.
+            inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
+            yield self.device.move(inputs), self.device.move(targets), indices
 
     def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
         asked: deque[Places] = deque()  # the loader's workers read some batches ahead of the one it gives out
@@ -200,14 +203,45 @@ def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Pl
 class _Seeded(Dataset[Any]):
     """A dataset whose global randomness is set by (seed, epoch, place) right before each sample is read."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset = dataset
+    def __init__(self, source: DatasetSource, seed: int) -> None:
+        self.dataset = source.dataset
+        self.collate = source.collate or default_collate
         self.seed = seed
 
-    def __getitem__(self, key: _Key) -> Any:
-        epoch, place, index = key
-        reseed_everything(seed_for(self.seed, "sample", epoch, place))
-        return self.dataset[index]
+    def __getitems__(self, keys: list[_Key]) -> Any:
+        """Return the batch of these keys, or the error that a person can mend: a worker would make a text of it."""
+        try:
+            return self._batch(keys)
+        except RelayError as error:
+            return error
+
+    def _batch(self, keys: list[_Key]) -> Any:
+        samples = []
+        for epoch, place, index in keys:
+            reseed_everything(seed_for(self.seed, "sample", epoch, place))
+            samples.append(self.dataset[index])
+        try:
+            return self.collate(samples)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            shapes = [_described(sample) for sample in samples]
+            odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+            if odd is None:
+                raise
+            raise RelayError(
+                f"sample {keys[odd][2]} is {shapes[odd]}, but sample {keys[0][2]} is {shapes[0]}: make them alike, or "
+                "give a collate function"
+            ) from error
+
+
+def _described(value: Any) -> str:
+    """Return the shapes and types that a sample is made of."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_described(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_described, value)) + ")"
+    return type(value).__name__
 
 
 class _Keys:
@@ -224,30 +258,65 @@ class _Loader:
     """A DataLoader that reads the keys it is told to; its workers live as long as it does."""
 
     def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
+        self._name = source.name
         self._keys = _Keys()
+        self._workers = workers
         self._loader = DataLoader(
-            _Seeded(source.dataset, seed),
+            _Seeded(source, seed),
             batch_sampler=self._keys,
-            collate_fn=source.collate,
+            collate_fn=_as_it_is,
             num_workers=workers,
             pin_memory=pin,
             persistent_workers=workers > 0,
+            generator=torch.Generator(),  # otherwise each epoch would draw a number from the global one
         )
-        self._workers = workers
 
     def read(self, keys: Iterator[list[_Key]]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the batches of these keys; whoever read before may not go on."""
         self._keys.batches = keys
-        batches = iter(self._loader)
+        with _explained(self._name):
+            batches = iter(self._loader)
         while True:
-            with _one_thread(self._workers == 0):
-                batch = next(batches, None)
-            if batch is None:
+            if self._keys.batches is not keys:
+                raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
+            with _one_thread(self._workers == 0), _explained(self._name):
+                batch = next(batches, _END)
+            if batch is _END:
                 return
+            if isinstance(batch, RelayError):
+                raise batch
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise RelayError(
-                    "a dataset's sample must be a pair (inputs, target): return one, or give a collate function"
+                    f"{self._name}: a sample must be a pair (inputs, target): return one, or give a collate function"
                 )
             yield batch[0], batch[1]
+
+
+_END = object()  # a collate function may return None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Say what to do when a worker is gone, or has no room to pass on what it read."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if "shared memory" in text:
+            raise RelayError(
+                f"{name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer data.workers "
+                "or a smaller data.batch_size"
+            ) from error
+        if text.startswith("DataLoader worker (pid"):
+            raise RelayError(
+                f"{name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer data.workers, "
+                "and resume"
+            ) from error
+        raise
 
 
 @contextmanager

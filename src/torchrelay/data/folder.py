@@ -22,7 +22,8 @@ from torchrelay.errors import RelayError, UsageError
 Log = Callable[[str], None]
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _TESTS = ("test", "val", "validation", "valid")
-_CHUNK = 256  # images that one thread decodes before it takes the next
+_CHUNK = 64  # images that one thread decodes before it takes the next
+_SMALL = 4096  # bytes; threads lose more by taking turns in Python than they gain by decoding such files at once
 
 
 def is_image(path: Path) -> bool:
@@ -223,12 +224,13 @@ def _decoded(
 ) -> ArraySource:
     """Return all images of a listing as one array, of which up to `allowed` may be left out."""
     paths = listing.paths
+    small = sum(size for _, size, _ in listing.files) < _SMALL * len(paths)
     first, width, height = (None, size, size) if size is not None else _size_of_first(paths, channels)
     shape = (len(paths), channels, height, width)
 
     def fill(images: Images) -> list[int]:
         log(f"decoding {len(paths):,} images, once")
-        return _fill(images, paths, first, allowed)
+        return _fill(images, paths, first, allowed, threads=1 if small else os.cpu_count())
 
     if cache is None:
         found = in_memory(shape, fill)
@@ -252,7 +254,7 @@ def _decoded(
     return source.take(torch.from_numpy(np.setdiff1d(np.arange(len(paths)), found.missing)))
 
 
-def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int) -> list[int]:
+def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int, threads: int | None) -> list[int]:
     """Decode all files into `images`; return the places of those that can't be read, `allowed` at most.
 
     Where `first` is named, all have to have its size; otherwise they are brought to the size of `images`.
@@ -276,7 +278,7 @@ def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int)
 
     chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
     missing: list[int] = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets other threads run while it decodes
+    with ThreadPoolExecutor(threads) as pool:  # PIL lets other threads run while it decodes
         for found in pool.map(decode, chunks):
             missing += found
             _check(missing, paths, allowed)

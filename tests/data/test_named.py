@@ -1,0 +1,100 @@
+"""Data sets that have a name."""
+
+import hashlib
+import pickle
+
+import pytest
+import torch
+import torchvision
+
+from torchrelay.data import cifar10, cifar100, digits, text
+from torchrelay.errors import RelayError, UsageError
+
+
+def test_the_digits_are_1797_bytes_images_in_two_parts_without_a_common_one():
+    train, test = digits()
+    assert (len(train), len(test)) == (1438, 359)
+    assert train.inputs.dtype == torch.uint8
+    assert train.inputs.shape[1:] == (1, 8, 8)
+    assert train.classes == tuple("0123456789")
+    assert (int(train.inputs.min()), int(train.inputs.max())) == (0, 255)
+    images = {image.numpy().tobytes() for image in torch.cat([train.inputs, test.inputs])}
+    assert len(images) == 1797
+
+
+def test_the_digits_parts_have_a_fifth_of_every_class():
+    train, test = digits()
+    everything = torch.bincount(train.targets) + torch.bincount(test.targets)
+    assert torch.equal(torch.bincount(test.targets), (everything / 5).round().long())
+
+
+def test_the_digits_are_the_same_every_time_and_others_with_another_seed():
+    assert digits()[0].fingerprint() == digits()[0].fingerprint()
+    assert digits(seed=1)[0].fingerprint() != digits()[0].fingerprint()
+
+
+@pytest.mark.parametrize("read", [cifar10, cifar100])
+def test_missing_cifar_files_are_one_line_with_the_remedy(read, tmp_path):
+    with pytest.raises(RelayError, match=r"isn't in .*data\.download=true, or data\.root") as found:
+        read(tmp_path)
+    assert "\n" not in str(found.value)
+
+
+def test_a_damaged_cifar_file_is_refused_before_it_is_unpickled(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name, _ in torchvision.datasets.CIFAR10.train_list + torchvision.datasets.CIFAR10.test_list:
+        (folder / name).write_bytes(b"no pickle")
+    with pytest.raises(RelayError, match="damaged"):
+        cifar10(tmp_path)
+
+
+def test_cifar_files_with_the_right_checksums_are_read_as_channels_first(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = torch.randint(0, 256, (4, 3 * 32 * 32), dtype=torch.uint8)
+
+    def write(name: str, content: object) -> str:
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+    batch = {"data": pixels.numpy(), "labels": [3, 1, 4, 1]}
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [["data_batch_1", write("data_batch_1", batch)]])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", write("test_batch", batch)]])
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": meta})
+
+    train, test = cifar10(tmp_path)
+    assert torch.equal(train.inputs, pixels.view(4, 3, 32, 32))
+    assert train.targets.tolist() == [3, 1, 4, 1]
+    assert train.classes == tuple("abcdefghij")
+    assert train.mean is not None
+    assert train.fingerprint() != test.fingerprint()
+
+
+def test_a_texts_targets_are_its_inputs_moved_on_by_one(tmp_path):
+    content = "".join(chr(97 + i * i % 26) for i in range(500)) + "é"
+    (tmp_path / "a text.txt").write_text(content, encoding="utf-8")
+    train, test = text(tmp_path / "a text.txt", length=7, test_share=0.2)
+    shown = "".join(train.classes[i] for i in train.inputs.flatten())
+    assert train.inputs.shape == train.targets.shape == (57, 7)
+    assert content.startswith(shown)
+    assert "".join(train.classes[i] for i in train.targets.flatten()) == content[1 : len(shown) + 1]
+    assert content[401:].startswith("".join(test.classes[i] for i in test.inputs.flatten()))
+    assert train.classes == tuple(sorted(set(content)))
+
+
+def test_a_text_that_is_too_short_names_the_part_and_the_setting(tmp_path):
+    (tmp_path / "t").write_text("abcdefgh" * 10)
+    with pytest.raises(UsageError, match=r"its test part has 8 characters, too few for data\.length 8"):
+        text(tmp_path / "t", length=8)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00\xd8"])
+def test_what_is_no_text_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / "t").write_bytes(content)
+    with pytest.raises(UsageError, match="can't be read as a text"):
+        text(tmp_path / "t")
