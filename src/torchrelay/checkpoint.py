@@ -25,7 +25,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from torchrelay.duration import Duration
@@ -46,6 +46,13 @@ class CheckpointSettings(Settings):
     """How many of the newest to keep."""
     keep_best: int = Field(default=1, ge=0)
     """How many of the best, by the task's headline metric, to keep beside them."""
+
+    @field_validator("every")
+    @classmethod
+    def _check(cls, every: Duration) -> Duration:
+        if not every.amount:
+            raise ValueError(f"'{every}' is no interval: write '1 epoch', '500 steps' or '10 min'")
+        return every
 
 
 @dataclass(frozen=True)

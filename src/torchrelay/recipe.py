@@ -28,6 +28,7 @@ from torchrelay.task import LossSettings
 
 Table = dict[str, Any]  # a TOML table
 _NAME = re.compile(r"[\w-]+")
+_KINDS = ("optimizer.name=", "schedule.name=")  # sections whose other keys depend on the name
 
 
 class Recipe(Settings):
@@ -69,14 +70,15 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a shipped recipe's name, or the path of a TOML file.
-        overrides: texts such as "optimizer.lr=0.02"; the right side is a TOML value, or else a string.
+        overrides: texts such as "optimizer.lr=0.02"; the right side is a TOML value, or else a string. Another
+            optimizer or schedule by name starts from its own defaults: the file's keys were meant for the old one.
 
     Raises:
         UsageError: no such recipe, or a key or a value in it is wrong.
     """
     table = _read(name)
     table.pop("environment", None)  # what a run's folder adds: versions, not parameters
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith(_KINDS)):  # first what clears its section
         _apply(table, override)
     return parse(table, name)
 
@@ -132,6 +134,8 @@ def _apply(table: Table, override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise UsageError(f"--set {override}: '{section}' is a value, not a section")
+    if override.startswith(_KINDS) and str(table.get("name", value)).lower() != str(value).lower():
+        table.clear()
     table[last] = value
 
 
@@ -149,7 +153,7 @@ def _explain(error: ValidationError) -> str:
         known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
         near = nearest(first["ctx"]["tag"], known) or f"; known: {', '.join(known)}"
         return f"{'.'.join(_without_tags(place))}.name: '{first['ctx']['tag']}' is unknown{near}{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
     given = "" if isinstance(first.get("input"), dict) else f", not {first['input']!r}"
     return f"{'.'.join(_without_tags(place))}: {message}{'' if first['type'] == 'value_error' else given}{more}"
 
