@@ -1,5 +1,6 @@
 """Step 7: what may happen around a step. All hooks are on this page, five of them, each with when it is called."""
 
+import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -183,13 +184,16 @@ class Pictures(Callback):
         self._drawn_at = time.monotonic()
 
     def on_end(self, trainer: "Trainer") -> None:
-        """Show the confusion matrix, and the settings with what they led to."""
+        """Show the confusion matrix, and the settings with what they led to; write down the last evaluation."""
         from torchrelay.report import confusion_matrix
 
         if trainer.run is None:
             return
         self._draw_curves(trainer)
         last = trainer.last_evaluation
+        if last is not None:
+            found = json.dumps(last.to_json(trainer.classes), indent=1, ensure_ascii=False)
+            (trainer.run.folder / "evaluation.json").write_text(found + "\n", encoding="utf-8")
         if last is not None and last.confusion is not None:
             figure = confusion_matrix(last.confusion, trainer.classes)
             figure.savefig(trainer.run.folder / "confusion.png")

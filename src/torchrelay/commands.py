@@ -34,13 +34,20 @@ def evaluate(options: argparse.Namespace) -> None:
     """`torchrelay evaluate FOLDER`: test a run's best network."""
     trainer = _trainer_of_run(options)
     checkpoint = trainer.load(options.checkpoint)
-    values = {split: trainer.evaluate(split).values for split in trainer.evaluated}
+    found = {split: trainer.evaluate(split) for split in trainer.evaluated}
     if options.json:
-        print(json.dumps({"checkpoint": str(checkpoint), **values}))
+        tables = {split: evaluation.to_json(trainer.classes) for split, evaluation in found.items()}
+        print(json.dumps({"checkpoint": str(checkpoint), **tables}, ensure_ascii=False))
         return
     print(checkpoint)
-    for split, metrics in values.items():
-        print("  ".join([split, *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())]))
+    for split, evaluation in found.items():
+        values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in evaluation.values.items())
+        print("   ".join([f"{split} ({evaluation.samples:,} samples)", *values]))
+        for name, row in evaluation.tables.items():
+            print(f"  {name.replace('_', ' ')}")
+            width = max(map(len, trainer.classes))
+            for label, value in zip(trainer.classes, row, strict=True):
+                print(f"    {label:<{width}}  {value:.4f}")
 
 
 def predict(options: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Step 7, the test: every sample once, in blocks whose sums are added in the order of the data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,12 @@ class Evaluation:
     tables: dict[str, list[float]] = field(default_factory=dict)  # metrics with a value a class
     confusion: Tensor | None = None  # (classes, classes) int64: row: what it is, column: what the network said
     samples: int = 0
+
+    def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return all of it as JSON can hold it, the tables by the classes' names."""
+        tables = {name: dict(zip(classes, row, strict=True)) for name, row in self.tables.items()}
+        confusion = {} if self.confusion is None else {"confusion_matrix": self.confusion.tolist()}
+        return {"samples": self.samples, **self.values, **tables, **confusion}
 
 
 class Sums:

@@ -1,0 +1,275 @@
+"""The cache of decoded images: whole or not there, built once, and what happens to it in accidents."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchrelay.data import cache
+from torchrelay.errors import RelayError
+
+SHAPE = (6, 3, 8, 8)
+
+
+class Fill:
+    """Numbers the images, and counts how often it was asked to."""
+
+    def __init__(self, missing=()):
+        self.asked = 0
+        self.missing = list(missing)
+
+    def __call__(self, images):
+        self.asked += 1
+        images[...] = np.arange(len(images))[:, None, None, None]
+        return self.missing
+
+
+def whole(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def start(program: str, *arguments: object, shell: str = "{}") -> subprocess.Popen:
+    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_images_are_decoded_once_and_then_mapped(tmp_path):
+    fill = Fill(missing=[2])
+    first = cache.cached(tmp_path, "place", "key", SHAPE, fill)
+    second = cache.cached(tmp_path, "place", "key", SHAPE, fill)
+    assert fill.asked == 1
+    assert np.array_equal(first.images, second.images)
+    assert second.images[5].min() == second.images[5].max() == 5
+    assert (second.missing, second.content) == ([2], first.content)
+
+
+def test_what_is_written_to_the_images_stays_in_memory(tmp_path):
+    cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images[0] = 77
+    assert cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images[0].max() == 0
+
+
+def test_the_content_is_the_same_in_memory_and_changes_with_a_pixel(tmp_path):
+    kept = cache.cached(tmp_path, "place", "key", SHAPE, Fill())
+    assert cache.in_memory(SHAPE, Fill()).content == kept.content
+
+    def other(images):
+        Fill()(images)
+        images[5, 2, 7, 7] += 1
+        return []
+
+    assert cache.in_memory(SHAPE, other).content != kept.content
+
+
+def test_another_key_replaces_the_cache_of_the_same_place_and_of_no_other(tmp_path):
+    cache.cached(tmp_path, "here", "old", SHAPE, Fill())
+    cache.cached(tmp_path, "there", "old", SHAPE, Fill())
+    cache.cached(tmp_path, "here", "new", SHAPE, Fill())
+    assert [path.name for path in whole(tmp_path)] == ["here-new", "there-old"]
+
+
+def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_path):
+    old = cache.cached(tmp_path, "here", "old", SHAPE, Fill())
+    cache.cached(tmp_path, "here", "new", SHAPE, Fill())
+    assert old.images[:, 0, 0, 0].tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda target: os.truncate(target / "images.bin", 100),
+        lambda target: (target / "images.bin").unlink(),
+        lambda target: (target / "facts.json").write_text(""),
+        lambda target: (target / "facts.json").write_text('{"shape": [6, 3, 8'),
+        lambda target: (target / "facts.json").write_text("[]"),
+        lambda target: (target / "facts.json").write_text(
+            json.dumps({"shape": [6, 3, 4, 4], "missing": [], "content": ""})
+        ),
+        lambda target: (target / "facts.json").unlink(),
+    ],
+    ids=["truncated images", "no images", "empty facts", "cut facts", "other facts", "foreign shape", "no facts"],
+)
+def test_a_damaged_cache_is_built_again(tmp_path, damage):
+    first = cache.cached(tmp_path, "place", "key", SHAPE, Fill())
+    damage(tmp_path / "place-key")
+    fill = Fill()
+    second = cache.cached(tmp_path, "place", "key", SHAPE, fill)
+    assert fill.asked == 1
+    assert second.content == first.content
+
+
+def test_an_error_while_decoding_leaves_nothing_behind(tmp_path):
+    def fail(images):
+        raise RelayError("x.png can't be read")
+
+    with pytest.raises(RelayError, match=r"x\.png"):
+        cache.cached(tmp_path, "place", "key", SHAPE, fail)
+    assert whole(tmp_path) == []
+
+
+def test_a_cache_killed_while_it_was_built_is_built_again(tmp_path):
+    process = start(
+        """
+        import sys, time
+        from pathlib import Path
+        from torchrelay.data import cache
+
+        def slow(images):
+            images[0] = 1
+            print("decoding", flush=True)
+            time.sleep(60)
+
+        cache.cached(Path(sys.argv[1]), "place", "key", (6, 3, 8, 8), slow)
+        """,
+        tmp_path,
+    )
+    assert process.stdout.readline() == "decoding\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert [path.name for path in whole(tmp_path)] == [".place-key.partial"]
+    fill = Fill()
+    found = cache.cached(tmp_path, "place", "key", SHAPE, fill)
+    assert fill.asked == 1
+    assert found.images[:, 0, 0, 0].tolist() == list(range(6))
+    assert [path.name for path in whole(tmp_path)] == ["place-key"]
+
+
+def test_what_a_killed_process_left_is_removed_even_if_the_folder_changed_since(tmp_path):
+    (tmp_path / ".place-old.partial").mkdir()
+    cache.cached(tmp_path, "place", "new", SHAPE, Fill())
+    assert [path.name for path in whole(tmp_path)] == ["place-new"]
+
+
+def test_two_processes_at_once_build_it_once_and_see_the_same(tmp_path):
+    program = """
+        import sys, time
+        from pathlib import Path
+        from torchrelay.data import cache
+
+        def slow(images):
+            print("decoding", flush=True)
+            time.sleep(1)
+            images[...] = 3
+            return []
+
+        print("ready", flush=True)
+        sys.stdin.readline()
+        found = cache.cached(Path(sys.argv[1]), "place", "key", (6, 3, 8, 8), slow)
+        print(found.images.min(), found.content)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as other:
+        assert (one.stdout.readline(), other.stdout.readline()) == ("ready\n", "ready\n")
+        for process in (one, other):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        said = [process.communicate()[0].splitlines() for process in (one, other)]
+    assert sum("decoding" in lines for lines in said) == 1
+    assert said[0][-1] == said[1][-1]
+    assert said[0][-1].startswith("3 ")
+
+
+def run_on_small_disk(mount: str, program: str, *arguments: object) -> str:
+    """Run a program where `mount` is a file system of its own; skip where no such thing is allowed."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no `unshare` here")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine doesn't let a user mount anything")
+    shell = f'{mount} && exec "$0" "$@"'
+    command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
+    return done.stdout + done.stderr
+
+
+def test_a_full_disk_is_an_error_with_the_bytes_needed_and_free(tmp_path):
+    said = run_on_small_disk(
+        f"mount -t tmpfs -o size=4m tmpfs {tmp_path}",
+        """
+        import sys
+        from pathlib import Path
+        from torchrelay.data import cache
+        from torchrelay.errors import RelayError
+        folder = Path(sys.argv[1]) / "caches"
+        try:
+            cache.cached(folder, "place", "key", (10_000, 3, 32, 32), lambda images: sys.exit("it was decoded"))
+        except RelayError as error:
+            print(error)
+        print(sorted(path.name for path in folder.iterdir()))
+        """,
+        tmp_path,
+    )
+    message, left = said.splitlines()
+    assert "No space left on device" in message
+    assert "it needs 30,720,000 bytes and 4,1" in message
+    assert "data.cache_dir" in message
+    assert left == "['place.lock']"
+
+
+def test_a_cache_on_a_disk_that_cannot_be_written_is_used(tmp_path):
+    cache.cached(tmp_path, "place", "key", SHAPE, Fill())
+    program = """
+        import sys
+        from pathlib import Path
+        from torchrelay.data import cache
+        from torchrelay.errors import RelayError
+        for key in ("key", "other"):
+            try:
+                print(cache.cached(Path(sys.argv[1]), "place", key, (6, 3, 8, 8), lambda images: []).images[4].max())
+            except RelayError as error:
+                print(error)
+        """
+    said = run_on_small_disk(f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}", program, tmp_path)
+    found, refused = said.splitlines()
+    assert found == "4"
+    assert "Read-only file system" in refused
+
+
+def test_images_larger_than_the_memory_can_be_mapped(tmp_path):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shape = (2 * memory // (1024 * 1024), 1, 1024, 1024)
+    target = tmp_path / "place-key"
+    target.mkdir()
+    with (target / "images.bin").open("wb") as file:
+        try:
+            file.truncate(shape[0] * 1024 * 1024)  # a file of nothing but holes takes no room
+        except OSError:
+            pytest.skip("this file system has no files of that size")
+    (target / "facts.json").write_text(json.dumps({"shape": shape, "missing": [], "content": "none"}))
+    found = cache.cached(tmp_path, "place", "key", shape, Fill())
+    assert found.images.shape == shape
+    assert found.images[-1, 0, 0, 0] == 0
+
+
+def test_a_folder_decoded_before_is_not_read_again_until_a_file_changes(tmp_path):
+    from PIL import Image
+
+    from torchrelay.data import image_folder
+
+    for i in range(4):
+        path = tmp_path / "data" / "a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, i, i)).save(path)
+    said: list[str] = []
+
+    def decodings() -> int:
+        said.clear()
+        image_folder(tmp_path / "data", cache_dir=tmp_path / "cache", log=said.append)
+        return len(said)
+
+    assert [decodings(), decodings()] == [1, 0]
+    os.utime(path, ns=(0, time.time_ns() + 10**9))  # the same size, but changed later
+    assert [decodings(), decodings()] == [1, 0]
+    Image.new("RGB", (4, 4), (90, 80, 70)).save(path)
+    assert [decodings(), decodings()] == [1, 0]
+    (tmp_path / "data" / "a" / "0.png").unlink()
+    assert [decodings(), decodings()] == [1, 0]
+    assert len(whole(tmp_path / "cache")) == 1

@@ -1,0 +1,410 @@
+"""Folders of images, a folder a class: what is found, how it is decoded, what is refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from torchrelay.data import ArraySource, DatasetSource, image_folder
+from torchrelay.data.folder import decode_images
+from torchrelay.errors import RelayError, UsageError
+
+
+def picture(number: int, size=(8, 8), mode="RGB") -> Image.Image:
+    values = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def save(path: Path, number: int = 0, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(number, **how).save(path)
+    return path
+
+
+@pytest.fixture
+def parted(tmp_path) -> Path:
+    """Three cats and three dogs for training, and two of each for the test."""
+    root = tmp_path / "pets"
+    for part, count in (("train", 3), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                save(root / part / name / f"{i}.png", 100 * count + 10 * label + i)
+    return root
+
+
+@pytest.fixture
+def single(tmp_path) -> Path:
+    root = tmp_path / "single"
+    for label, name in enumerate(("a", "b", "c")):
+        for i in range(10):
+            save(root / name / f"{i}.png", 10 * label + i)
+    return root
+
+
+def read(root: Path, **how):
+    """Decode into memory, without a word."""
+    return image_folder(root, **{"cache": False, "log": lambda _: None, **how})
+
+
+def names(source) -> list[str]:
+    return ["/".join(Path(path).parts[-2:]) for path in source.paths]
+
+
+# ------------------------------------------------------------------------------------------------ what is found
+
+
+def test_two_folders_are_the_two_parts(parted):
+    train, test = read(parted)
+    assert (train.classes, train.name) == (("cat", "dog"), "pets")
+    assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert names(test) == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+    assert train.inputs.shape == (6, 3, 8, 8)
+    assert np.array_equal(train.inputs[4].permute(1, 2, 0), picture(311))
+
+
+def test_the_test_part_may_be_called_val(parted):
+    (parted / "test").rename(parted / "val")
+    assert len(read(parted)[1]) == 4
+
+
+def test_a_training_part_without_a_test_part_is_refused(parted):
+    shutil.rmtree(parted / "test")
+    with pytest.raises(RelayError, match="none named test, val"):
+        read(parted)
+
+
+def test_a_single_folder_is_divided_by_class(single):
+    train, test = read(single, test_share=0.2)
+    assert torch.bincount(train.targets).tolist() == [8, 8, 8]
+    assert torch.bincount(test.targets).tolist() == [2, 2, 2]
+    assert not set(train.paths) & set(test.paths)
+
+
+def test_where_a_folder_lies_and_when_its_files_were_made_do_not_change_the_division(single, tmp_path):
+    other = tmp_path / "elsewhere"
+    for path in sorted(single.rglob("*.png"), reverse=True):  # the listing's order follows that of making
+        target = other / path.relative_to(single)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        os.utime(target, (1, 1))
+    assert names(read(single)[1]) == names(read(other)[1])
+    assert read(single)[1].fingerprint() == read(other)[1].fingerprint()
+
+
+def test_blanks_unicode_and_newlines_in_names_work(tmp_path):
+    for name in ("a b", "ünï – 猫", "new\nline"):
+        for i in range(2):
+            save(tmp_path / "my data" / name / f"an image\n{i} ä.png", i)
+    train, test = image_folder(tmp_path / "my data", cache_dir=tmp_path / "a\ncache", log=lambda _: None, test_share=0.5)
+    assert train.classes == ("a b", "new\nline", "ünï – 猫")
+    assert (len(train), len(test)) == (3, 3)
+
+
+def test_a_name_that_is_no_unicode_works(tmp_path):
+    for i in range(2):
+        path = save(tmp_path / "d" / "a" / f"{i}.png", i)
+        os.rename(os.fsencode(path), os.fsencode(path.parent) + b"/\xff\xfe%d.png" % i)
+    assert len(image_folder(tmp_path / "d", cache_dir=tmp_path / "c", test_share=0.5, log=lambda _: None)[0]) == 1
+
+
+def test_upper_case_suffixes_and_folders_below_a_class_are_read(parted):
+    save(parted / "train" / "cat" / "more" / "still more" / "X.PNG", 1)
+    assert "still more/X.PNG" in names(read(parted)[0])
+
+
+def test_hidden_files_and_folders_and_other_files_are_left_out(parted):
+    save(parted / "train" / ".git" / "0.png")
+    save(parted / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
+    save(parted / "train" / "cat" / ".hidden.png")
+    (parted / "train" / "cat" / "notes.txt").write_text("no image")
+    (parted / "train" / "README.md").write_text("no class")
+    assert names(read(parted)[0]) == [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
+
+
+def test_links_to_images_and_folders_are_followed_but_never_round_in_circles(parted, tmp_path):
+    save(tmp_path / "elsewhere" / "x.png", 1)
+    (parted / "train" / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
+    (parted / "train" / "cat" / "3.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    (parted / "train" / "cat" / "circle").symlink_to(parted / "train" / "cat")
+    (parted / "train" / "cow").symlink_to(tmp_path / "elsewhere")
+    (parted / "test" / "cow").symlink_to(tmp_path / "elsewhere")
+    train, _ = read(parted)
+    assert train.classes == ("cat", "cow", "dog")
+    assert names(train)[:5] == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/3.png", "linked/x.png"]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_link_to_nothing_is_named(parted, on_error):
+    (parted / "train" / "cat" / "gone.png").symlink_to(parted / "nowhere")
+    with pytest.raises(RelayError, match=r"cat/gone\.png can't be read: No such file"):
+        read(parted, on_error=on_error)
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_no_folder_is_named(tmp_path):
+    with pytest.raises(UsageError, match="there is no such folder"):
+        read(tmp_path / "nowhere")
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    save(tmp_path / "0.png")
+    with pytest.raises(RelayError, match=f"{tmp_path} has no class folders"):
+        read(tmp_path)
+
+
+def test_an_empty_class_folder_is_named(parted):
+    (parted / "train" / "ant").mkdir()
+    with pytest.raises(RelayError, match="train/ant has no images"):
+        read(parted)
+
+
+def test_a_class_whose_test_images_are_missing_is_named(parted):
+    for path in (parted / "test" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(RelayError, match="test/dog has no images"):
+        read(parted)
+
+
+@pytest.mark.parametrize(("part", "other"), [("train", "test"), ("test", "train")])
+def test_a_class_in_only_one_part_is_named_with_the_folder_that_lacks_it(parted, part, other):
+    save(parted / part / "cow" / "0.png")
+    with pytest.raises(RelayError, match=f"pets/{other} has no class 'cow'"):
+        read(parted)
+
+
+def test_images_of_different_sizes_are_refused_with_both_names_and_the_setting(parted):
+    save(parted / "train" / "dog" / "1.png", size=(9, 7))
+    with pytest.raises(UsageError, match=r"dog/1\.png has 9x7 pixels, .*cat/0\.png has 8x8: set data\.size"):
+        read(parted)
+
+
+def test_parts_of_different_sizes_are_refused(parted):
+    for path in (parted / "test").rglob("*.png"):
+        save(path, size=(9, 7))
+    with pytest.raises(UsageError, match=r"test/cat/0\.png has 9x7 pixels, .*train/cat/0\.png has 8x8: set data\.size"):
+        read(parted)
+
+
+# ------------------------------------------------------------------------------------------------ how it is decoded
+
+
+def decoded(path: Path, channels=3, size=None) -> np.ndarray:
+    """The first pixels of a file, (height, width) of each channel."""
+    with Image.open(path) as image:
+        width, height = size or image.size
+    return decode_images([path], (channels, height, width))[0].numpy()
+
+
+def test_sizes_are_made_alike_by_the_shorter_side_and_the_middle(parted):
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, 10:20] = 200  # the middle square
+    Image.fromarray(wide).save(parted / "train" / "cat" / "0.png")
+    train, test = read(parted, size=5)
+    assert train.inputs.shape == (6, 3, 5, 5)
+    assert test.inputs.shape == (4, 3, 5, 5)
+    assert (train.inputs[0] == 200).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_image_becomes_bytes_of_the_asked_channels(mode, channels, tmp_path):
+    suffix = {"CMYK": "jpg", "YCbCr": "jpg"}.get(mode, "png")
+    pixels = decoded(save(tmp_path / f"x.{suffix}", mode=mode), channels)
+    assert pixels.shape == (channels, 8, 8)
+    assert pixels.dtype == np.uint8
+    assert pixels.std() > 20
+
+
+def test_a_palette_is_resized_as_colours_and_not_as_numbers(tmp_path):
+    image = Image.fromarray(np.array([[0, 255], [0, 255]], dtype=np.uint8)).convert("P")
+    image.putpalette([0, 0, 0] + [77, 88, 99] * 254 + [100, 100, 100])
+    image.save(tmp_path / "x.png")
+    assert decoded(tmp_path / "x.png", size=(1, 1)).flatten().tolist() == [50, 50, 50]
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    values = np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert decoded(tmp_path / "x.png")[:, 0].T.tolist() == [[255, 255, 255], [255, 0, 0]]
+
+
+def test_sixteen_bits_keep_their_brightness_whatever_else_is_in_the_image(tmp_path):
+    Image.fromarray(np.array([[0, 256, 25_600, 32_768]], dtype=np.uint16)).save(tmp_path / "x.png")
+    assert decoded(tmp_path / "x.png", 1).flatten().tolist() == [0, 1, 100, 128]
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(RelayError, match=r"x\.tif can't be read as an image: its pixels are floating-point"):
+        decoded(tmp_path / "x.tif")
+
+
+def test_a_picture_that_a_camera_marked_as_turned_stands_upright(tmp_path):
+    image = Image.new("RGB", (6, 4))
+    image.paste((255, 255, 255), (0, 0, 3, 4))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left half comes to stand on top
+    image.save(tmp_path / "x.png", exif=exif)
+    pixels = decoded(tmp_path / "x.png", size=(4, 6))
+    assert (pixels[:, :3] == 255).all()
+    assert (pixels[:, 3:] == 0).all()
+
+
+def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path):
+    for i in range(150):
+        save(tmp_path / "a" / f"{i:03}.png", i, size=(50, 50))
+    train, test = read(tmp_path)
+    for source in (train, test):
+        for image, path in zip(source.inputs, source.paths, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0), picture(int(Path(path).stem), size=(50, 50)))
+
+
+# ------------------------------------------------------------------------------------------------ damaged images
+
+
+def truncated_jpeg(path: Path) -> None:
+    picture(0, size=(64, 64)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:900])
+
+
+DAMAGES = {
+    "truncated": truncated_jpeg,
+    "a text": lambda path: path.write_text("no image at all"),
+    "empty": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_damaged_image_stops_with_its_path(parted, damage, size):
+    damage(parted / "train" / "dog" / "1.png")
+    with pytest.raises(RelayError, match=r"train/dog/1\.png can't be read as an image.*data\.on_error=skip") as found:
+        read(parted, size=size)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damaged", ["cat/0.png", "dog/1.png"])
+def test_a_damaged_image_is_left_out_the_same_way_every_time_and_told(parted, tmp_path, damage, damaged):
+    damage(parted / "train" / damaged)
+    said = []
+    how = {"on_error": "skip", "log": said.append, "cache": True, "cache_dir": tmp_path / "cache"}
+    first, second = image_folder(parted, **how)[0], image_folder(parted, **how)[0]
+    assert damaged not in names(first)
+    assert len(first) == len(first.inputs) == len(first.targets) == 5
+    assert torch.equal(first.inputs, second.inputs)
+    assert first.fingerprint() == second.fingerprint() == read(parted, on_error="skip")[0].fingerprint()
+    left_out = [line for line in said if "left out" in line]
+    assert len(left_out) == 2
+    assert all(line.startswith(f"{parted}/train: 1 unreadable") and line.endswith(damaged) for line in left_out)
+
+
+def test_no_more_images_are_left_out_than_allowed(parted, tmp_path):
+    for i in range(2):
+        (parted / "train" / "cat" / f"{i}.png").write_bytes(b"")
+    how = {"on_error": "skip", "cache": True, "cache_dir": tmp_path / "cache"}
+    assert len(read(parted, max_errors=2, **how)[0]) == 4
+    for allowed in (how | {"cache": False}, how):  # while decoding; and from the cache of a run that allowed more
+        with pytest.raises(RelayError, match=r"2 images can't be read where 1 may be .*cat/0\.png.*data\.max_errors"):
+            read(parted, max_errors=1, **allowed)
+
+
+def test_a_cache_with_images_left_out_is_refused_to_a_run_that_stops_at_them(parted, tmp_path):
+    (parted / "train" / "cat" / "0.png").write_bytes(b"")
+    read(parted, on_error="skip", cache=True, cache_dir=tmp_path)
+    with pytest.raises(RelayError, match=r"cat/0\.png"):
+        read(parted, on_error="stop", cache=True, cache_dir=tmp_path)
+
+
+def test_a_folder_of_nothing_but_damaged_images_is_refused(parted):
+    for path in (parted / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(RelayError, match="none of the 6 images can be read"):
+        read(parted, on_error="skip")
+
+
+# ------------------------------------------------------------------------------------------------ fingerprints
+
+
+def test_the_fingerprint_follows_names_and_pixels_and_nothing_else(parted):
+    before = read(parted)[0].fingerprint()
+    changed = parted / "train" / "cat" / "1.png"
+    os.utime(changed, (1, 1))
+    assert read(parted)[0].fingerprint() == before
+    content = changed.read_bytes()
+    save(changed, 999)
+    assert read(parted)[0].fingerprint() != before
+    changed.write_bytes(content)
+    assert read(parted)[0].fingerprint() == before
+    changed.rename(changed.with_name("10.png"))  # which still is the second
+    assert read(parted)[0].fingerprint() != before
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_the_fingerprint_changes_with_the_files(parted, change):
+    before = read(parted)[0].fingerprint()
+    if change == "add":
+        save(parted / "train" / "cat" / "9.png", 9)
+    else:
+        (parted / "train" / "cat" / "2.png").unlink()
+    assert read(parted)[0].fingerprint() != before
+
+
+def test_with_and_without_a_cache_all_is_the_same(parted, tmp_path):
+    one, other = read(parted), read(parted, cache=True, cache_dir=tmp_path / "cache")
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.inputs, b.inputs)
+        assert a.fingerprint() == b.fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------ one's own transform
+
+
+TRANSFORM = v2.Compose([v2.ToImage(), v2.Resize((4, 4)), v2.ToDtype(torch.float32, scale=True)])
+
+
+def test_a_transform_of_ones_own_makes_a_dataset(parted):
+    save(parted / "train" / "cat" / "0.png", size=(9, 7), mode="L")
+    train, test = read(parted, transform=TRANSFORM)
+    assert isinstance(train, DatasetSource)
+    assert (len(train), len(test), train.classes) == (6, 4, ("cat", "dog"))
+    image, label = train.dataset[5]
+    assert (image.shape, image.dtype, label) == ((3, 4, 4), torch.float32, 1)
+
+
+def test_a_transform_gets_grey_images_where_those_are_asked_for(parted):
+    assert read(parted, transform=TRANSFORM, channels=1)[0].dataset[0][0].shape == (1, 4, 4)
+
+
+def test_with_a_transform_a_single_folder_is_divided_as_without(single):
+    arrays, files = read(single), read(single, transform=TRANSFORM)
+    for a, b in zip(arrays, files, strict=True):
+        assert isinstance(a, ArraySource)
+        assert list(a.paths) == b.dataset.paths
+        assert a.targets.tolist() == b.dataset.labels
+
+
+def test_the_fingerprint_of_files_changes_with_one_of_them(parted):
+    before = read(parted, transform=TRANSFORM)[0].fingerprint()
+    assert read(parted, transform=TRANSFORM)[0].fingerprint() == before
+    save(parted / "train" / "cat" / "1.png", 999, size=(9, 9))
+    assert read(parted, transform=TRANSFORM)[0].fingerprint() != before
+
+
+def test_a_damaged_image_that_a_transform_meets_is_named(parted):
+    (parted / "train" / "cat" / "1.png").write_bytes(b"")
+    train, _ = read(parted, transform=TRANSFORM)
+    with pytest.raises(RelayError, match=r"cat/1\.png can't be read as an image"):
+        train.dataset[1]
+
+
+def test_leaving_out_what_only_a_transform_will_meet_is_refused(parted):
+    with pytest.raises(UsageError, match="on_error='skip'"):
+        read(parted, transform=TRANSFORM, on_error="skip")
