@@ -30,10 +30,14 @@ types: install
 check: lint types test
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.agreement
 
 docs: install
-	$(BIN)/python -m benchmarks.pictures
+	$(BIN)/python -m benchmarks.augmentations --out docs/pictures/augmentations.png
+	$(BIN)/python -m benchmarks.schedules --out docs/pictures/schedules.png
+	$(BIN)/python -m benchmarks.reference --out docs/recipes.md
+	$(BIN)/torchrelay recipe --schema > docs/recipe.schema.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -36,7 +36,7 @@ def whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def start(program: str, *arguments: object, shell: str = "{}") -> subprocess.Popen:
+def start(program: str, *arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -227,7 +227,9 @@ def test_a_cache_on_a_disk_that_cannot_be_written_is_used(tmp_path):
             except RelayError as error:
                 print(error)
         """
-    said = run_on_small_disk(f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}", program, tmp_path)
+    said = run_on_small_disk(
+        f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}", program, tmp_path
+    )
     found, refused = said.splitlines()
     assert found == "4"
     assert "Read-only file system" in refused

@@ -41,7 +41,8 @@ def test_inputs_become_one_of_three_types(given, becomes):
 
 
 @pytest.mark.parametrize(
-    ("given", "becomes"), [("uint8", torch.int64), ("int32", torch.int64), ("bool", torch.float32), ("f8", torch.float32)]
+    ("given", "becomes"),
+    [("uint8", torch.int64), ("int32", torch.int64), ("bool", torch.float32), ("f8", torch.float32)],
 )
 def test_targets_become_indices_or_floats(given, becomes):
     assert arrays(np.ones((4, 3)), np.ones(4, dtype=given)).targets.dtype == becomes
@@ -258,7 +259,9 @@ def test_channel_statistics_are_numpys(kind):
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_channel_statistics_are_the_same_bits_with_two_threads(kind):
-    images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8).to(kind) / (255 if kind.is_floating_point else 1)
+    images = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8).to(kind) / (
+        255 if kind.is_floating_point else 1
+    )
     images = images.to(kind)
     one = channel_statistics(images)
     torch.set_num_threads(2)

@@ -5,8 +5,8 @@ worker read a sample makes no difference.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,11 +105,9 @@ class Batches:
             )
         self._place_samples = _sampler(source, seed, sampling if train else "sequential")
         if isinstance(source, ArraySource):
-            self._read: Callable[[int, int], Iterator[tuple[Any, Tensor, Places]]] = self._read_arrays
             self._inputs, self._targets = _resident(source, device.device)
         else:
             self._loader = _Loader(source, seed, workers, device.device.type == "cuda")
-            self._read = self._read_dataset
 
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
@@ -117,8 +115,10 @@ class Batches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, beginning with batch `start`; what comes before it is not read."""
+        # To keep this method in `self` would close a cycle: see `_Loader`.
+        read = self._read_arrays if isinstance(self.source, ArraySource) else self._read_dataset
         place = start * self.batch_size
-        for inputs, targets, indices in self._read(epoch, start):
+        for inputs, targets, indices in read(epoch, start):
             parts = blocks(len(indices), self.replicas)
             if self.train:
                 inputs, targets = self.pipeline.train(
@@ -148,7 +148,7 @@ class Batches:
     def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
         asked: deque[Places] = deque()  # the loader's workers read some batches ahead of the one it gives out
 
-        def keys() -> Iterator[list[_Key]]:
+        def keys() -> Generator[list[_Key]]:
             place = start * self.batch_size
             for indices in self._indices(epoch, start):
                 asked.append(indices)
@@ -255,7 +255,11 @@ class _Keys:
 
 
 class _Loader:
-    """A DataLoader that reads the keys it is told to; its workers live as long as it does."""
+    """A DataLoader that reads the keys it is told to; its workers live as long as it does.
+
+    They end at once when its last reference goes. Where the garbage collector has to find it, as part of a cycle, each
+    worker is waited for five seconds: the collector has ended the threads that would tell them to end.
+    """
 
     def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
         self._name = source.name
@@ -271,25 +275,51 @@ class _Loader:
             generator=torch.Generator(),  # otherwise each epoch would draw a number from the global one
         )
 
-    def read(self, keys: Iterator[list[_Key]]) -> Iterator[tuple[Any, Tensor]]:
+    def read(self, keys: Generator[list[_Key]]) -> Iterator[tuple[Any, Tensor]]:
         """Yield the batches of these keys; whoever read before may not go on."""
         self._keys.batches = keys
-        with _explained(self._name):
-            batches = iter(self._loader)
-        while True:
-            if self._keys.batches is not keys:
-                raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
-            with _one_thread(self._workers == 0), _explained(self._name):
-                batch = next(batches, _END)
-            if batch is _END:
-                return
-            if isinstance(batch, RelayError):
-                raise batch
-            if not isinstance(batch, list | tuple) or len(batch) != 2:
+        with closing(keys):
+            with self._errors():
+                batches = iter(self._loader)
+            while True:
+                if self._keys.batches is not keys:
+                    raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
+                with self._errors(), _one_thread(self._workers == 0):
+                    batch = next(batches, _END)
+                    if isinstance(batch, RelayError):
+                        raise batch
+                if batch is _END:
+                    return
+                if not isinstance(batch, list | tuple) or len(batch) != 2:
+                    raise RelayError(
+                        f"{self._name}: a sample must be a pair (inputs, target): return one, or set a collate function"
+                    )
+                yield batch[0], batch[1]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """End the workers when something fails; say what to do when one is gone, or can't pass on what it read."""
+        try:
+            yield
+        except Exception as error:
+            self._end_workers()
+            text = str(error)
+            if isinstance(error, RuntimeError) and "shared memory" in text:
                 raise RelayError(
-                    f"{self._name}: a sample must be a pair (inputs, target): return one, or give a collate function"
-                )
-            yield batch[0], batch[1]
+                    f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
+                    "data.workers or a smaller data.batch_size"
+                ) from error
+            if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+                raise RelayError(
+                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer "
+                    "data.workers, and resume"
+                ) from error
+            raise
+
+    def _end_workers(self) -> None:
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 _END = object()  # a collate function may return None
@@ -297,26 +327,6 @@ _END = object()  # a collate function may return None
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Say what to do when a worker is gone, or has no room to pass on what it read."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if "shared memory" in text:
-            raise RelayError(
-                f"{name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer data.workers "
-                "or a smaller data.batch_size"
-            ) from error
-        if text.startswith("DataLoader worker (pid"):
-            raise RelayError(
-                f"{name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer data.workers, "
-                "and resume"
-            ) from error
-        raise
 
 
 @contextmanager

@@ -1,0 +1,436 @@
+"""Global batches: a pure function of (seed, epoch, place), whatever reads them."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import namedtuple
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from torchrelay.data import image_folder
+from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
+from torchrelay.data.batches import Batch, Batches, statistics
+from torchrelay.data.sources import ArraySource, arrays, dataset
+from torchrelay.device import DeviceSettings, set_up
+from torchrelay.errors import RelayError
+
+CPU = set_up(DeviceSettings(name="cpu"), exact=False)
+
+
+def numbered(samples: int = 103, classes: int = 5) -> ArraySource:
+    """Each sample's input is its own number, its target that modulo the classes."""
+    numbers = np.arange(samples)
+    return arrays(numbers[:, None], numbers % classes, [str(i) for i in range(classes)])
+
+
+class Noisy(Dataset):
+    """Draws from every global generator, computes with tensors, and counts its reads."""
+
+    def __init__(self, samples: int = 53) -> None:
+        self.samples = samples
+        self.reads: list[int] = []
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int):
+        self.reads.append(index)
+        wide = torch.rand(40_000)  # wide enough for two threads to add it up in another order
+        drawn = [torch.randn(()), wide.mean(), float(np.random.rand()), random.random()]
+        return torch.tensor([float(index), *map(float, drawn)]), index % 3
+
+
+def batches(source, size=10, **how) -> Batches:
+    return Batches(source, size, CPU, how.pop("pipeline", Pipeline()), **how)
+
+
+def content(found) -> list[tuple[bytes, bytes, list[int], tuple[int, ...]]]:
+    return [
+        (batch.inputs.numpy().tobytes(), batch.targets.numpy().tobytes(), batch.indices.tolist(), batch.blocks)
+        for batch in found
+    ]
+
+
+def shuffled(found) -> list[int]:
+    return [int(index) for batch in found for index in batch.indices]
+
+
+# ------------------------------------------------------------------------------------------------ arrays
+
+
+def test_an_epoch_has_every_sample_once_with_its_target():
+    found = list(batches(numbered()).epoch(0))
+    assert [len(batch.targets) for batch in found] == [10] * 10 + [3]
+    assert sorted(shuffled(found)) == list(range(103))
+    for batch in found:
+        assert batch.inputs[:, 0].tolist() == batch.indices.tolist()
+        assert torch.equal(batch.targets, batch.inputs[:, 0] % 5)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [shuffled(batches(numbered(), seed=seed).epoch(epoch)) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == shuffled(batches(numbered(), seed=0).epoch(0))
+
+
+def test_the_last_smaller_batch_can_be_left_out():
+    short = batches(numbered(), drop_last=True)
+    assert len(short) == 10
+    assert content(short.epoch(2)) == content(batches(numbered()).epoch(2))[:10]
+    assert len(batches(numbered(100), drop_last=True)) == len(batches(numbered(100))) == 10
+
+
+def test_leaving_out_all_there_is_is_refused():
+    with pytest.raises(RelayError, match="103 samples are fewer than a batch of 104"):
+        batches(numbered(), 104, drop_last=True)
+
+
+def test_evaluation_is_in_the_order_of_the_source_whatever_the_sampling():
+    found = batches(numbered(), train=False, sampling="balanced").epoch()
+    assert shuffled(found) == list(range(103))
+    assert shuffled(batches(numbered(), sampling="sequential").epoch(3)) == list(range(103))
+
+
+def test_the_batch_size_does_not_change_the_order():
+    assert shuffled(batches(numbered(), 7).epoch(1)) == shuffled(batches(numbered(), 50).epoch(1))
+
+
+@pytest.mark.parametrize("start", [0, 1, 17, 39, 40, 41])
+def test_starting_at_a_batch_yields_the_tail_of_the_epoch_to_the_byte(start):
+    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    pipeline = Pipeline((Flip(), PaddedCrop(padding=2)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    found = batches(arrays(images, torch.arange(400) % 10), pipeline=pipeline, replicas=4)
+    assert content(found.epoch(5, start=start)) == content(found.epoch(5))[start:]
+
+
+def test_starting_where_the_order_is_computed_in_several_parts_yields_the_tail():
+    found = batches(numbered(50_000), 100)
+    whole = shuffled(found.epoch(1))
+    assert sorted(whole) == list(range(50_000))
+    for start in (163, 164, 400, 499):
+        assert shuffled(found.epoch(1, start)) == whole[100 * start :]
+
+
+def test_batches_do_not_share_memory_with_the_source():
+    source = numbered()
+    for batch in batches(source, sampling="sequential").epoch():
+        batch.inputs.zero_()
+    assert source.inputs[:, 0].tolist() == list(range(103))
+
+
+def test_the_statistics_are_the_published_ones_or_those_of_the_data():
+    images = torch.full((4, 1, 2, 2), 51, dtype=torch.uint8)
+    assert statistics(arrays(images, torch.zeros(4)))["mean"] == pytest.approx((0.2,))
+    assert statistics(ArraySource(images, torch.zeros(4), mean=(0.1,), std=(0.3,))) == {"mean": (0.1,), "std": (0.3,)}
+    assert statistics(numbered()) == statistics(dataset(Noisy())) == {}
+
+
+# ------------------------------------------------------------------------------------------------ balanced
+
+
+def rare() -> ArraySource:
+    """900 of class 0, 90 of class 2, 10 of class 3; nobody has class 1."""
+    return arrays(np.arange(1000)[:, None], np.repeat([0, 2, 3], [900, 90, 10]), list("abcd"))
+
+
+def test_balanced_sampling_draws_each_class_and_each_of_its_samples_alike():
+    found = batches(rare(), 100, sampling="balanced")
+    drawn = np.array([shuffled(found.epoch(epoch)) for epoch in range(60)]).ravel()
+    classes = np.bincount(rare().targets[torch.from_numpy(drawn)], minlength=4)
+    assert classes[1] == 0
+    assert np.abs(classes[[0, 2, 3]] / 20_000 - 1).max() < 0.03  # the deviation is 0.6 %
+    of_the_rarest = np.bincount(drawn[drawn >= 990] - 990)
+    assert len(of_the_rarest) == 10
+    assert np.abs(of_the_rarest / 2_000 - 1).max() < 0.1  # the deviation is 2.2 %
+
+
+def test_balanced_sampling_follows_from_seed_epoch_and_place():
+    def drawn(seed, epoch, start=0, size=100):
+        return shuffled(batches(rare(), size, sampling="balanced", seed=seed).epoch(epoch, start))
+
+    assert drawn(0, 1) == drawn(0, 1, size=30)
+    assert drawn(0, 1, start=7) == drawn(0, 1)[700:]
+    assert len({tuple(drawn(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_balanced_sampling_needs_one_class_a_sample():
+    for source in (arrays(np.zeros((4, 1)), np.zeros(4)), dataset(Noisy())):
+        with pytest.raises(RelayError, match="needs one class a sample"):
+            batches(source, sampling="balanced")
+
+
+# ------------------------------------------------------------------------------------------------ replicas
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 4, 8])
+def test_the_replicas_parts_are_the_batch(replicas):
+    for batch in batches(numbered(), replicas=replicas).epoch():
+        parts = list(batch.parts())
+        assert len(parts) == len(batch.blocks) == replicas
+        assert tuple(len(targets) for _, targets in parts) == batch.blocks
+        assert torch.equal(torch.cat([inputs for inputs, _ in parts]), batch.inputs)
+        assert torch.equal(torch.cat([targets for _, targets in parts]), batch.targets)
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+def test_inputs_of_several_parts_are_divided_alike():
+    numbers = torch.arange(5)
+    inputs = {"a": numbers, "b": [numbers, (numbers,)], "c": Pair(numbers, numbers), "d": list("vwxyz")}
+    (first, _), (second, targets) = Batch(inputs, numbers, numbers.numpy(), (3, 2)).parts()
+    assert targets.tolist() == [3, 4]
+    assert second["a"].tolist() == second["b"][0].tolist() == second["b"][1][0].tolist() == [3, 4]
+    assert isinstance(second["c"], Pair)
+    assert second["c"].right.tolist() == [3, 4]
+    assert (first["d"], second["d"]) == (["v", "w", "x"], ["y", "z"])
+
+
+# ------------------------------------------------------------------------------------------------ datasets
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list:
+    """Two epochs of a dataset with random transforms, read in this process."""
+    torch.set_num_threads(1)
+    found = batches(dataset(Noisy()), seed=4, replicas=2)
+    return [content(found.epoch(epoch)) for epoch in (0, 1)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than this machine has cores
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_workers_change_no_byte_and_neither_does_the_state_of_the_generators(workers, undisturbed):
+    torch.manual_seed(9)
+    random.seed(9)
+    np.random.seed(9)
+    found = batches(dataset(Noisy()), seed=4, replicas=2, workers=workers)
+    assert content(found.epoch(1)) == undisturbed[1]
+    assert content(found.epoch(0)) == undisturbed[0]
+    for start in (1, 3, 5, 6):
+        assert content(found.epoch(1, start)) == undisturbed[1][start:]
+
+
+def test_workers_end_at_once_when_nobody_needs_their_batches():
+    found = batches(dataset(Noisy()), workers=2)
+    next(found.epoch(0))
+    started = time.monotonic()
+    del found
+    assert time.monotonic() - started < 3  # a worker that isn't told is given five seconds, and then killed
+
+
+def test_two_threads_in_this_process_change_no_byte(undisturbed):
+    torch.set_num_threads(2)
+    assert content(batches(dataset(Noisy()), seed=4, replicas=2).epoch(0)) == undisturbed[0]
+    assert torch.get_num_threads() == 2
+
+
+def test_random_transforms_differ_between_samples_epochs_and_seeds(undisturbed):
+    drawn = set()
+    for seed, epoch in ((4, 0), (4, 1), (5, 0)):
+        for batch in batches(dataset(Noisy()), seed=seed).epoch(epoch):
+            drawn |= {tuple(row) for row in batch.inputs[:, 1:].tolist()}
+    assert len(drawn) == 3 * 53
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_broken_off_does_not_disturb_the_next(workers, undisturbed):
+    found = batches(dataset(Noisy()), seed=4, replicas=2, workers=workers)
+    for stop in (1, 2, 4):
+        assert content(islice(found.epoch(0), stop)) == undisturbed[0][:stop]
+        assert content(found.epoch(1)) == undisturbed[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_at_once_are_refused(workers):
+    found = batches(dataset(Noisy()), workers=workers)
+    first, second = found.epoch(0), found.epoch(1)
+    next(first)
+    next(second)
+    with pytest.raises(RelayError, match="one at a time"):
+        next(first)
+    assert len(list(second)) == 5
+
+
+def test_starting_at_batch_10_000_reads_nothing_before_it():
+    data = Noisy(40_000)
+    found = batches(dataset(data), 3)
+    batch = next(found.epoch(2, start=10_000))
+    assert data.reads == batch.indices.tolist()
+    assert len(data.reads) == 3
+
+
+def test_reading_a_dataset_with_workers_leaves_the_global_generator_alone():
+    found = batches(dataset(Noisy()), workers=1)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    list(found.epoch(0))
+    assert torch.equal(torch.rand(2), expected)
+
+
+class Parts(Dataset):
+    """Samples of several tensors."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int):
+        return {"image": torch.full((2,), index), "extra": (torch.tensor(index), "text")}, index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inputs_may_be_dicts_and_tuples(workers):
+    batch = next(batches(dataset(Parts()), 4, workers=workers, replicas=2).epoch())
+    assert batch.inputs["image"][:, 0].tolist() == batch.inputs["extra"][0].tolist() == batch.targets.tolist()
+    (first, _), (second, targets) = batch.parts()
+    assert second["image"][:, 0].tolist() == targets.tolist()
+    assert len(first["extra"][1]) == 2
+
+
+def ragged_collate(samples):
+    """Pad to the longest."""
+    return torch.nn.utils.rnn.pad_sequence([x for x, _ in samples], True), torch.tensor([y for _, y in samples])
+
+
+class Ragged(Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int):
+        return torch.ones(2 if index != 4 else 5), index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_collate_function_of_the_users_is_used(workers):
+    source = dataset(Ragged(), collate=ragged_collate)
+    (batch,) = batches(source, 6, workers=workers, sampling="sequential").epoch()
+    assert batch.inputs.shape == (6, 5)
+    assert batch.inputs.sum(1).tolist() == [2, 2, 2, 2, 5, 2]
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_of_another_shape_is_named_with_its_index(workers):
+    found = batches(dataset(Ragged()), 3, workers=workers, sampling="sequential").epoch()
+    next(found)
+    with pytest.raises(
+        RelayError, match=r"sample 4 is \(float32 \(5,\), int\), but sample 3 is \(float32 \(2,\), int\)"
+    ):
+        next(found)
+
+
+class Lone(Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int):
+        return torch.ones(3)
+
+
+class Triple(Lone):
+    def __getitem__(self, index: int):
+        return torch.ones(3), 1, 2
+
+
+@pytest.mark.parametrize("data", [Lone(), Triple()])
+def test_a_sample_that_is_no_pair_is_refused(data):
+    with pytest.raises(RelayError, match=r"must be a pair \(inputs, target\)"):
+        next(batches(dataset(data)).epoch())
+
+
+def test_a_collate_function_that_returns_nothing_does_not_end_the_epoch():
+    with pytest.raises(RelayError, match="must be a pair"):
+        list(batches(dataset(Lone(), collate=lambda samples: None)).epoch())
+
+
+class Faulty(Noisy):
+    def __getitem__(self, index: int):
+        if index == 30:
+            raise KeyError("a mistake of the user's")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mistake_in_a_dataset_is_not_covered_up(workers):
+    with pytest.raises(KeyError, match="a mistake of the user's"):
+        list(batches(dataset(Faulty()), workers=workers).epoch())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_read_by_a_worker_is_one_line_with_its_path(workers, tmp_path):
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    for i in range(4):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "a" / f"{i}.png")
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(b"")
+    train, _ = image_folder(tmp_path, test_share=0.5, transform=v2.ToImage())
+    with pytest.raises(RelayError, match=r"a/\d\.png can't be read as an image") as found:
+        list(batches(train, workers=workers).epoch())
+    assert "\n" not in str(found.value)
+
+
+class Suicidal(Noisy):
+    def __getitem__(self, index: int):
+        if index == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+@pytest.mark.timeout(15)
+def test_a_killed_worker_is_named_within_15_seconds():
+    with pytest.raises(RelayError, match=r"Suicidal: DataLoader worker \(pid.* \d+\).*fewer data\.workers"):
+        list(batches(dataset(Suicidal()), workers=2).epoch())
+
+
+def test_too_little_shared_memory_is_an_error_with_the_remedy():
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no `unshare` here")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine doesn't let a user mount anything")
+    program = """
+        import torch
+        from torchrelay.data.augment import Pipeline
+        from torchrelay.data.batches import Batches
+        from torchrelay.data.sources import dataset
+        from torchrelay.device import DeviceSettings, set_up
+        from torchrelay.errors import RelayError
+
+        class Large(torch.utils.data.Dataset):
+            def __len__(self):
+                return 100
+
+            def __getitem__(self, index):
+                return torch.ones(500_000), 0
+
+        device = set_up(DeviceSettings(name="cpu"), exact=False)
+        try:
+            list(Batches(dataset(Large()), 10, device, Pipeline(), workers=1).epoch())
+        except RelayError as error:
+            print(error)
+        """
+    shell = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$0" -c "$1"'
+    command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "shm, which is full: enlarge it" in done.stdout, done.stdout + done.stderr
+
+
+def test_hundreds_of_batches_at_once_do_not_use_up_the_open_files():
+    found = batches(dataset(Parts()), 1, workers=2)
+    kept = [batch for epoch in range(30) for batch in found.epoch(epoch)]
+    assert len(kept) == 300
+    assert len(list(Path("/proc/self/fd").iterdir())) < 1024
