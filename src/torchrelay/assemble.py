@@ -58,8 +58,8 @@ def trainer(
     parts = data.load(recipe.data, recipe.run.seed, code=code, log=terminal.say)
 
     # 3. Model: its initial weights follow from the seed
-    torch.manual_seed(recipe.run.seed)
     classes, channels, size = _shape(parts.train, recipe)
+    torch.manual_seed(recipe.run.seed)
     chosen = recipe.model if fresh else recipe.model.model_copy(update={"pretrained": False})
     model = models.build(chosen, classes=classes, channels=channels, image_size=size, code=code, log=terminal.say)
 
@@ -103,6 +103,8 @@ class Predictor:
 
     def __init__(self, recipe: Recipe, contents: Contents, code: ModuleType | None = None) -> None:
         saw = contents.state["data"]
+        if saw["shape"] is None or len(saw["shape"]) != 3 or not saw["classes"]:
+            raise UsageError("this run was not trained on images held in memory: use Trainer.predict() from Python")
         self.classes: list[str] = saw["classes"]
         self.shape: list[int] = saw["shape"]  # (channels, height, width)
         self.batch_size = recipe.data.batch_size
@@ -144,11 +146,10 @@ def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: Module
 def task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:
     """Return the task that the loss's name stands for."""
     own = getattr(code, settings.name, None)
-    if own is not None:
-        found = own() if isinstance(own, type) else own
-        if not isinstance(found, Task):
-            raise UsageError(f"loss.name '{settings.name}' in {code.__file__ if code else ''} is no torchrelay.Task")
-        return found
+    if isinstance(own, type) and issubclass(own, Task):
+        return own()
+    if isinstance(own, Task):
+        return own
     weights = _class_weights(settings, train)
     tasks: dict[str, Callable[[], Task]] = {
         "cross_entropy": lambda: Classification(settings.label_smoothing, weights, len(train.classes) or None),
@@ -179,15 +180,14 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
 
 
 def _shape(source: Source, recipe: Recipe) -> tuple[int, int, int | None]:
-    """Return how many classes, channels and pixels a side the model will see."""
-    if isinstance(source, ArraySource):
-        sample, target = source.inputs[0], source.targets[0]
-    else:
-        sample, target = source.dataset[0]
+    """Return how many classes, channels and pixels a side the model will see; what can't be told is 1, 1 and None."""
+    sample, target = (source.inputs[0], source.targets[0]) if isinstance(source, ArraySource) else source.dataset[0]
     outputs = len(source.classes) or torch.as_tensor(target).numel()
+    if not isinstance(sample, torch.Tensor) or sample.ndim == 0:
+        return outputs, 1, None
     if sample.ndim == 3:
-        return outputs, int(sample.shape[0]), _image_size(int(sample.shape[-1]), recipe)
-    return outputs, int(sample.shape[-1]) if sample.ndim else 1, None
+        return outputs, sample.shape[0], _image_size(sample.shape[-1], recipe)
+    return outputs, sample.shape[-1], None
 
 
 def _image_size(size: int, recipe: Recipe) -> int:

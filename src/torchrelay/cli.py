@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RelayError as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)  # a path may have a line break in it
         return error.exit_code
     except KeyboardInterrupt:
         return 130

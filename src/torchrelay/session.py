@@ -34,6 +34,7 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
         raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
     with ExitStack() as stack:
         trainer.signal = stack.enter_context(StopSignal())
+        stack.callback(_close, trainer)
         if trainer.folder is not None:
             trainer.run = Run(
                 trainer.folder,
@@ -43,7 +44,6 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
                 trainer.total_steps,
                 resume=resume,
             )
-            stack.callback(_close, trainer)
         trainer.say(_introduction(trainer))
         if resume and trainer.run is not None:
             _go_on(trainer, trainer.run, accept_changes)
@@ -61,6 +61,8 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
 
 
 def _close(trainer: "Trainer") -> None:
+    for batches in (trainer.batches, *trainer.evaluated.values()):
+        batches.close()
     run, trainer.run = trainer.run, None
     if run is not None:
         run.close()

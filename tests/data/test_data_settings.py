@@ -1,5 +1,6 @@
 """What a recipe says of the data."""
 
+import os
 from types import ModuleType
 
 import numpy as np
@@ -15,7 +16,9 @@ from torchrelay.errors import UsageError
 
 def own(**functions) -> ModuleType:
     module = ModuleType("own")
-    vars(module).update(functions)
+    for name, function in functions.items():
+        function.__module__ = "own"  # as if it was written in that file
+        setattr(module, name, function)
     return module
 
 
@@ -99,3 +102,10 @@ def test_an_image_folder_is_read_as_the_settings_say(tmp_path):
     assert parts.train.inputs.shape == parts.test.inputs.shape == (4, 1, 5, 5)
     assert said == ["decoding 8 images, once"]
     assert list((tmp_path / "cache").glob("*/images.bin"))
+
+
+def test_what_the_users_file_only_imports_is_not_called():
+    code = ModuleType("own")
+    code.system = os.system
+    with pytest.raises(UsageError, match="data.name 'system' is unknown"):
+        load(DataSettings(name="system"), seed=0, code=code)

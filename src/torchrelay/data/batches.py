@@ -113,6 +113,11 @@ class Batches:
         """Return how many batches an epoch has."""
         return self.steps
 
+    def close(self) -> None:
+        """End the worker processes, if there are any; a later epoch starts new ones."""
+        if isinstance(self.source, DatasetSource):
+            self._loader.close()
+
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, beginning with batch `start`; what comes before it is not read."""
         # To keep this method in `self` would close a cycle: see `_Loader`.
@@ -302,7 +307,7 @@ class _Loader:
         try:
             yield
         except Exception as error:
-            self._end_workers()
+            self.close()
             text = str(error)
             if isinstance(error, RuntimeError) and "shared memory" in text:
                 raise RelayError(
@@ -316,7 +321,8 @@ class _Loader:
                 ) from error
             raise
 
-    def _end_workers(self) -> None:
+    def close(self) -> None:
+        """End the worker processes; a later read starts new ones."""
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]

@@ -109,7 +109,7 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
 
 def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> tuple[Source, Source | None]:
     own = getattr(code, settings.name, None)
-    if callable(own):
+    if code is not None and inspect.isfunction(own) and own.__module__ == code.__name__:  # not what the file imports
         try:
             inspect.signature(own).bind(**settings.options)
         except TypeError as error:
