@@ -107,5 +107,5 @@ def test_an_image_folder_is_read_as_the_settings_say(tmp_path):
 def test_what_the_users_file_only_imports_is_not_called():
     code = ModuleType("own")
     code.system = os.system
-    with pytest.raises(UsageError, match="data.name 'system' is unknown"):
+    with pytest.raises(UsageError, match=r"data\.name 'system' is unknown"):
         load(DataSettings(name="system"), seed=0, code=code)
