@@ -406,3 +406,10 @@ with StopSignal() as stop:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout.strip() == "SIGTERM"
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
+    with pytest.raises(UsageError, match="the batch size is 0: choose 1 or more"):
+        build(digits, quiet, batch_size=0)
+    with pytest.raises(ValueError, match="epochs"):
+        build(digits, quiet, epochs=0)

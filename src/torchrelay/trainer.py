@@ -117,7 +117,7 @@ class Trainer:
     ) -> None:
         # 1. Prepare: parameters, and where people read along
         changes = {name: value for name, value in (("epochs", epochs), ("seed", seed)) if value is not None}
-        self.settings = (settings or RunSettings()).model_copy(update=changes)
+        self.settings = RunSettings(**((settings or RunSettings()).model_dump() | changes))
         self.terminal = terminal or Terminal()
         self.folder = Path(run) if run is not None else None
         self.run: Run | None = None

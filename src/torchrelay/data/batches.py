@@ -19,7 +19,7 @@ from torchrelay.data.augment import Pipeline
 from torchrelay.data.order import Places, order
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
 from torchrelay.device import Device
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import blocks
 from torchrelay.rng import reseed_everything, seed_for, words
 
@@ -98,6 +98,8 @@ class Batches:
         self.train = train
         self.replicas = replicas
         self.samples = len(source)
+        if batch_size < 1:
+            raise UsageError(f"the batch size is {batch_size}: choose 1 or more samples")
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
             raise RelayError(
