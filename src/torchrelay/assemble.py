@@ -1,8 +1,12 @@
 """From a recipe to a trainer: the seven steps as a table of contents."""
 
+import hashlib
 import importlib.util
+import inspect
 import platform
 import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -135,7 +139,7 @@ def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: Module
     Raises:
         UsageError: there is no such checkpoint, or the run's task has no classes.
     """
-    if recipe.loss.name != "cross_entropy":
+    if recipe.loss.name != "cross_entropy" and not isinstance(_own_task(recipe.loss.name, code), Classification):
         raise UsageError(
             f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()"
         )
@@ -145,10 +149,7 @@ def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: Module
 
 def task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:
     """Return the task that the loss's name stands for."""
-    own = getattr(code, settings.name, None)
-    if isinstance(own, type) and issubclass(own, Task):
-        return own()
-    if isinstance(own, Task):
+    if (own := _own_task(settings.name, code)) is not None:
         return own
     weights = _class_weights(settings, train)
     tasks: dict[str, Callable[[], Task]] = {
@@ -159,9 +160,25 @@ def task(settings: LossSettings, train: Source, code: ModuleType | None = None) 
     }
     if settings.name not in tasks:
         raise UsageError(
-            f"loss.name '{settings.name}' is unknown{nearest(settings.name, tasks)} known: {', '.join(tasks)}"
+            f"loss.name '{settings.name}' is unknown{nearest(settings.name, tasks) or '; known: ' + ', '.join(tasks)}"
         )
     return tasks[settings.name]()
+
+
+def _own_task(name: str, code: ModuleType | None) -> Task | None:
+    """Return the task of that name in the user's file, if there is one."""
+    own = getattr(code, name, None)
+    if isinstance(own, Task):
+        return own
+    if not isinstance(own, type) or not issubclass(own, Task):
+        return None
+    if inspect.isabstract(own):
+        raise UsageError(f"loss.name '{name}': this task in --code has no method 'loss': write one")
+    try:
+        inspect.signature(own).bind()
+    except TypeError as error:
+        raise UsageError(f"loss.name '{name}': the task in --code must need no arguments ({error})") from None
+    return own()
 
 
 def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None:
@@ -208,14 +225,19 @@ def load_code(path: str | Path) -> ModuleType:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"--code {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"torchrelay_code_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UsageError(f"--code {path}: give a Python file, such as my_net.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there, and so does pickle
+    if (folder := str(file.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # the file may import what stands beside it, as if it were run as a script
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise RelayError(f"--code {path} fails: {type(error).__name__}: {error}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise RelayError(f"--code {path} fails: {type(error).__name__}: {error}{where}") from error
     return module
 
 
@@ -224,6 +246,7 @@ def environment(code: ModuleType | None = None) -> dict[str, Any]:
     found = {"torchrelay": __version__, "torch": torch.__version__, "python": platform.python_version()}
     if code is not None and code.__file__ is not None:
         found["code"] = code.__file__
+        found["code_sha256"] = hashlib.sha256(Path(code.__file__).read_bytes()).hexdigest()
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty"],  # noqa: S607

@@ -50,7 +50,7 @@ class EarlyStopping(Callback):
 
     Args:
         patience: evaluations without improvement after which to stop.
-        metric: its name; the task's headline metric if unset.
+        metric: its name; the task's headline metric if unset. Of any other metric, a loss or an error is better lower.
         least: an improvement counts if it is larger than this.
     """
 
@@ -74,7 +74,8 @@ class EarlyStopping(Callback):
         name = self.metric or trainer.task.headline
         if name not in values:
             raise UsageError(f"early stopping watches '{name}', but an evaluation gives: {', '.join(values)}")
-        higher_is_better = trainer.task.higher_is_better if name == trainer.task.headline else name != "loss"
+        is_cost = name.endswith(("loss", "error"))
+        higher_is_better = trainer.task.higher_is_better if name == trainer.task.headline else not is_cost
         value = values[name] if higher_is_better else -values[name]
         if self.best is None or value > self.best + self.least:
             self.best, self.waited = value, 0

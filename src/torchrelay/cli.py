@@ -13,12 +13,12 @@ from typing import NoReturn
 from torchrelay import __version__
 from torchrelay.errors import RelayError, UsageError, nearest
 
-_FAILED = 1
+_FAILED, _STOPPED = 1, 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         from torchrelay.commands import COMMANDS
 
@@ -26,14 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RelayError as error:
         if options.debug:
             raise
-        print("error:", str(error).replace("\n", "\\n"), file=sys.stderr)  # a path may have a line break in it
+        _print_error(str(error), stopped=error.exit_code == _STOPPED)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as with `| head`
         return _FAILED
+    except OSError as error:  # a full disk, a lost connection: what the system refuses, with its own words
+        if options.debug:
+            raise
+        _print_error(f"{error}; --debug shows where")
+        return _FAILED
     return 0
+
+
+def _print_error(text: str, stopped: bool = False) -> None:
+    """Print a line; a run that a signal has stopped and that is saved made no error."""
+    line = text.replace("\n", "\\n")  # a path may have a line break in it
+    print(line if stopped else f"error: {line}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,14 +52,26 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and leave with exit code 2."""
+        near = ""
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             known = [name.strip(" '") for name in choice[2].split(",")]
-            near = nearest(choice[1], known) or f"; known: {', '.join(known)}"
-            message = f"there is no command '{choice[1]}'{near}"
-        self.exit(UsageError.exit_code, f"error: {message}; '{self.prog} --help' shows what there is\n")
+            message, near = f"there is no command '{choice[1]}'", nearest(choice[1], known)
+        elif message.startswith("unrecognized arguments: -"):
+            option = message.split()[2].partition("=")[0]
+            message, near = f"there is no option '{option}'", nearest(option, self._option_string_actions)
+        help_ = f"; '{self.prog} --help' shows what there is"
+        self.exit(UsageError.exit_code, f"error: {message}{near or help_}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser, commands = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:  # argparse would blame the whole program, which knows nothing of a command's options
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _parser() -> "tuple[_Parser, argparse._SubParsersAction[_Parser]]":
     parser = _Parser(
         prog="torchrelay",
         description="Train networks: a loop you can read, runs that go on exactly, fast by default.",
@@ -93,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("recipes", "list the shipped recipes")
     command("doctor", "show what this machine has and what would be used")
-    return parser
+    return parser, commands
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -45,15 +45,18 @@ def evaluate(options: argparse.Namespace) -> None:
         print("   ".join([f"{split} ({evaluation.samples:,} samples)", *values]))
         for name, row in evaluation.tables.items():
             print(f"  {name.replace('_', ' ')}")
-            width = max(map(len, trainer.classes))
-            for label, value in zip(trainer.classes, row, strict=True):
+            named = evaluation.by_class(row, trainer.classes)
+            width = max(map(len, named))
+            for label, value in named.items():
                 print(f"    {label:<{width}}  {value:.4f}")
 
 
 def predict(options: argparse.Namespace) -> None:
     """`torchrelay predict FOLDER PATH…`: say what a run's network sees in images. The training data isn't needed."""
-    paths = [path for given in options.paths for path in _images(given)]
+    if options.top < 1:
+        raise UsageError(f"--top {options.top}: show 1 class or more")
     loaded, code = _recipe_of_run(options)
+    paths = [path for given in options.paths for path in _images(given)]
     predictor = assemble.predictor(loaded, options.folder, options.checkpoint, code=code)
     probabilities = predictor.images(paths)
     ranked = probabilities.topk(min(options.top, probabilities.shape[1]))
@@ -135,7 +138,8 @@ def _recipe_of_run(options: argparse.Namespace) -> tuple[recipe.Recipe, ModuleTy
 
 def _trainer_of_run(options: argparse.Namespace) -> Trainer:
     loaded, code = _recipe_of_run(options)
-    return assemble.trainer(loaded, options.folder, code=code, terminal=Terminal(quiet=options.quiet), fresh=False)
+    quiet = options.quiet or getattr(options, "json", False)  # JSON stands alone on standard output
+    return assemble.trainer(loaded, options.folder, code=code, terminal=Terminal(quiet=quiet), fresh=False)
 
 
 def _images(path: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Step 4: the device: where the arithmetic runs, in which precision, and with which switches."""
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,7 +84,8 @@ class Device:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         extras: list[str] = [self.settings.precision]
         if self.device.type == "cpu":
-            extras.append(f"{torch.get_num_threads()} threads")
+            threads = torch.get_num_threads()
+            extras.append(f"{threads} thread{'s' if threads > 1 else ''}")
         extras += [
             word
             for word, on in (("channels last", self.settings.channels_last), ("compiled", self.settings.compile))
@@ -125,7 +127,7 @@ def _choose(name: str) -> str:
     if name == "auto":
         return "cuda" if has_cuda else "mps" if has_mps else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")
     if kind == "cuda" and (not has_cuda or int(number or 0) >= torch.cuda.device_count()):
         count = torch.cuda.device_count()

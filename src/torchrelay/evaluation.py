@@ -25,9 +25,15 @@ class Evaluation:
 
     def to_json(self, classes: Sequence[str]) -> dict[str, Any]:
         """Return all of it as JSON can hold it, the tables by the classes' names."""
-        tables = {name: dict(zip(classes, row, strict=True)) for name, row in self.tables.items()}
+        tables = {name: self.by_class(row, classes) for name, row in self.tables.items()}
         confusion = {} if self.confusion is None else {"confusion_matrix": self.confusion.tolist()}
         return {"samples": self.samples, **self.values, **tables, **confusion}
+
+    @staticmethod
+    def by_class(row: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
+        """Return a table's values by the classes' names, or by their numbers where the data names none."""
+        names = classes if len(classes) == len(row) else [str(i) for i in range(len(row))]
+        return dict(zip(names, row, strict=True))
 
 
 class Sums:

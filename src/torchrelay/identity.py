@@ -22,7 +22,6 @@ _MUST_AGREE = {
     "sampling": "data.sampling",
 }
 
-
 # Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.
 _MAY_CHANGE = {
     *("run.epochs", "run.max_steps", "run.patience", "run.evaluate_every", "run.log_every"),
@@ -69,6 +68,13 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
         RelayError: a change would lead to another result, and `accept_changes` is off.
     """
     changes = []
+    code, code_now = (table.get("environment", {}).get("code_sha256") for table in (saved, now))
+    if code != code_now and code is not None:
+        changes.append("the file of --code is not the one that the run was started with")
+        if not accept_changes:
+            raise RelayError(
+                f"this run can't go on to the same result: {changes[0]}; put it back, or resume with --accept-changes"
+            )
     for section in sorted({*saved, *now} - {"environment"}):
         before, after = saved.get(section, {}), now.get(section, {})
         for key in sorted({*before, *after}):

@@ -28,6 +28,22 @@ from torchrelay.task import LossSettings
 
 Table = dict[str, Any]  # a TOML table
 _NAME = re.compile(r"[\w-]+")
+_PLAIN_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a text",
+    "a valid boolean": "true or false",
+    "a valid list": "a list",
+    "a valid tuple": "a list",
+    "a valid dictionary or object to extract fields from": "a table",
+    "a valid dictionary": "a table",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "more than",
+    "List should have": "a list with",
+    "Tuple should have": "a list with",
+    " after validation": "",
+}
 _KINDS = ("optimizer.name=", "schedule.name=")  # sections whose other keys depend on the name
 
 
@@ -90,9 +106,12 @@ def parse(table: Table, where: str) -> Recipe:
         UsageError: naming the first wrong key or value, and the nearest right name.
     """
     try:
-        return Recipe.model_validate(table)
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise UsageError(f"{where}: {_explain(error)}") from None
+    for place in _truths_for_numbers(table, recipe.model_dump()):
+        raise UsageError(f"{where}: {place} should be a number, not true or false")
+    return recipe
 
 
 def schema() -> str:
@@ -129,7 +148,12 @@ def _apply(table: Table, override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        value = {"True": True, "False": False}.get(text.strip(), text.strip())  # as Python spells them
+        if text.strip().startswith(("[", "{")):  # a shell takes quotes away unless they stand in quotes
+            raise UsageError(
+                f"--set {override}: {value} is no TOML value; its strings need quotes, and the shell needs quotes "
+                f"around it all, as in --set '{key.strip()}=[\"flip\"]'"
+            ) from None
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
@@ -139,23 +163,49 @@ def _apply(table: Table, override: str) -> None:
     table[last] = value
 
 
+def _truths_for_numbers(given: Any, taken: Any, place: str = "") -> Iterator[str]:
+    """Yield the places where true or false was given and pydantic took it for 1 or 0."""
+    if isinstance(given, dict) and isinstance(taken, dict):
+        for key in given.keys() & taken.keys():
+            yield from _truths_for_numbers(given[key], taken[key], f"{place}.{key}".lstrip("."))
+    elif isinstance(given, list) and isinstance(taken, list | tuple):
+        for number, pair in enumerate(zip(given, taken, strict=False)):
+            yield from _truths_for_numbers(*pair, f"{place}.{number}")
+    elif isinstance(given, bool) and not isinstance(taken, bool) and isinstance(taken, int | float):
+        yield place
+
+
 def _explain(error: ValidationError) -> str:
     """Return one line for the first of pydantic's findings: the place, what is wrong, and the remedy."""
-    first, *others = error.errors(include_url=False)
-    more = f" (and {len(others)} more)" if others else ""
+    # A misspelt key goes first: it explains why the right one is missing.
+    first, *others = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
+    dotted = ".".join(_without_tags(place))
+    # What members of a union say of the same value is one finding.
+    alike = [o for o in others if _without_tags([str(part) for part in o["loc"]]) == _without_tags(place)]
+    more = f" (and {len(others) - len(alike)} more)" if len(others) > len(alike) else ""
     if first["type"] == "extra_forbidden":
         *sections, key = place
         known = _keys(Recipe, sections)
         dotted = ".".join([*_without_tags(sections), key])
         return f"unknown key '{dotted}'{nearest(key, known) or '; known here: ' + ', '.join(known)}{more}"
-    if first["type"] == "union_tag_invalid":
-        known = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
-        near = nearest(first["ctx"]["tag"], known) or f"; known: {', '.join(known)}"
-        return f"{'.'.join(_without_tags(place))}.name: '{first['ctx']['tag']}' is unknown{near}{more}"
-    message = first["msg"].removeprefix("Value error, ").partition(", unable to")[0]
-    given = "" if isinstance(first.get("input"), dict) else f", not {first['input']!r}"
-    return f"{'.'.join(_without_tags(place))}: {message}{'' if first['type'] == 'value_error' else given}{more}"
+    if first["type"] == "value_error":
+        return f"{dotted}: {first['msg'].removeprefix('Value error, ')}{more}"
+    wanted = " or ".join(dict.fromkeys(_in_plain_words(found["msg"]) for found in (first, *alike)))
+    if first["type"] == "missing":
+        return f"{dotted} is missing{more}"
+    found = first["input"]
+    given = "" if isinstance(found, dict) else f", not {str(found).lower() if isinstance(found, bool) else repr(found)}"
+    return f"{dotted} should be {wanted}{given}{more}"
+
+
+def _in_plain_words(message: str) -> str:
+    """Return what pydantic says that a value should be, in words that aren't a programmer's."""
+    message = message.removeprefix("Input should be ").partition(", unable to")[0].partition(", got a number")[0]
+    message = message.partition(" or instance of")[0]
+    for theirs, plain in _PLAIN_WORDS.items():
+        message = message.replace(theirs, plain)
+    return message
 
 
 def _members(annotation: Any) -> Iterator[type[BaseModel]]:

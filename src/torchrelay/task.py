@@ -152,7 +152,7 @@ class MultiLabel(Task):
 
     def __init__(self, positive_weights: Tensor | None = None, labels: int | None = None) -> None:
         self.positive_weights = positive_weights
-        self.labels = labels
+        self.classes = labels  # the name by which the trainer sets it
 
     def weight(self, targets: Tensor) -> float:
         """Return the number of samples times the number of labels."""
@@ -177,11 +177,11 @@ class MultiLabel(Task):
         """Return the F1 score over all labels and each label's."""
         from torchmetrics.classification import MultilabelF1Score
 
-        if self.labels is None:
+        if self.classes is None:
             raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
         return {
-            "f1": MultilabelF1Score(self.labels, average="micro"),
-            "f1_by_label": MultilabelF1Score(self.labels, average="none"),
+            "f1": MultilabelF1Score(self.classes, average="micro"),
+            "f1_by_label": MultilabelF1Score(self.classes, average="none"),
         }
 
     def predict(self, outputs: Tensor) -> Tensor:

@@ -229,8 +229,8 @@ def test_what_is_wrong_is_named(table, says):
     [
         ("optimizer.name=sgdd", "optimizer: there is no optimizer 'sgdd'; did you mean 'sgd'?"),
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; did you mean 'lr'?"),
-        ("optimizer.lr=-1", "optimizer.lr: Input should be greater than or equal to 0, not -1"),
-        ("optimizer.lr=abc", "optimizer.lr: Input should be a valid number"),
+        ("optimizer.lr=-1", "optimizer.lr should be at least 0, not -1"),
+        ("optimizer.lr=abc", "optimizer.lr should be a number, not 'abc'"),
         ("schedule.name=cosin", "schedule: there is no schedule 'cosin'; did you mean 'cosine'?"),
         ("schedule.warmup=2 foo", "schedule.warmup: '2 foo' has no unit that we know"),
         ("schedule.warmup=5", "schedule.warmup: 5 has no unit: write '5 epochs' or '5 steps'"),

@@ -93,19 +93,25 @@ def cached(folder: Path, place: str, key: str, shape: tuple[int, ...], fill: Cal
 
 
 def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
-    """Map a cache into memory; None if it isn't there, is cut short, or is another's."""
+    """Map a cache into memory; None if it isn't there, is cut short, or is another's.
+
+    Checked are the facts, by their checksum, and the size of the images, which are not read: that would cost a run
+    as much as reading them once more. Their hash was taken when they were written.
+    """
     try:
         facts = json.loads((target / "facts.json").read_text())
-        if facts["shape"] != list(shape):
+        if facts.pop("checksum") != key_of(facts) or facts["shape"] != list(shape):
             return None
         return Decoded(_mapped(target / "images.bin", shape), facts["missing"], facts["content"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Images:
     """Map a file: the pages are shared between processes, and what is written to them stays in memory."""
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != prod(shape):
+            raise ValueError(f"{path} doesn't have the size of {shape}")
         flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         content = mmap.mmap(file.fileno(), prod(shape), flags=flags, prot=access)
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
@@ -126,7 +132,7 @@ def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[i
         missing = fill(images)
         images.flush()
         facts = {"shape": shape, "missing": missing, "content": _content(images)}
-        (staging / "facts.json").write_text(json.dumps(facts))
+        (staging / "facts.json").write_text(json.dumps({**facts, "checksum": key_of(facts)}))
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
     finally:

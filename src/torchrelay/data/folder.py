@@ -1,12 +1,14 @@
 """Step 2: folders of images, a folder a class."""
 
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ Log = Callable[[str], None]
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _TESTS = ("test", "val", "validation", "valid")
 _CHUNK = 64  # images that one thread decodes before it takes the next
+_SAY_EVERY = 10.0  # seconds between two lines on how far decoding is
 _SMALL = 4096  # bytes; threads lose more by taking turns in Python than they gain by decoding such files at once
 
 
@@ -136,16 +139,19 @@ def _listings(base: Path) -> tuple[_Listing, _Listing | None]:
 
 
 def _scan(folder: Path, name: str) -> _Listing:
-    classes = sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and e.is_dir())
+    try:
+        classes = sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and e.is_dir())
+        found = [sorted(_images(f"{folder}/{class_name}", class_name, frozenset())) for class_name in classes]
+    except OSError as error:  # no permission, or a link that leads to itself or to nothing
+        raise _out_of_reach(str(error.filename), error) from error
     if not classes:
         raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
     files, labels = [], []
-    for label, class_name in enumerate(classes):
-        found = sorted(_images(f"{folder}/{class_name}", class_name, frozenset()))
-        if not found:
-            raise RelayError(f"{folder / class_name} has no images in it: add some, or remove the folder")
-        files += found
-        labels += [label] * len(found)
+    for label, there in enumerate(found):
+        if not there:
+            raise RelayError(f"{folder / classes[label]} has no images in it: add some, or remove the folder")
+        files += there
+        labels += [label] * len(there)
     return _Listing(name, folder, tuple(classes), labels, files)
 
 
@@ -164,11 +170,9 @@ def _images(folder: str, name: str, above: frozenset[str]) -> Iterator[tuple[str
             if entry.is_dir():
                 yield from _images(entry.path, f"{name}/{entry.name}", above | {real})
             elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:  # noqa: PTH122 - a Path takes ten times as long
-                try:
-                    facts = entry.stat()
-                except OSError as error:
-                    raise _out_of_reach(entry.path, error) from error
-                yield f"{name}/{entry.name}", facts.st_size, facts.st_mtime_ns
+                facts = entry.stat()
+                if stat.S_ISREG(facts.st_mode):  # a pipe would be waited for without end
+                    yield f"{name}/{entry.name}", facts.st_size, facts.st_mtime_ns
 
 
 def _split(whole: _Listing, share: float, seed: int) -> tuple[_Listing, _Listing]:
@@ -230,7 +234,7 @@ def _decoded(
 
     def fill(images: Images) -> list[int]:
         log(f"decoding {len(paths):,} images, once")
-        return _fill(images, paths, first, allowed, threads=1 if small else os.cpu_count())
+        return _fill(images, paths, first, allowed, threads=1 if small else os.cpu_count(), log=log)
 
     if cache is None:
         found = in_memory(shape, fill)
@@ -254,7 +258,9 @@ def _decoded(
     return source.take(torch.from_numpy(np.setdiff1d(np.arange(len(paths)), found.missing)))
 
 
-def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int, threads: int | None) -> list[int]:
+def _fill(
+    images: Images, paths: Sequence[str], first: str | None, allowed: int, *, threads: int | None, log: Log
+) -> list[int]:
     """Decode all files into `images`; return the places of those that can't be read, `allowed` at most.
 
     Where `first` is named, all have to have its size; otherwise they are brought to the size of `images`.
@@ -278,10 +284,14 @@ def _fill(images: Images, paths: Sequence[str], first: str | None, allowed: int,
 
     chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
     missing: list[int] = []
+    told = monotonic()
     with ThreadPoolExecutor(threads) as pool:  # PIL lets other threads run while it decodes
-        for found in pool.map(decode, chunks):
+        for chunk, found in zip(chunks, pool.map(decode, chunks), strict=True):
             missing += found
             _check(missing, paths, allowed)
+            if monotonic() - told > _SAY_EVERY:
+                told = monotonic()
+                log(f"decoded {chunk.stop:,} of {len(paths):,} images")
     return missing
 
 
@@ -335,7 +345,7 @@ def _open(path: str, channels: int) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
             raise _out_of_reach(path, error) from error
         cause = "its content is no image" if isinstance(error, UnidentifiedImageError) else error

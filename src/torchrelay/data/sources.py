@@ -37,6 +37,8 @@ class ArraySource:
     stamp: str | None = field(default=None, repr=False)  # what identifies the content, if it needn't be read for that
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)):
+            raise UsageError(f"{self.name}: inputs and targets must be tensors: data.arrays() makes them of other arrays")
         if self.inputs.ndim == 0 or self.targets.ndim == 0:
             raise RelayError(f"{self.name}: inputs and targets need a first dimension, one entry a sample")
         if len(self.inputs) != len(self.targets):
@@ -47,6 +49,8 @@ class ArraySource:
             self._check_labels()
 
     def _check_labels(self) -> None:
+        if self.targets.dtype != torch.int64:
+            raise RelayError(f"{self.name}: the labels are {self.targets.dtype}: give int64, as data.arrays() makes them")
         wrong = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
         if len(wrong):
             place = int(wrong[0])
@@ -123,14 +127,49 @@ def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "
         targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, all else float32.
         classes: names of the classes or labels.
         name: what logs call it.
+
+    Raises:
+        UsageError: they can't be made tensors.
+        RelayError: they don't fit each other or the classes; the text names the sample.
     """
-    x, y = (torch.as_tensor(values, device="cpu").detach() for values in (inputs, targets))
+    x, y = _tensor(inputs, f"{name}: inputs"), _tensor(targets, f"{name}: targets")
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
     if x.dtype != torch.uint8:
         x = _plain(x)
     y = _plain(y)
     return ArraySource(x, y, tuple(classes), name)
+
+
+def _tensor(values: Any, name: str) -> Tensor:
+    """Return a tensor on the CPU of whatever holds numbers."""
+    if isinstance(values, np.ndarray):
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        if any(step < 0 for step in values.strides):  # as BGR images have that were turned into RGB
+            values = values.copy()
+    try:
+        return torch.as_tensor(values, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = str(values.dtype) if isinstance(values, np.ndarray) else type(values).__name__
+        raise UsageError(
+            f"{name} of {kind} can't be made a tensor{_odd_one(values)}: give numbers, in one shape for all samples, "
+            "and the names of classes apart, as classes=…"
+        ) from error
+
+
+def _odd_one(values: Any) -> str:
+    """Say which of some samples is unlike the first: the usual reason why they make no tensor."""
+
+    def form(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return f"{len(value)} entries"
+        return f"shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+
+    for place, value in enumerate(values if isinstance(values, list | tuple) else ()):
+        if form(value) != form(values[0]):
+            return f", for sample {place} has {form(value)} and sample 0 has {form(values[0])}"
+    first = next(iter(values), None) if isinstance(values, np.ndarray | list | tuple) else values
+    return f", for sample 0 is {first!r:.80}" if isinstance(first, str | bytes | None) else ""
 
 
 def _plain(values: Tensor) -> Tensor:

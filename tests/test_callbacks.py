@@ -1,0 +1,283 @@
+"""Callbacks: when each hook is called, what a checkpoint keeps of them, and those that ship."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.errors import UsageError
+
+
+def build(digits, quiet, run=None, **changes) -> tr.Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    train, test = digits
+    settings = {"epochs": 3, "batch_size": 400, "run": run, "terminal": quiet, "optimizer": tr.optim.SGD(lr=0.1)}
+    return tr.Trainer(model, train, test, **(settings | changes))
+
+
+class Recorder(tr.Callback):
+    """Writes down each call, and keeps a count in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.steps = 0
+
+    def on_start(self, trainer) -> None:
+        self.calls.append(("start", trainer.step))
+
+    def on_step(self, trainer, batch, loss) -> None:
+        assert loss.shape == ()
+        assert len(batch.indices) == len(batch.targets)
+        self.steps += 1
+        self.calls.append(("step", trainer.step))
+
+    def on_evaluate(self, trainer, split, values) -> None:
+        assert {"loss", "accuracy"} <= set(values)
+        self.calls.append(("evaluate", split))
+
+    def on_epoch(self, trainer, epoch, values) -> None:
+        assert {"loss", "accuracy"} <= set(values)
+        self.calls.append(("epoch", epoch))
+
+    def on_end(self, trainer) -> None:
+        self.calls.append(("end", trainer.step))
+
+    def state_dict(self):
+        return {"steps": self.steps, "tensor": torch.tensor(self.steps)}
+
+    def load_state_dict(self, state) -> None:
+        assert int(state["tensor"]) == state["steps"]
+        self.steps = state["steps"]
+
+
+def epoch_of(number: int, splits=("test",)) -> list[tuple]:
+    steps = [("step", 4 * (number - 1) + i) for i in (1, 2, 3, 4)]  # 1438 samples in batches of 400
+    return [*steps, *[("evaluate", split) for split in splits], ("epoch", number)]
+
+
+def test_the_five_hooks_are_called_in_their_order(digits, quiet):
+    recorder = Recorder()
+    build(digits, quiet, epochs=2, callbacks=[recorder]).fit()
+    assert recorder.calls == [("start", 0), *epoch_of(1), *epoch_of(2), ("end", 8)]
+
+
+def test_each_part_is_evaluated_and_the_last_epoch_always(digits, quiet):
+    recorder = Recorder()
+    settings = tr.RunSettings(evaluate_every=2)
+    changes = {"epochs": 3, "settings": settings, "validation": digits[1], "callbacks": [recorder]}
+    build(digits, quiet, **changes).fit()
+    both = ("validation", "test")
+    assert recorder.calls == [("start", 0), *epoch_of(1, ()), *epoch_of(2, both), *epoch_of(3, both), ("end", 12)]
+
+
+def test_several_callbacks_are_called_in_the_order_they_are_given(digits, quiet):
+    order = []
+
+    class Say(tr.Callback):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def on_start(self, trainer) -> None:
+            order.append(self.name)
+
+    build(digits, quiet, epochs=1, callbacks=[Say("first"), Say("second")]).fit()
+    assert order == ["first", "second"]
+
+
+def test_a_callback_goes_on_from_the_checkpoint(digits, quiet, tmp_path):
+    """Training ends by an exception after 6 steps; the epoch's checkpoint is of step 4."""
+
+    class Stumble(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            if trainer.step == 6:
+                raise RuntimeError("stumbled")
+
+    first = Recorder()
+    with pytest.raises(RuntimeError, match="stumbled"):
+        build(digits, quiet, tmp_path / "run", callbacks=[first, Stumble()]).fit()
+    assert first.steps == 6
+    assert ("end", 6) not in first.calls
+    second = Recorder()
+    build(digits, quiet, tmp_path / "run", callbacks=[second, tr.Callback()]).resume()
+    assert second.calls == [("start", 4), *epoch_of(2), *epoch_of(3), ("end", 12)]
+    assert second.steps == 12
+
+
+def test_what_a_checkpoint_cannot_hold_is_named(digits, quiet, tmp_path):
+    class Wrong(tr.Callback):
+        def state_dict(self):
+            return {"thing": object()}
+
+    with pytest.raises(TypeError, match=r"a checkpoint can't hold object at 'callbacks\.2\.thing'"):
+        build(digits, quiet, tmp_path / "run", callbacks=[Wrong()]).fit()
+
+
+# ------------------------------------------------------------------------------------------------ early stopping
+
+
+class Script(tr.Callback):
+    """Replaces the metrics by a script's, one value an evaluation of a split."""
+
+    def __init__(self, values: dict[str, list[float]], name: str = "accuracy") -> None:
+        self.values, self.name = values, name
+
+    def on_evaluate(self, trainer, split, values) -> None:
+        values[self.name] = self.values[split].pop(0)
+
+
+def stopped_after(digits, quiet, values, stopping, name="accuracy", **changes) -> int:
+    """How many epochs a run lasts whose evaluations give these values."""
+    script = Script(values, name)
+    trainer = build(digits, quiet, epochs=8, callbacks=[script, stopping], **changes)
+    trainer.fit()
+    assert trainer.stop_reason is None or "has not improved for" in trainer.stop_reason
+    return trainer.epochs_done
+
+
+def test_early_stopping_waits_for_its_patience(digits, quiet):
+    values = [0.1, 0.3, 0.2, 0.4, 0.4, 0.3, 0.9, 0.9]
+    assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(1)) == 3
+    assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(2)) == 6
+    assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(3)) == 8
+    assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(2, least=0.15)) == 4
+
+
+def test_early_stopping_goes_by_the_validation_part(digits, quiet):
+    values = {"validation": [0.5, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], "test": [0.9 - i / 10 for i in range(8)]}
+    assert stopped_after(digits, quiet, values, tr.EarlyStopping(2), validation=digits[1]) == 5
+
+
+@pytest.mark.parametrize("name", ["loss", "mean_absolute_error"])
+def test_a_loss_or_an_error_is_better_lower(digits, quiet, name):
+    values = {"test": [0.9, 0.8, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9]}
+    assert stopped_after(digits, quiet, values, tr.EarlyStopping(2, metric=name), name) == 5
+
+
+def test_early_stopping_on_an_unknown_metric_lists_those_there_are(digits, quiet):
+    with pytest.raises(UsageError, match="watches 'acuracy', but an evaluation gives: loss, accuracy"):
+        build(digits, quiet, callbacks=[tr.EarlyStopping(1, metric="acuracy")]).fit()
+
+
+def test_early_stopping_needs_some_patience():
+    with pytest.raises(UsageError, match="patience is 0: choose 1 or more"):
+        tr.EarlyStopping(0)
+
+
+def test_a_stopped_run_is_done_saved_and_stays_stopped(digits, quiet, tmp_path):
+    def trainer() -> tr.Trainer:
+        optimizer = tr.optim.SGD(lr=0.0)  # nothing can improve
+        return build(digits, quiet, tmp_path / "run", optimizer=optimizer, callbacks=[tr.EarlyStopping(2)])
+
+    first = trainer()
+    first.fit()
+    assert first.epochs_done == 3
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped: early stopping: accuracy has not improved for 2 evaluations" in log
+    second = trainer()
+    second.resume()
+    assert second.step == first.step == 12
+
+
+# ------------------------------------------------------------------------------------------------ what ships
+
+
+def test_the_step_log_means_the_losses_since_its_last_line(digits, quiet, tmp_path):
+    losses = []
+
+    class Note(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            losses.append(float(loss))
+
+    settings = tr.RunSettings(log_every=5)
+    build(digits, quiet, tmp_path / "run", settings=settings, callbacks=[Note()]).fit()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["split"] == "step"]
+    assert [(line["step"], line["epoch"]) for line in found] == [(5, 2), (10, 3)]
+    for line, part in zip(found, (losses[:5], losses[5:10]), strict=True):
+        assert line["loss"] == pytest.approx(sum(part) / 5, rel=1e-12)
+        assert line["lr"] == 0.1
+        assert line["samples_per_second"] > 0
+
+
+def test_the_first_step_of_a_run_logs_at_most_what_it_was_asked(digits, quiet, tmp_path):
+    build(digits, quiet, tmp_path / "run", epochs=1).fit()
+    assert '"split": "step"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_the_pictures_of_a_run_show_something(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    build(digits, quiet, run).fit()
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(run / name) as image:
+            assert min(image.size) >= 300
+            colours = image.convert("RGB").getcolors(maxcolors=2**24)
+        background = max(count for count, _ in colours)
+        assert len(colours) > 50
+        assert background < 0.97 * image.size[0] * image.size[1]
+    assert "parameters" in (run / "model.txt").read_text()
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_last_evaluation_is_written_down(digits, quiet, tmp_path):
+    trainer = build(digits, quiet, tmp_path / "run")
+    found = trainer.fit()
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert {name: written[name] for name in found} == found
+    assert written["samples"] == 359
+    assert set(written["accuracy_by_class"]) == set("0123456789")
+    assert sum(map(sum, written["confusion_matrix"])) == 359
+
+
+def test_a_model_that_cannot_be_summarised_trains_all_the_same(quiet, tmp_path):
+    class Fussy(nn.Module):
+        """Refuses a batch of one, which a summary asks for."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            if len(x) < 2:
+                raise ValueError("two at least")
+            return self.layer(x)
+
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    tr.Trainer(Fussy(), (x, y), epochs=1, batch_size=10, run=tmp_path / "run", terminal=quiet).fit()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "no summary of the model: ValueError: two at least" in log
+    assert checkpoint.find(tmp_path / "run" / "checkpoints", "last").name == "step-00000002"
+
+
+class Lines:
+    """A tracker of one's own."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict] = []
+        self.closed = False
+
+    def write(self, line) -> None:
+        self.lines.append(dict(line))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_tracker_of_ones_own_gets_every_line(digits, quiet, tmp_path):
+    tracker = Lines()
+
+    class Attach(tr.Callback):
+        def on_start(self, trainer) -> None:
+            trainer.run.trackers.append(tracker)
+
+    saving = CheckpointSettings(every="2 steps")
+    settings = tr.RunSettings(log_every=3)
+    run = tmp_path / "run"
+    build(digits, quiet, run, settings=settings, checkpoint=saving, callbacks=[Attach()]).fit()
+    assert tracker.lines == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert tracker.closed

@@ -1,0 +1,197 @@
+"""The device: which one is chosen, what it is set to, and that each setting trains."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.device import DeviceSettings, set_up
+from torchrelay.errors import UsageError
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+
+
+class Net(nn.Sequential):
+    """A small convolutional network for 8x8 grey images."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(256, 10),
+        )  # fmt: skip
+
+
+def train(digits, quiet, run=None, epochs=3, **settings) -> tr.Trainer:
+    torch.manual_seed(0)
+    trainer = tr.Trainer(
+        Net(),
+        *digits,
+        optimizer=tr.optim.SGD(lr=0.05, momentum=0.9),
+        epochs=epochs,
+        batch_size=100,
+        device=DeviceSettings(**settings),
+        run=run,
+        terminal=quiet,
+    )
+    trainer.fit()
+    return trainer
+
+
+def test_auto_takes_what_there_is():
+    expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert set_up(DeviceSettings(), exact=True).device == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cudda", "device.name 'cudda' is unknown: use auto, cpu, cuda, cuda:1 or mps"),
+        ("CPU", "'CPU' is unknown"),
+        ("cuda:x", "'cuda:x' is unknown"),
+        ("cuda:-1", "'cuda:-1' is unknown"),
+        ("cuda:", "'cuda:' is unknown"),
+        ("meta", "'meta' is unknown"),
+        ("", "'' is unknown"),
+        ("cuda:99", "device.name is 'cuda:99', but PyTorch sees"),
+        ("cpu:1", "'cpu:1' is unknown"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(name, says):
+    with pytest.raises(UsageError) as caught:
+        set_up(DeviceSettings(name=name), exact=True)
+    assert says in str(caught.value)
+
+
+def test_fp16_is_refused_on_the_cpu():
+    with pytest.raises(UsageError, match="'fp16' isn't for the CPU: use 'bf16' or 'float32'"):
+        set_up(DeviceSettings(name="cpu", precision="fp16"), exact=True)
+
+
+def test_choosing_kernels_by_the_clock_is_refused_in_an_exact_run():
+    with pytest.raises(UsageError, match=r"device\.benchmark gives other bits each time"):
+        set_up(DeviceSettings(benchmark=True), exact=True)
+    assert set_up(DeviceSettings(benchmark=True), exact=False)
+    assert torch.backends.cudnn.benchmark
+    set_up(DeviceSettings(), exact=True)
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_exactness_switches_deterministic_kernels_on_and_off():
+    for exact in (False, True):
+        set_up(DeviceSettings(), exact=exact)
+        assert torch.are_deterministic_algorithms_enabled() is exact
+
+
+def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
+    trainer = train(digits, quiet, tmp_path / "run", epochs=1, name="cpu", threads=2)
+    assert torch.get_num_threads() == 2
+    assert trainer.identity()["threads"] == 2
+    assert "cpu, float32, 2 threads" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_bf16_trains_on_the_cpu_with_float32_weights(digits, quiet):
+    dtypes = []
+    trainer = train(digits, quiet, name="cpu", precision="bf16")
+    trainer.model[5].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    found = trainer.evaluate()
+    assert set(dtypes) == {torch.bfloat16}
+    assert found.values["accuracy"] > 0.85
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
+def test_channels_last_reaches_weights_and_batches_and_changes_little(digits, quiet):
+    plain = train(digits, quiet, name="cpu")
+    trainer = train(digits, quiet, name="cpu", channels_last=True)
+    batch = next(trainer.batches.epoch(0))
+    assert trainer.model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert trainer.device.arrange(torch.zeros(2, 3, 4, 4)).is_contiguous(memory_format=torch.channels_last)
+    assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    assert abs(trainer.evaluate().values["accuracy"] - plain.evaluate().values["accuracy"]) < 0.02
+
+
+def test_channels_last_leaves_what_are_no_images_alone():
+    device = set_up(DeviceSettings(name="cpu", channels_last=True), exact=True)
+    features = torch.zeros(2, 3)
+    assert device.arrange(features) is features
+    assert device.arrange([features]) == [features]
+
+
+def test_moving_keeps_the_structure():
+    device = set_up(DeviceSettings(name="cpu"), exact=True)
+    given = {"a": torch.ones(2), "b": [torch.zeros(1), (torch.ones(1), "text")]}
+    moved = device.move(given)
+    assert moved["b"][1][1] == "text"
+    assert torch.equal(moved["a"], given["a"])
+    assert isinstance(moved["b"][1], tuple)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_its_checkpoint_is_a_plain_one(digits, quiet, tmp_path):
+    plain = train(digits, quiet, tmp_path / "plain", epochs=1, name="cpu")
+    compiled = train(digits, quiet, tmp_path / "compiled", epochs=1, name="cpu", compile=True)
+    weights = load_file(checkpoint.find(tmp_path / "compiled" / "checkpoints", "last") / "model.safetensors")
+    assert set(weights) == set(Net().state_dict())
+    Net().load_state_dict(weights)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(weights[name], value, atol=1e-3, rtol=1e-3)
+    assert "compiled" in compiled.device.describe()
+    log = (tmp_path / "compiled" / "log.txt").read_text()
+    assert "compiled" in log
+
+
+def test_a_run_on_one_device_opens_no_listening_socket(tmp_path):
+    script = f"""
+import re, torch
+torch.set_num_threads(1)
+from pathlib import Path
+import torchrelay as tr
+
+class Look(tr.Callback):
+    def on_epoch(self, trainer, epoch, values):
+        own = {{link.readlink().name for link in Path('/proc/self/fd').iterdir() if link.is_symlink()}}
+        for table in ('tcp', 'tcp6'):
+            for line in Path('/proc/net/' + table).read_text().splitlines()[1:]:
+                fields = line.split()
+                assert not (fields[3] == '0A' and f'socket:[{{fields[9]}}]' in own), line
+
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+tr.Trainer(model, *tr.data.digits(), epochs=2, run={str(tmp_path / "run")!r}, callbacks=[Look()]).fit()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=120)
+
+
+# ------------------------------------------------------------------------------------------------ with a GPU
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gpu_trains_to_the_same_bytes_twice(digits, quiet, tmp_path, same_runs, precision, channels_last):
+    for name in "ab":
+        trainer = train(digits, quiet, tmp_path / name, name="cuda", precision=precision, channels_last=channels_last)
+        assert trainer.evaluate().values["accuracy"] > 0.85
+    same_runs(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_gpu_learns_what_the_cpu_learns(digits, quiet):
+    on_gpu = train(digits, quiet, name="cuda").evaluate().values["accuracy"]
+    on_cpu = train(digits, quiet, name="cpu").evaluate().values["accuracy"]
+    assert abs(on_gpu - on_cpu) < 0.03
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_gpu_is_named_in_the_log_and_tf32_is_as_set(digits, quiet, tmp_path):
+    train(digits, quiet, tmp_path / "run", epochs=1, name="cuda:0", tf32=True)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.cuda.get_device_name(0) in (tmp_path / "run" / "log.txt").read_text()
+    set_up(DeviceSettings(name="cuda"), exact=True)
+    assert not torch.backends.cuda.matmul.allow_tf32

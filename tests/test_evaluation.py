@@ -1,0 +1,149 @@
+"""Evaluation: every sample once, sums that don't depend on when somebody looks."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay.data.augment import Pipeline
+from torchrelay.data.batches import Batches
+from torchrelay.device import DeviceSettings, set_up
+from torchrelay.errors import UsageError
+from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.task import Classification
+
+
+@pytest.fixture
+def device():
+    return set_up(DeviceSettings(name="cpu"), exact=True)
+
+
+def batches(source, size, device) -> Batches:
+    return Batches(source, size, device, Pipeline(), train=False)
+
+
+class Seen(nn.Module):
+    """A linear network that notes how it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(64, 10)
+        self.dropout = nn.Dropout(0.5)
+        self.sizes: list[int] = []
+
+    def forward(self, images):
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.sizes.append(len(images))
+        return self.layer(self.dropout(images.flatten(1)))
+
+
+def by_hand(model: Seen, source) -> torch.Tensor:
+    with torch.no_grad():
+        return model.layer(source.inputs.flatten(1).float() / 255)
+
+
+@pytest.mark.parametrize("size", [1, 100, 359, 1000])
+def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
+    model, source = Seen(), digits[1]
+    model.train()
+    found = evaluate(model, batches(source, size, device).epoch(), Classification(classes=10), device, model)
+    assert model.training
+    assert sum(model.sizes) == found.samples == 359
+    logits = by_hand(model, source)
+    assert found.values["accuracy"] == pytest.approx(float((logits.argmax(1) == source.targets).float().mean()))
+    expected = float(nn.functional.cross_entropy(logits.double(), source.targets))
+    assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_leaves_an_evaluating_model_evaluating(digits, device):
+    model = Seen().eval()
+    evaluate(model, batches(digits[1], 100, device).epoch(), Classification(), device, model)
+    predict(model, batches(digits[1], 100, device).epoch(), Classification(), device, model)
+    assert not model.training
+
+
+def test_class_weights_weigh_an_evaluation_too(digits, device):
+    model, source, weights = Seen(), digits[1], torch.linspace(0.5, 2, 10)
+    task = Classification(class_weights=weights)
+    found = evaluate(model, batches(source, 100, device).epoch(), task, device, model)
+    expected = float(nn.functional.cross_entropy(by_hand(model, source), source.targets, weights))
+    assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_predictions_stand_in_the_order_of_the_data(digits, device):
+    model, source = Seen(), digits[1]
+    found = predict(model, batches(source, 50, device).epoch(), Classification(), device, model)
+    torch.testing.assert_close(found, by_hand(model, source).softmax(1))
+
+
+def test_an_evaluation_is_what_the_run_wrote_down(digits, quiet, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    trainer = tr.Trainer(model, *digits, epochs=2, run=tmp_path / "run", terminal=quiet)
+    trainer.fit()
+    again = trainer.evaluate()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if line["split"] == "test"][-1].items() >= again.values.items()
+
+
+def test_an_evaluation_of_what_was_not_given_is_refused(digits, quiet):
+    trainer = tr.Trainer(nn.Linear(1, 1), digits[0], terminal=quiet)
+    with pytest.raises(UsageError, match=r"there is no test data to evaluate on: give Trainer\(..., test=...\)"):
+        trainer.evaluate()
+
+
+# ------------------------------------------------------------------------------------------------ sums
+
+
+def some_sums(fetch_after: tuple[int, ...] = (), save_after: int | None = None) -> dict[str, float]:
+    """The means of some batches, looked at now and then, and saved and loaded in between."""
+    sums = Sums()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(20):
+        sums.add_loss(torch.rand((), generator=generator), float(i + 1))
+        sums.add_measures({"accuracy": torch.randint(9, (), generator=generator)}, 9)
+        if i in fetch_after:
+            sums.means()
+        if i == save_after:
+            state = json.loads(json.dumps(sums.state_dict()))
+            sums = Sums()
+            sums.load_state_dict(state)
+    return sums.means()
+
+
+def test_looking_or_saving_in_between_changes_no_bit():
+    undisturbed = some_sums()
+    assert some_sums(fetch_after=(0, 3, 4, 19)) == undisturbed
+    for place in range(20):
+        assert some_sums(save_after=place) == undisturbed
+
+
+def test_means_are_weighted():
+    sums = Sums()
+    sums.add_loss(torch.tensor(1.0), 3.0)
+    sums.add_loss(torch.tensor(5.0), torch.tensor(1.0))
+    sums.add_measures({"accuracy": torch.tensor(2)}, 3)
+    sums.add_measures({"accuracy": torch.tensor(0)}, 1)
+    assert sums.means() == {"loss": 2.0, "accuracy": 0.5}
+
+
+def test_nothing_has_a_mean_of_zero():
+    assert Sums().means() == {"loss": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------ as JSON
+
+
+def test_a_table_is_named_by_classes_or_by_numbers():
+    found = Evaluation({"loss": 0.5}, {"accuracy_by_class": [0.25, 0.75]}, torch.tensor([[1, 3], [1, 3]]), 8)
+    assert found.to_json(("cat", "dog")) == {
+        "samples": 8,
+        "loss": 0.5,
+        "accuracy_by_class": {"cat": 0.25, "dog": 0.75},
+        "confusion_matrix": [[1, 3], [1, 3]],
+    }
+    assert found.to_json(())["accuracy_by_class"] == {"0": 0.25, "1": 0.75}

@@ -1,0 +1,103 @@
+"""The examples, each run as the script it is."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from torchrelay import checkpoint
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str]:
+    """Start a process that imports an example and calls it, in a folder of its own."""
+    script = f"import {name}; print('returned', {call})"
+    command = [sys.executable, "-W", "error::UserWarning:torchrelay", "-c", script]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(EXAMPLES)}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+
+
+def outcome(name: str, call: str, folder: Path) -> float:
+    """Call an example in a process of its own and return what it returned."""
+    process = start(name, call, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert err == ""
+    return float(out.split("returned ")[1])
+
+
+def test_each_example_has_a_test():
+    own = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f'"{path.stem}"' in own, path
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_what_it_shows(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 80
+    assert lines[0].startswith('"""')
+
+
+def test_own_model_learns(tmp_path):
+    assert outcome("own_model", "own_model.main(epochs=5)", tmp_path) > 0.95
+    assert (tmp_path / "runs" / "own-model" / "curves.png").exists()
+
+
+def test_own_task_learns_to_reconstruct(tmp_path):
+    """The squared error of 64 pixels in [0, 1]; the mean picture's is above 4."""
+    assert outcome("own_task", "own_task.main(epochs=10)", tmp_path) < 2.5
+
+
+def test_fine_tune_takes_the_weights_over_and_a_new_head(tmp_path):
+    assert outcome("fine_tune", "fine_tune.main(epochs=4)", tmp_path) > 0.95
+    for part in ("before", "after"):
+        assert (tmp_path / "runs" / "fine-tune" / part / "checkpoints").is_dir()
+
+
+@pytest.mark.slow
+def test_own_data_gives_the_same_bytes_with_and_without_workers(tmp_path, same_runs):
+    for workers in (0, 2):
+        call = f"own_data.main(run='{workers}', epochs=4, workers={workers})"
+        assert outcome("own_data", call, tmp_path) > 0.9
+    same_runs(tmp_path / "0", tmp_path / "2")
+
+
+def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
+    epochs = 40
+    steps = outcome("own_loop", f"own_loop.main(run='undisturbed', epochs={epochs})", tmp_path)
+    assert steps == 23 * epochs
+    process = start("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path, stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    while not checkpoint.whole(checkpoints):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    assert len(checkpoint.whole(checkpoints)) < epochs
+    assert outcome("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path) == steps
+    last = f"checkpoints/step-{int(steps):08d}"
+    for name in ("model.safetensors", "state.safetensors", "state.json"):
+        one, other = (tmp_path / run / last / name for run in ("undisturbed", "killed"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_example_runs_by_its_own_name(tmp_path):
+    """As its reader will start it: `python examples/own_task.py`."""
+    found = subprocess.run(
+        [sys.executable, EXAMPLES / "own_task.py"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"^epoch 10: ", found.stdout, re.M)

@@ -1,0 +1,261 @@
+"""Recipes: what ships, what is written down, and what is said of a wrong one."""
+
+import tomllib
+
+import pytest
+from pydantic import BaseModel
+
+import torchrelay as tr
+from torchrelay import recipe
+from torchrelay.data.augment import Flip, PaddedCrop, RandomResizedCrop
+from torchrelay.errors import UsageError
+from torchrelay.settings import Settings
+
+
+def said_of(capsys, *overrides: str, name: str = "digits") -> str:
+    with pytest.raises(UsageError) as caught:
+        recipe.load(name, overrides)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "Input should be" not in text
+    assert "pydantic" not in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------ what ships
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_shipped_recipe_survives_being_written_down(name):
+    loaded = recipe.load(name)
+    assert recipe.parse(tomllib.loads(loaded.to_toml()), name) == loaded
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
+    lines = (recipe.resources.files("torchrelay") / "recipes" / f"{name}.toml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[0].endswith(".")
+    assert any(line.startswith(f"# torchrelay train {name}") for line in lines)
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_shipped_recipe_says_its_replicas(name):
+    assert "replicas" in tomllib.loads((recipe.resources.files("torchrelay") / "recipes" / f"{name}.toml").read_text())[
+        "parallel"
+    ]  # fmt: skip
+
+
+def settings_classes() -> list[type[Settings]]:
+    found: dict[str, type[Settings]] = {}
+
+    def visit(model: type[BaseModel]) -> None:
+        for field in model.model_fields.values():
+            for member in recipe._members(field.annotation):
+                if member.__name__ not in found:
+                    found[member.__name__] = member
+                    visit(member)
+
+    visit(recipe.Recipe)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("settings", settings_classes(), ids=lambda settings: settings.__name__)
+def test_each_key_has_a_meaning(settings):
+    """`name` of a tagged table is its tag, and explains itself."""
+    for key, field in settings.model_fields.items():
+        assert field.description or key == "name", f"{settings.__name__}.{key} has no docstring"
+        if field.description:
+            assert "\n" not in field.description
+            assert field.description.endswith((".", ".)"))
+
+
+def test_a_recipe_is_printed_with_the_meaning_and_the_default_of_each_key():
+    lines = recipe.load("digits", ["optimizer.lr=0.3"]).to_toml().splitlines()
+    assert "[optimizer]" in lines
+    (rate,) = [line for line in lines if line.startswith("lr = ")]
+    assert rate.startswith("lr = 0.3  # The ")
+    assert rate.endswith("(default 0.1)")
+    (unset,) = [line for line in lines if line.startswith("# max_steps")]
+    assert "Unset: train all epochs." in unset
+    for line in lines:
+        if line and not line.startswith("["):
+            assert "#" in line
+
+
+def test_the_schema_is_one_by_which_an_editor_completes():
+    import json
+
+    schema = json.loads(recipe.schema())
+    assert set(schema["properties"]) == set(recipe.Recipe.model_fields)
+    assert schema["additionalProperties"] is False
+    run = schema["$defs"]["RunSettings"]["properties"]
+    assert run["epochs"]["minimum"] == 1
+    assert run["epochs"]["description"] == "How many times to go through the training data."
+    transforms = schema["$defs"]["DataSettings"]["properties"]["augment"]["items"]
+    assert "crop" in json.dumps(schema["$defs"])
+    assert transforms
+
+
+def test_the_python_name_is_the_same_class():
+    assert tr.Recipe is recipe.Recipe
+    assert recipe.Recipe() == recipe.parse({}, "nothing")
+
+
+# ------------------------------------------------------------------------------------------------ --set
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("run.epochs=3", "run", "epochs", 3),
+        ("run.epochs = 3", "run", "epochs", 3),
+        ("run.exact=false", "run", "exact", False),
+        ("data.download=True", "data", "download", True),
+        ("data.root=some where/else", "data", "root", "some where/else"),
+        ('data.root="some where"', "data", "root", "some where"),
+        ("data.root=a=b", "data", "root", "a=b"),
+        ("data.root=Ärger/七", "data", "root", "Ärger/七"),
+        ("optimizer.lr=1e-3", "optimizer", "lr", 1e-3),
+        ("optimizer.lr=1", "optimizer", "lr", 1.0),
+        ("checkpoint.every=10 min", "checkpoint", "every", "10 min"),
+        ("data.augment=[]", "data", "augment", []),
+        ('data.augment=["flip"]', "data", "augment", [Flip()]),
+        (
+            'data.augment=["flip", {name="crop", padding=3}]',
+            "data",
+            "augment",
+            [Flip(), PaddedCrop(padding=3)],
+        ),
+        (
+            'data.augment=[{name="random_resized_crop", size=8, scale=[0.5, 1]}]',
+            "data",
+            "augment",
+            [RandomResizedCrop(size=8, scale=(0.5, 1.0))],
+        ),
+        ("model.options.widths=[8, 16, 16]", "model", "options", {"widths": [8, 16, 16]}),
+        ("loss.class_weights=balanced", "loss", "class_weights", "balanced"),
+        ("loss.class_weights=[1, 2.5]", "loss", "class_weights", [1.0, 2.5]),
+        ("model.pretrained=true", "model", "pretrained", True),
+        ("model.pretrained=True", "model", "pretrained", True),
+        ("model.pretrained=IMAGENET1K_V2", "model", "pretrained", "IMAGENET1K_V2"),
+        ("run.seed=9223372036854775807", "run", "seed", 2**63 - 1),
+    ],
+)
+def test_an_override_takes_the_type_that_the_key_wants(override, section, key, value):
+    assert getattr(getattr(recipe.load("digits", [override]), section), key) == value
+
+
+def test_the_last_of_equal_overrides_counts():
+    assert recipe.load("digits", ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
+
+
+def test_another_optimizer_starts_from_its_own_defaults_whatever_the_order():
+    for overrides in (["optimizer.lr=0.5", "optimizer.name=adamw"], ["optimizer.name=adamw", "optimizer.lr=0.5"]):
+        assert recipe.load("digits", overrides).optimizer == tr.optim.AdamW(lr=0.5)
+    assert recipe.load("digits", ["optimizer.name=sgd"]) == recipe.load("digits")
+
+
+def test_a_recipe_of_ones_own_is_a_file(tmp_path):
+    file = tmp_path / "my own.toml"
+    file.write_text('[run]\nepochs = 2\n[data]\naugment = ["flip"]\n')
+    loaded = recipe.load(str(file), ["run.seed=5"])
+    assert (loaded.run.epochs, loaded.run.seed, loaded.data.augment) == (2, 5, [Flip()])
+
+
+# ------------------------------------------------------------------------------------------------ what is wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        # unknown keys, at each level
+        ("rum.epochs=3", "digits: unknown key 'rum'; did you mean 'run'?"),
+        ("run.epoch=3", "digits: unknown key 'run.epoch'; did you mean 'epochs'?"),
+        ("run.qqqqq=3", "digits: unknown key 'run.qqqqq'; known here: epochs, evaluate_every, exact, log_every,"),
+        ("optimizer.lrr=1", "digits: unknown key 'optimizer.lrr'; did you mean 'lr'?"),
+        ("schedule.warmpu=1", "digits: unknown key 'schedule.warmpu'; did you mean 'warmup'?"),
+        ('data.augment=[{name="crop", paddding=1}]', "unknown key 'data.augment.0.paddding'; did you mean 'padding'?"),
+        ('optimizer.groups=[{matc=["head*"]}]', "unknown key 'optimizer.groups.0.matc'; did you mean 'match'?"),
+        # unknown names
+        ("optimizer.name=sdg", "digits: optimizer: there is no optimizer 'sdg'; did you mean 'sgd'?"),
+        ("schedule.name=cosin", "digits: schedule: there is no schedule 'cosin'; did you mean 'cosine'?"),
+        ('data.augment=["flipp"]', "digits: data.augment.0: unknown transform 'flipp'; did you mean 'flip'?"),
+        ('data.prepare=["flip"]', "digits: data.prepare.0: unknown transform 'flip': choose one of resize,"),
+        ('data.augment=[{padding=1}]', "digits: data.augment.0: a transform needs a name: one of flip, "),
+        # wrong types
+        ("run.epochs=three", "digits: run.epochs should be a whole number, not 'three'"),
+        ("run.epochs=2.5", "digits: run.epochs should be a whole number, not 2.5"),
+        ("run.epochs=true", "digits: run.epochs should be a number, not true or false"),
+        ("optimizer.lr=false", "digits: optimizer.lr should be a number, not true or false"),
+        ('data.augment=[{name="crop", padding=true}]', "digits: data.augment.0.padding should be a number, not true"),
+        ("run.epochs=", "digits: run.epochs should be a whole number, not ''"),
+        ("run.exact=perhaps", "digits: run.exact should be true or false, not 'perhaps'"),
+        ("data.augment=flip", "digits: data.augment should be a list, not 'flip'"),
+        ("data.augment=[3]", "digits: data.augment.0 should be a table, not 3"),
+        ("data.root=3", "digits: data.root should be a text, not 3"),
+        ("data.options=3", "digits: data.options should be a table, not 3"),
+        ("optimizer.lr=[1]", "digits: optimizer.lr should be a number, not [1]"),
+        ("loss.class_weights=balancd", "digits: loss.class_weights should be a list or 'balanced', not 'balancd'"),
+        ('optimizer.groups=[{lr=1}]', "digits: optimizer.groups.0.match is missing"),
+        ('optimizer.groups=[{match=[]}]', "digits: optimizer.groups.0.match should be a list with at least 1 item"),
+        # impossible values
+        ("run.epochs=0", "digits: run.epochs should be at least 1, not 0"),
+        ("run.seed=-1", "digits: run.seed should be at least 0, not -1"),
+        ("run.seed=9223372036854775808", "digits: run.seed should be less than 9223372036854775808, not"),
+        ("optimizer.lr=nan", "digits: optimizer.lr should be a finite number, not nan"),
+        ("optimizer.momentum=2", "digits: optimizer.momentum should be less than 1, not 2"),
+        ("data.sampling=shufle", "digits: data.sampling should be 'shuffle', 'balanced' or 'sequential', not 'shufle'"),
+        ("data.test_share=0", "digits: data.test_share should be more than 0, not 0"),
+        ("data.mean=[0.5]", "digits: data: data.mean and data.std go together: set both or none"),
+        ("device.precision=float16", "digits: device.precision should be 'float32', 'bf16' or 'fp16', not 'float16'"),
+        ("checkpoint.every=1 fortnight", "digits: checkpoint.every: '1 fortnight' has no unit that we know"),
+        ("checkpoint.every=0 epochs", "digits: checkpoint.every: '0 epochs' is no interval"),
+        ("schedule.warmup=5", "digits: schedule.warmup: 5 has no unit: write '5 epochs' or '5 steps'"),
+        # what isn't written as it should be
+        ("epochs=3", "--set epochs=3: write section.key=value, such as optimizer.lr=0.02"),
+        ("run.epochs", "--set run.epochs: write section.key=value"),
+        ("=3", "--set =3: write section.key=value"),
+        (".epochs=3", "--set .epochs=3: write section.key=value"),
+        ("run.epochs.x=3", "--set run.epochs.x=3: 'epochs' is a value, not a section"),
+        ("data.augment=[flip]", "[flip] is no TOML value; its strings need quotes"),
+    ],
+)  # fmt: skip
+def test_a_wrong_override_is_answered_in_one_plain_line(override, says, capsys):
+    assert says in said_of(capsys, override)
+
+
+def test_several_faults_are_counted(capsys):
+    assert said_of(capsys, "run.epochs=0", "run.sed=3").endswith("did you mean 'seed'? (and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[run\nepochs = 1", "isn't TOML: "),
+        (b"\xff\xfe\x00", "can't be read as text"),
+        (b"run = 3", "run should be a table, not 3"),
+        (b"[run]\nepochs = 1979-05-27", "run.epochs should be a whole number, not "),
+        (b"[run]\nepochs = 1\nepochs = 2", "isn't TOML: "),
+        (b"[[data.augment]]\nname = 'crop'\npaddding = 1", "unknown key 'data.augment.0.paddding'; did you mean"),
+        (b"[optimizer]\nlr = 0.1\n[optimiser]\nlr = 0.1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(content, says, tmp_path, capsys):
+    file = tmp_path / "wrong.toml"
+    file.write_bytes(content)
+    text = said_of(capsys, name=str(file))
+    assert text.startswith(f"{file}")
+    assert says in text
+
+
+@pytest.mark.parametrize("name", ["../digits", "digits.toml", "", ".", "recipes/digits"])
+def test_only_a_shipped_name_or_a_file_is_a_recipe(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no recipe '{name}'" in said_of(capsys, name=name)
+
+
+def test_a_file_may_have_the_environment_that_a_run_wrote_down(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('[run]\nepochs = 2\n[environment]\ntorch = "9.9"\n')
+    assert recipe.load(str(file)).run.epochs == 2

@@ -1,0 +1,228 @@
+"""The run's folder: its name, its lock, its lines, and what is said where it can't be written."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.duration import Duration
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.report import read_metrics
+from torchrelay.run import Run, Stopwatch, free_folder
+
+
+def opened(folder: Path, quiet, resume: bool = False, every: str = "1 epoch") -> Run:
+    return Run(folder, quiet, CheckpointSettings(every=Duration(every)), 10, 30, resume=resume)
+
+
+@pytest.fixture
+def run(tmp_path, quiet):
+    run = opened(tmp_path / "run", quiet)
+    yield run
+    run.close()
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_a_folder_that_is_free_keeps_its_name(tmp_path):
+    assert free_folder("digits", tmp_path) == tmp_path / "digits"
+    for expected in ("digits", "digits-2", "digits-3"):
+        folder = free_folder("digits", tmp_path)
+        assert folder.name == expected
+        folder.mkdir()
+    (tmp_path / "digits-2").rmdir()
+    assert free_folder("digits", tmp_path).name == "digits-2"
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
+    run.write_recipe({"run": {"epochs": 1}})
+    run.close()
+    with pytest.raises(UsageError, match="holds a run already: go on with it by 'torchrelay resume"):
+        opened(run.folder, quiet)
+    opened(run.folder, quiet, resume=True).close()
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
+    with pytest.raises(UsageError, match="holds no run to resume: give a folder that 'torchrelay train' made"):
+        opened(tmp_path / "nothing", quiet, resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the lock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.run import Run
+from torchrelay.terminal import Terminal
+
+run = Run(Path(sys.argv[1]), Terminal(quiet=True), CheckpointSettings(), 10, 30)
+run.write_recipe({})
+child = os.fork()  # as a loader's worker is
+if child == 0:
+    time.sleep(300)
+print(child, flush=True)
+time.sleep(300)
+"""
+
+
+def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet):
+    """Even where a forked child of the holder lives on."""
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    child = int(holder.stdout.readline())
+    try:
+        with pytest.raises(RelayError) as caught:
+            opened(folder, quiet, resume=True)
+        assert re.fullmatch(
+            rf"{folder} is in use by process {holder.pid} on {re.escape(os.uname().nodename)}: "
+            "wait for it, stop it, or choose another run folder",
+            str(caught.value),
+        )
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(30)
+        os.kill(child, 0)  # it lives
+        opened(folder, quiet, resume=True).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        holder.kill()
+        holder.stdout.close()
+
+
+# ------------------------------------------------------------------------------------------------ its files
+
+
+def test_a_line_of_metrics_is_json_that_any_reader_takes(run):
+    run.record({"step": 1, "split": "train", "loss": math.nan, "accuracy": math.inf, "name": "Zähler"})
+    (line,) = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 1, "split": "train", "loss": None, "accuracy": None, "name": "Zähler",
+    }  # fmt: skip
+
+
+def test_a_line_of_the_log_has_its_time(run):
+    run.say("hello")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d hello\n", (run.folder / "log.txt").read_text())
+
+
+def test_the_recipe_is_written_whole_and_read_again(run):
+    record = {"run": {"epochs": 3}, "data": {"root": "a\nb"}, "environment": {"torch": "2"}}
+    run.write_recipe(record)
+    assert run.read_recipe() == record
+    assert not list(run.folder.glob("*.partial"))
+
+
+def test_metrics_are_cut_back_to_a_checkpoint(run):
+    run.record({"step": 1, "split": "train", "loss": 1.0})
+    size = run.metrics_size
+    run.record({"step": 2, "split": "train", "loss": 0.5})
+    run.rewind(size)
+    assert run.metrics_size == size
+    run.record({"step": 2, "split": "train", "loss": 0.25})
+    assert [line["loss"] for line in read_metrics(run.folder)] == [1.0, 0.25]
+
+
+def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, quiet):
+    run = opened(tmp_path / "a", quiet, every="4 steps")
+    assert [step for step in range(1, 13) if run.save_is_due(step)] == [4, 8, 12]
+    run.close()
+    run = opened(tmp_path / "b", quiet, every="50%")
+    assert [step for step in range(1, 31) if run.save_is_due(step)] == [15, 30]
+    run.close()
+    run = opened(tmp_path / "c", quiet, every="1 h")
+    assert not any(run.save_is_due(step) for step in range(1, 100))
+    run._saved_at -= 3601
+    assert run.save_is_due(1)
+    run.close()
+
+
+def test_a_stopwatch_tells_samples_of_each_second():
+    watch = Stopwatch()
+    watch.samples = 1000
+    lap = watch.lap()
+    assert 0 <= lap["seconds"] < 5
+    assert lap["samples_per_second"] > 0
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def train(digits, quiet, folder: Path, epochs: int = 3) -> tr.Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return tr.Trainer(model, *digits, epochs=epochs, batch_size=100, run=folder, terminal=quiet)
+
+
+def test_a_torn_line_of_metrics_is_no_hindrance(digits, quiet, tmp_path, same_runs):
+    """As kill -9 in the middle of a write leaves it."""
+
+    class Stumble(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            if trainer.step == 20:
+                raise RuntimeError("stumbled")
+
+    train(digits, quiet, tmp_path / "undisturbed").fit()
+    trainer = train(digits, quiet, tmp_path / "torn")
+    trainer.callbacks.append(Stumble())
+    with pytest.raises(RuntimeError, match="stumbled"):
+        trainer.fit()
+    with (tmp_path / "torn" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "epo')
+    assert read_metrics(tmp_path / "torn")[-1]["step"] == 15
+    train(digits, quiet, tmp_path / "torn").resume()
+    same_runs(tmp_path / "undisturbed", tmp_path / "torn")
+
+
+def in_a_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script where it may mount what it likes; skip where that isn't allowed."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("unshare -rm isn't allowed here")
+    return subprocess.run(["unshare", "-rm", "sh", "-ec", script], capture_output=True, text=True, timeout=120)
+
+
+def test_a_folder_that_is_read_only_is_an_error_before_the_first_step(tmp_path):
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    command = f"{sys.executable} -m torchrelay train digits --set device.threads=1 --run {folder}/run"
+    mount = f"mount --bind {folder} {folder}\nmount -o remount,ro,bind {folder}\n"
+    found = in_a_namespace(mount + command)
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert found.stderr == (
+        f"error: can't write in the run folder {folder}/run: Read-only file system; choose another by --run\n"
+    )
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_and_what_was_saved_stays_whole(tmp_path):
+    """There is room for the checkpoint of step 0, and not for the next."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = f"{sys.executable} -m torchrelay train digits --set device.threads=1 --run {folder}/run"
+    script = f"""
+mount -t tmpfs -o size=700k none {folder}
+{command} --set run.epochs=3 || echo exit code $?
+cp -r {folder}/run {tmp_path}/copy
+"""
+    found = in_a_namespace(script)
+    assert found.stdout.splitlines()[-1] == "exit code 1"
+    *_, last = found.stderr.splitlines()
+    assert re.fullmatch(r"error: can't save .*: .* it needs [\d,]+ bytes and [\d,]+ are free: make room, .*", last)
+    checkpoints = tmp_path / "copy" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000000"]
+    assert checkpoint.newest(checkpoints, warn=pytest.fail) is not None

@@ -1,0 +1,57 @@
+"""What is imported when: the command line answers at once, and no library is loaded that isn't used."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+OPTIONAL = ("torchvision", "timm", "tensorboard", "matplotlib", "torchmetrics", "sklearn", "scipy", "pandas")
+
+
+def loaded_by(statements: str) -> set[str]:
+    """Return the top-level packages that a fresh process has loaded after some statements."""
+    script = f"{statements}\nimport sys\nprint('loaded:', *{{name.partition('.')[0] for name in sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
+    return set(found.stdout.rpartition("loaded: ")[2].split())
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_needs_neither_torch_nor_pydantic_nor_rich(option):
+    command = f"from torchrelay.cli import main\ntry:\n    main([{option!r}])\nexcept SystemExit:\n    pass"
+    assert loaded_by(command) & {"torch", "numpy", "pydantic", "rich", *OPTIONAL} == set()
+
+
+def test_wrong_usage_is_answered_without_torch():
+    command = "from torchrelay.cli import main\ntry:\n    main(['trian'])\nexcept SystemExit:\n    pass"
+    assert "torch" not in loaded_by(command)
+
+
+def test_importing_torchrelay_loads_nothing_yet():
+    assert "torch" not in loaded_by("import torchrelay")
+
+
+def test_the_trainer_loads_no_library_that_it_may_not_need():
+    loaded = loaded_by("import torchrelay as tr\ntr.Trainer, tr.Recipe, tr.data, tr.optim, tr.models, tr.augment")
+    assert "torch" in loaded
+    assert loaded & set(OPTIONAL) == set()
+
+
+def test_each_public_name_is_there():
+    import torchrelay as tr
+
+    for name in tr.__all__:
+        assert getattr(tr, name) is not None
+        assert name in dir(tr)
+    with pytest.raises(AttributeError, match="module 'torchrelay' has no attribute 'Trainr'"):
+        tr.Trainr  # noqa: B018
+
+
+def test_the_benchmark_of_starts_names_its_reference():
+    startup = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "startup.py"))
+    medians = dict.fromkeys(startup["CASES"], 3.0) | {"import torch": 2.0}
+    lines = startup["table"](medians).splitlines()
+    assert len(lines) == 2 + len(startup["CASES"])
+    assert "| `import torch` | 2.00 | 1.00 |" in lines
+    assert "| `torchrelay --help` | 3.00 | 1.50 |" in lines
