@@ -189,7 +189,7 @@ def test_a_change_that_would_lead_elsewhere_is_refused_at_a_resume(run, tmp_path
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_trains(tmp_path, capsys, monkeypatch):
-    process = started(["train", "digits", *FAST, "--set", "run.epochs=30", "--run", "a run"], tmp_path)
+    process = started(["train", "digits", *FAST, "--set", "run.epochs=20", "--run", "a run"], tmp_path)
     try:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("epoch"):
@@ -206,7 +206,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_tra
     assert re.fullmatch(r"stopped by SIGINT after step \d+, saved; go on with: torchrelay resume '?a run'?\n", err)
     out = say(["resume", "a run"], capsys)
     assert "going on after step" in out
-    assert "epoch 30: " in out
+    assert "epoch 20: " in out
 
 
 # ------------------------------------------------------------------------------------------------ evaluate
@@ -285,6 +285,13 @@ def test_predict_names_a_file_that_is_missing_or_damaged(run, pictures, tmp_path
     assert (code, line) == (2, f"error: {tmp_path}/empty has no images in it")
     code, line = failing(["predict", str(run), str(pictures[0][0]), "--top", "0"], capsys)
     assert (code, line) == (2, "error: --top 0: show 1 class or more")
+
+
+def test_weights_of_another_model_are_refused(run, pictures, capsys):
+    code, line = failing(["predict", str(run), str(pictures[0][0]), "--set", "model.name=mlp"], capsys)
+    assert code == 1
+    assert "the weights of the checkpoint aren't those of model 'mlp': Missing key(s)" in line
+    assert "head.weight" in line
 
 
 def test_an_image_folder_is_trained_on_and_predicts_without_the_training_data(digits, tmp_path, capsys):

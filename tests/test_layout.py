@@ -43,7 +43,7 @@ LINES, MORE_LINES = 300, {
     "trainer": 560,
     "report": 430,
     "checkpoint": 400,
-    "data.folder": 380,
+    "data.folder": 400,
     "data.batches": 370,
     "terminal": 340,
 }  # fmt: skip

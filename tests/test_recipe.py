@@ -1,6 +1,8 @@
 """Recipes: what ships, what is written down, and what is said of a wrong one."""
 
+import json
 import tomllib
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -84,8 +86,6 @@ def test_a_recipe_is_printed_with_the_meaning_and_the_default_of_each_key():
 
 
 def test_the_schema_is_one_by_which_an_editor_completes():
-    import json
-
     schema = json.loads(recipe.schema())
     assert set(schema["properties"]) == set(recipe.Recipe.model_fields)
     assert schema["additionalProperties"] is False
@@ -95,6 +95,11 @@ def test_the_schema_is_one_by_which_an_editor_completes():
     transforms = schema["$defs"]["DataSettings"]["properties"]["augment"]["items"]
     assert "crop" in json.dumps(schema["$defs"])
     assert transforms
+
+
+def test_the_schema_in_the_docs_is_this_one():
+    """`make docs` writes it."""
+    assert (Path(__file__).parent.parent / "docs" / "recipe.schema.json").read_text() == recipe.schema()
 
 
 def test_the_python_name_is_the_same_class():

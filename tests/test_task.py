@@ -105,7 +105,7 @@ def test_weighted_classes_change_what_is_learnt(quiet):
             (x, y),
             task=tr.Classification(class_weights=weights),
             optimizer=tr.optim.SGD(lr=0.5),
-            epochs=40,
+            epochs=150,
             batch_size=200,
             terminal=quiet,
         )

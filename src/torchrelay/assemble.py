@@ -121,7 +121,13 @@ class Predictor:
             code=code,
             log=Terminal(quiet=True).say,
         )
-        model.load_state_dict(contents.model if contents.ema is None else contents.ema)
+        try:
+            model.load_state_dict(contents.model if contents.ema is None else contents.ema)
+        except RuntimeError as error:
+            raise RelayError(
+                f"the weights of the checkpoint aren't those of model '{recipe.model.name}': "
+                + "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            ) from None
         self.model = self.device.place(model)
         self.pipeline = Pipeline(prepare=tuple(recipe.data.prepare), mean=saw["mean"], std=saw["std"])
 

@@ -41,6 +41,12 @@ def start(program: str, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def test_images_are_decoded_once_and_then_mapped(tmp_path):
     fill = Fill(missing=[2])
     first = cache.cached(tmp_path, "place", "key", SHAPE, fill)
@@ -89,12 +95,28 @@ def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_pat
         lambda target: (target / "facts.json").write_text(""),
         lambda target: (target / "facts.json").write_text('{"shape": [6, 3, 8'),
         lambda target: (target / "facts.json").write_text("[]"),
+        lambda target: (target / "facts.json").write_text("5"),
+        lambda target: replace_in(target / "facts.json", '"missing": []', '"missing": [4]'),
+        lambda target: os.truncate(target / "images.bin", 6 * 3 * 8 * 8 + 1),
         lambda target: (target / "facts.json").write_text(
-            json.dumps({"shape": [6, 3, 4, 4], "missing": [], "content": ""})
+            json.dumps(
+                (facts := {"shape": [6, 3, 4, 4], "missing": [], "content": ""}) | {"checksum": cache.key_of(facts)}
+            )
         ),
         lambda target: (target / "facts.json").unlink(),
     ],
-    ids=["truncated images", "no images", "empty facts", "cut facts", "other facts", "foreign shape", "no facts"],
+    ids=[
+        "truncated images",
+        "no images",
+        "empty facts",
+        "cut facts",
+        "other facts",
+        "a number for facts",
+        "edited facts",
+        "longer images",
+        "foreign shape",
+        "no facts",
+    ],
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
     first = cache.cached(tmp_path, "place", "key", SHAPE, Fill())
@@ -245,8 +267,10 @@ def test_images_larger_than_the_memory_can_be_mapped(tmp_path):
             file.truncate(shape[0] * 1024 * 1024)  # a file of nothing but holes takes no room
         except OSError:
             pytest.skip("this file system has no files of that size")
-    (target / "facts.json").write_text(json.dumps({"shape": shape, "missing": [], "content": "none"}))
-    found = cache.cached(tmp_path, "place", "key", shape, Fill())
+    facts = {"shape": shape, "missing": [], "content": "none"}
+    (target / "facts.json").write_text(json.dumps(facts | {"checksum": cache.key_of(facts)}))
+    found = cache._open(target, shape)  # not `cached`, which would fill the disk if this weren't accepted
+    assert found is not None
     assert found.images.shape == shape
     assert found.images[-1, 0, 0, 0] == 0
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from torchrelay.data import ArraySource, DatasetSource, image_folder
+from torchrelay.data import ArraySource, DatasetSource, folder, image_folder
 from torchrelay.data.folder import decode_images
 from torchrelay.errors import RelayError, UsageError
 
@@ -147,6 +148,19 @@ def test_a_link_to_nothing_is_named(parted, on_error):
         read(parted, on_error=on_error)
 
 
+@pytest.mark.parametrize("link", ["loop", "cat/loop", "cat/loop.png"])
+def test_a_link_to_itself_is_named(parted, link):
+    (parted / "train" / link).symlink_to(Path(link).name)
+    with pytest.raises(RelayError, match=f"train/{link} can't be read: Too many levels of symbolic links"):
+        read(parted)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_called_like_an_image_is_left_out_and_not_waited_for(parted):
+    os.mkfifo(parted / "train" / "cat" / "0.jpg")
+    assert names(read(parted)[0])[:3] == ["cat/0.png", "cat/1.png", "cat/2.png"]
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -268,6 +282,18 @@ def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path
             assert np.array_equal(image.permute(1, 2, 0), picture(int(Path(path).stem), size=(50, 50)))
 
 
+def test_a_long_decoding_says_how_far_it_is(parted, monkeypatch):
+    monkeypatch.setattr(folder, "_SAY_EVERY", 0.0)
+    said = []
+    image_folder(parted, cache=False, log=said.append)
+    assert said == [
+        "decoding 6 images, once",
+        "decoded 6 of 6 images",
+        "decoding 4 images, once",
+        "decoded 4 of 4 images",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------ damaged images
 
 
@@ -276,8 +302,18 @@ def truncated_jpeg(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:900])
 
 
+def tiff_whose_offset_is_a_text(path: Path) -> None:
+    """Damage to what says where a TIFF's pixels are, which PIL answers with a TypeError."""
+    picture(0).save(path, "TIFF")
+    content, strip_offsets, number, text = path.read_bytes(), 273, 4, 2
+    entry = struct.pack("<HH", strip_offsets, number)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack("<HH", strip_offsets, text)))
+
+
 DAMAGES = {
     "truncated": truncated_jpeg,
+    "a text for a number": tiff_whose_offset_is_a_text,
     "a text": lambda path: path.write_text("no image at all"),
     "empty": lambda path: path.write_bytes(b""),
 }

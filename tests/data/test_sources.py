@@ -62,6 +62,19 @@ def test_images_with_channels_first_stay():
     assert arrays(images, torch.zeros(5)).inputs.shape == (5, 3, 8, 3)
 
 
+@pytest.mark.parametrize("turned", [np.s_[:, ::-1], np.s_[..., ::-1], np.s_[:1, :1, ::-1]])
+def test_arrays_that_were_turned_around_are_taken_as_they_look(turned):
+    values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)[turned]
+    assert np.array_equal(arrays(values, np.zeros(len(values))).inputs, values)
+
+
+def test_arrays_of_another_byte_order_are_taken():
+    assert arrays(np.array([[1.5], [2.5]], dtype=">f4"), np.array([3, 4], dtype=">i4")).inputs.tolist() == [
+        [1.5],
+        [2.5],
+    ]
+
+
 def test_inputs_that_need_gradients_are_taken_without():
     assert not arrays(torch.ones(3, 2, requires_grad=True), torch.zeros(3)).inputs.requires_grad
 
@@ -88,6 +101,35 @@ def test_inputs_and_targets_of_different_length_are_refused():
 def test_no_samples_are_refused():
     with pytest.raises(RelayError, match="no samples"):
         arrays(np.zeros((0, 2)), np.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (np.array(["cat", "dog"]), r"targets of <U3 can't be made a tensor: give numbers"),
+        (["cat", "dog"], "targets of list can't be made a tensor: give numbers"),
+        (None, "targets of NoneType can't be made a tensor: give numbers"),
+        ([[1, 2], [3, 4], [5]], "for sample 2 has 1 entries and sample 0 has 2 entries"),
+        ([0, 1, "2"], "for sample 2 has str and sample 0 has int"),
+        ([torch.zeros(2), torch.zeros(3)], r"for sample 1 has shape \(3,\) and sample 0 has shape \(2,\)"),
+    ],
+    ids=["strings", "a list of strings", "nothing", "rows of several lengths", "a string", "tensors of several shapes"],
+)
+def test_what_makes_no_tensor_is_refused_with_the_odd_sample(values, text):
+    with pytest.raises(UsageError, match=text) as found:
+        arrays(np.zeros((3, 1)), values)
+    assert "\n" not in str(found.value)
+
+
+def test_a_source_of_what_are_no_tensors_names_the_way():
+    with pytest.raises(UsageError, match=r"must be tensors.*data\.arrays\(\)"):
+        ArraySource(np.zeros((3, 1)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
+def test_labels_of_another_type_than_int64_are_refused(kind):
+    with pytest.raises(RelayError, match=f"the labels are {kind}: give int64"):
+        ArraySource(torch.zeros(2, 1), torch.tensor([0, 1], dtype=kind), ("a", "b"))
 
 
 def test_numbers_without_a_sample_dimension_are_refused():

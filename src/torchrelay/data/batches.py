@@ -309,19 +309,40 @@ class _Loader:
         try:
             yield
         except Exception as error:
-            self.close()
-            text = str(error)
-            if isinstance(error, RuntimeError) and "shared memory" in text:
+            text = self._close_after(error)
+            if "shared memory" in text:
                 raise RelayError(
                     f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
                     "data.workers or a smaller data.batch_size"
                 ) from error
-            if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+            if text.startswith("DataLoader worker (pid"):
                 raise RelayError(
                     f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer "
                     "data.workers, and resume"
                 ) from error
             raise
+
+    def _close_after(self, error: Exception) -> str:
+        """End the workers and return what happened, in PyTorch's words.
+
+        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's signal handler,
+        which knows the process, may have its say only while we clean up.
+        """
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        workers = getattr(self._loader._iterator, "_workers", ())
+        try:
+            if isinstance(error, ConnectionError | EOFError):
+                for worker in workers:
+                    worker.join(timeout=1)
+                    if worker.exitcode:
+                        text = f"DataLoader worker (pid {worker.pid}) exited with code {worker.exitcode}"
+            self.close()
+        except RuntimeError as later:
+            if not str(later).startswith("DataLoader worker (pid"):
+                raise
+            text = str(later)
+            self.close()
+        return text
 
     def close(self) -> None:
         """End the worker processes; a later read starts new ones."""

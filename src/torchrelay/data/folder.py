@@ -26,6 +26,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", 
 _TESTS = ("test", "val", "validation", "valid")
 _CHUNK = 64  # images that one thread decodes before it takes the next
 _SAY_EVERY = 10.0  # seconds between two lines on how far decoding is
+_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # of PIL's readers
 _SMALL = 4096  # bytes; threads lose more by taking turns in Python than they gain by decoding such files at once
 
 
@@ -140,7 +141,8 @@ def _listings(base: Path) -> tuple[_Listing, _Listing | None]:
 
 def _scan(folder: Path, name: str) -> _Listing:
     try:
-        classes = sorted(e.name for e in os.scandir(folder) if not e.name.startswith(".") and e.is_dir())
+        with os.scandir(folder) as entries:
+            classes = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
         found = [sorted(_images(f"{folder}/{class_name}", class_name, frozenset())) for class_name in classes]
     except OSError as error:  # no permission, or a link that leads to itself or to nothing
         raise _out_of_reach(str(error.filename), error) from error
@@ -252,9 +254,7 @@ def _decoded(
     )
     if not found.missing:
         return source
-    log(
-        f"{listing.folder}: {len(found.missing)} unreadable images are left out, the first is {paths[found.missing[0]]}"
-    )
+    log(f"{listing.folder}: {len(found.missing)} unreadable images left out, the first is {paths[found.missing[0]]}")
     return source.take(torch.from_numpy(np.setdiff1d(np.arange(len(paths)), found.missing)))
 
 
@@ -345,7 +345,7 @@ def _open(path: str, channels: int) -> Image.Image:
         with Image.open(path) as picture:
             picture.load()
             return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
             raise _out_of_reach(path, error) from error
         cause = "its content is no image" if isinstance(error, UnidentifiedImageError) else error
