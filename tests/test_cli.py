@@ -160,7 +160,7 @@ def test_training_again_in_a_folder_says_how_to_go_on(run, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     code, line = failing(["train", "digits", *FAST, "--run", str(run)], capsys)
     assert code == 2
-    assert f"{run} holds a run already: go on with it by 'torchrelay resume" in line
+    assert f"{run} holds a run already: choose another folder, or go on with it by: torchrelay resume" in line
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 

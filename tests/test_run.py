@@ -50,7 +50,9 @@ def test_a_folder_that_is_free_keeps_its_name(tmp_path):
 def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
     run.write_recipe({"run": {"epochs": 1}})
     run.close()
-    with pytest.raises(UsageError, match="holds a run already: go on with it by 'torchrelay resume"):
+    with pytest.raises(
+        UsageError, match="holds a run already: choose another folder, or go on with it by: torchrelay resume"
+    ):
         opened(run.folder, quiet)
     opened(run.folder, quiet, resume=True).close()
 

@@ -307,7 +307,9 @@ def test_max_steps_ends_a_run_where_it_says(digits, quiet, tmp_path, same_runs):
 def test_a_second_run_in_a_folder_is_refused(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run, epochs=1).fit()
-    with pytest.raises(UsageError, match="holds a run already: go on with it by 'torchrelay resume"):
+    with pytest.raises(
+        UsageError, match="holds a run already: choose another folder, or go on with it by: torchrelay resume"
+    ):
         build(digits, quiet, run).fit()
     with pytest.raises(UsageError, match="holds no run to resume"):
         build(digits, quiet, tmp_path / "nothing").resume()

@@ -168,12 +168,13 @@ def write(folder: Path, contents: Contents) -> Path:
             shutil.rmtree(target)
         staging.rename(target)
         _flush_folder(folder)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         needed = sum(t.nbytes for t in (*contents.model.values(), *pack(contents.state)[1].values()))
         free = shutil.disk_usage(folder).free if folder.exists() else 0
+        cause = getattr(error, "strerror", None) or error
         raise RelayError(
-            f"can't save {target}: {error.strerror or error}; it needs {needed:,} bytes and {free:,} are free: "
+            f"can't save {target}: {cause}; it needs {needed:,} bytes and {free:,} are free: "
             "make room, then resume the run"
         ) from error
     return target

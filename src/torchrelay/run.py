@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import socket
 import time
 import tomllib
@@ -93,7 +94,8 @@ class Run:
         started = (folder / "recipe.toml").exists()
         if started and not resume:
             raise UsageError(
-                f"{folder} holds a run already: go on with it by 'torchrelay resume {folder}', or choose another"
+                f"{folder} holds a run already: choose another folder, or go on with it by: "
+                f"torchrelay resume {shlex.quote(str(folder))}"
             )
         if resume and not started:
             raise UsageError(f"{folder} holds no run to resume: give a folder that 'torchrelay train' made")

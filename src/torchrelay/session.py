@@ -1,5 +1,6 @@
 """Step 7: what surrounds the loop: opening or resuming a run before its first step, closing it after its last."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -113,7 +114,7 @@ def _interrupted(trainer: "Trainer") -> Interrupted:
         return Interrupted(f"{done}; there is no run folder to resume from")
     trainer.save()
     trainer.run.wait()
-    return Interrupted(f"{done}, saved; go on with: torchrelay resume {trainer.folder}")
+    return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
 
 
 def _finish(trainer: "Trainer") -> None:

@@ -29,7 +29,7 @@ from torchrelay.data.augment import Augment, Pipeline
 from torchrelay.data.batches import Batch, Batches, Sampling, statistics
 from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
 from torchrelay.finite import FiniteGuard
 from torchrelay.models import EMA
@@ -290,7 +290,7 @@ class Trainer:
         if self.step % self.settings.log_every == 0:
             self._guard.read()
         if self.step == self.settings.max_steps:
-            self.stop(f"{self.step} steps are done, as run.max_steps says")
+            self.stop(f"run.max_steps is {self.step}")
         self.stopwatch.samples += len(batch.indices)
         self.samples_seen += len(batch.indices)
         if self.signal.received is not None:
@@ -498,7 +498,13 @@ class Trainer:
 
     def load_weights(self, contents: Contents) -> None:
         """Take over a checkpoint's weights, the averaged ones included."""
-        self.model.load_state_dict(contents.model)
+        try:
+            self.model.load_state_dict(contents.model)
+        except RuntimeError as error:
+            name = type(self.model).__name__
+            raise RelayError(
+                f"the checkpoint's weights don't fit {name}: {str(error).splitlines()[-1].strip()}"
+            ) from error
         if self.ema is not None and contents.ema is not None:
             self.ema.load_state_dict(contents.ema)
 

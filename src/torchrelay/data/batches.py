@@ -325,14 +325,13 @@ class _Loader:
     def _close_after(self, error: Exception) -> str:
         """End the workers and return what happened, in PyTorch's words.
 
-        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's signal handler,
-        which knows the process, may have its say only while we clean up.
+        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's handler of the
+        signal may have its say only while we clean up.
         """
         text = str(error) if isinstance(error, RuntimeError) else ""
-        workers = getattr(self._loader._iterator, "_workers", ())
         try:
             if isinstance(error, ConnectionError | EOFError):
-                for worker in workers:
+                for worker in getattr(self._loader._iterator, "_workers", ()):
                     worker.join(timeout=1)
                     if worker.exitcode:
                         text = f"DataLoader worker (pid {worker.pid}) exited with code {worker.exitcode}"

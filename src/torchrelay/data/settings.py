@@ -141,7 +141,9 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
                 log=log,
             )
     known = ("digits", "cifar10", "cifar100", "image-folder", "text")
-    raise UsageError(f"data.name '{settings.name}' is unknown{nearest(settings.name, known)} known: {', '.join(known)}")
+    raise UsageError(
+        f"data.name '{settings.name}' is unknown{nearest(settings.name, known) or '; known: ' + ', '.join(known)}"
+    )
 
 
 def _root(settings: DataSettings) -> Path:
