@@ -120,7 +120,7 @@ def fetch(url: str) -> Any:
         return []
 
 
-def wait_for(condition: Callable[[], Any], explain: Callable[[], str], seconds: float = 15) -> Any:
+def wait_for(condition: Callable[[], Any], explain: Callable[[], str], seconds: float = 60) -> Any:
     """Return the condition's value once it is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
