@@ -512,3 +512,13 @@ def test_version_and_help(capsys):
             cli.main([option])
         assert leave.value.code == 0
         assert capsys.readouterr().out.startswith(expected)
+
+
+def test_what_pytorch_refuses_is_a_line_and_debug_shows_where(tmp_path, capsys):
+    arguments = ["train", "digits", "--set", "model.name=char-lm", "--run", str(tmp_path / "run"), "--quiet"]
+    assert cli.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("; --debug shows where")
+    with pytest.raises(Exception, match="Expected tensor for argument"):
+        cli.main([*arguments[:-2], str(tmp_path / "other"), "--debug"])

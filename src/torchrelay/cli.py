@@ -33,10 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as with `| head`
         return _FAILED
-    except OSError as error:  # a full disk, a lost connection: what the system refuses, with its own words
+    except Exception as error:
         if options.debug:
             raise
-        _print_error(f"{error}; --debug shows where")
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        _print_error(f"{kind}{str(error).strip()}; --debug shows where")
         return _FAILED
     return 0
 
