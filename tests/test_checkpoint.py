@@ -270,3 +270,13 @@ print("whole")
             break
     assert (1, -9) in seen
     assert (2, 0) in seen
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    writer = Writer(tmp_path, CheckpointSettings())
+    mask = torch.tensor([0.0, float("-inf")])  # a buffer may hold what it likes
+    writer.save(Contents(1, {"w": torch.ones(2), "mask": mask}, {}, trained=("w",)))
+    writer.save(Contents(2, {"w": torch.tensor([1.0, float("nan")]), "mask": mask}, {}, trained=("w",)))
+    with pytest.raises(RelayError, match="the weights 'w' are not finite after step 2"):
+        writer.close()
+    assert [path.name for path in checkpoint.whole(tmp_path)] == ["step-00000001"]

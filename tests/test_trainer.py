@@ -415,3 +415,25 @@ def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
         build(digits, quiet, batch_size=0)
     with pytest.raises(ValueError, match="epochs"):
         build(digits, quiet, epochs=0)
+
+
+class LostGradient(tr.Classification):
+    """Its loss is finite, and from the fourth step on its gradient isn't."""
+
+    steps = 0
+
+    def loss(self, outputs, targets):
+        self.steps += 1
+        if self.steps > 3 and outputs.requires_grad:
+            outputs.register_hook(lambda gradient: gradient * math.nan)
+        return super().loss(outputs, targets)
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    every = CheckpointSettings(every="1 steps", keep=100)
+    with pytest.raises(RelayError, match=r"not finite after step 4|the loss of step 4 is nan"):
+        build(digits, quiet, run, task=LostGradient(), checkpoint=every).fit()
+    saved = checkpoint.newest(run / "checkpoints", warn=pytest.fail)
+    assert saved.step == 3
+    assert all(torch.isfinite(tensor).all() for tensor in saved.model.values())

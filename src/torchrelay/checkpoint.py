@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,25 @@ class Contents:
     ema: dict[str, Tensor] | None = None
     score: float | None = None  # the headline metric, higher is better; None where nothing was evaluated
     metrics: dict[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()  # names in `model` that are updated, and so must be finite; a mask may hold -inf
 
     def in_memory(self) -> "Contents":
         """Return a copy in the CPU's memory, which further training doesn't touch. Only this holds training up."""
         copy = _copy_tensors({"model": self.model, "state": self.state, "ema": self.ema})
-        return Contents(self.step, copy["model"], copy["state"], copy["ema"], self.score, self.metrics)
+        return replace(self, model=copy["model"], state=copy["state"], ema=copy["ema"])
+
+    def check_finite(self) -> None:
+        """Look for numbers that aren't finite.
+
+        Raises:
+            RelayError: a trained weight has one; the text names it.
+        """
+        for name in self.trained:
+            if not bool(torch.isfinite(self.model[name]).all()):
+                raise RelayError(
+                    f"the weights '{name}' are not finite after step {self.step}, so they are not saved: resume from "
+                    "the checkpoint before, with a lower optimizer.lr or optimizer.clip_norm=1"
+                )
 
 
 def _copy_tensors(tree: Any) -> Any:
@@ -376,6 +390,7 @@ class Writer:
     def _work(self) -> None:
         while (contents := self._waiting.get()) is not None:
             try:
+                contents.check_finite()  # here, where training doesn't wait for it
                 write(self.folder, contents)
                 prune(self.folder, self.settings.keep, self.settings.keep_best)
             except BaseException as error:  # noqa: BLE001 - handed to the training's thread, which raises it

@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from torchrelay.data.order import Places
@@ -54,8 +53,3 @@ class FiniteGuard:
             f"the loss of step {step} is {value}: nothing of it is saved, and the last checkpoint is finite"
             f"{where}; try a lower optimizer.lr, or optimizer.clip_norm=1"
         )
-
-
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Return whether every number of every tensor is finite; integers always are."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())

@@ -478,6 +478,7 @@ class Trainer:
             ema=self.ema.state_dict() if self.ema is not None else None,
             score=self._score(values) if values else None,
             metrics=values,
+            trained=tuple(name for name, _ in self.model.named_parameters()),
         )
         self.run.save(contents)
 
