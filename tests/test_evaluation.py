@@ -147,3 +147,13 @@ def test_a_table_is_named_by_classes_or_by_numbers():
         "confusion_matrix": [[1, 3], [1, 3]],
     }
     assert found.to_json(())["accuracy_by_class"] == {"0": 0.25, "1": 0.75}
+
+
+def test_samples_are_sequences_where_a_task_counts_tokens(quiet):
+    tokens = torch.arange(60).view(6, 10) % 7
+    source = tr.data.arrays(tokens, tokens)
+    model = torch.nn.Embedding(7, 7)  # tokens (batch, length) to logits (batch, length, 7)
+    trainer = tr.Trainer(model, source, source, task=tr.NextToken(), batch_size=4, terminal=quiet)
+    assert trainer.evaluate().samples == 6
+    trainer.fit()
+    assert trainer.last_evaluation.samples == 6

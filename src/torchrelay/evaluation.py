@@ -44,7 +44,7 @@ class Sums:
 
     def __init__(self) -> None:
         self._losses: list[tuple[Tensor, Tensor | float]] = []
-        self._measures: list[tuple[dict[str, Tensor], int]] = []
+        self._measures: list[tuple[dict[str, Tensor], Tensor | int]] = []
         self.loss = 0.0
         self.weight = 0.0
         self.measures: dict[str, float] = {}
@@ -54,7 +54,7 @@ class Sums:
         """Add a batch's mean loss, which counts by its weight."""
         self._losses.append((mean, weight))
 
-    def add_measures(self, measures: dict[str, Tensor], count: int) -> None:
+    def add_measures(self, measures: dict[str, Tensor], count: Tensor | int) -> None:
         """Add summed measures of `count` things."""
         self._measures.append((measures, count))
 
@@ -64,7 +64,7 @@ class Sums:
             self.loss += float(loss) * float(weight)
             self.weight += float(weight)
         for measures, count in self._measures:
-            self.count += count
+            self.count += int(count)
             for name, value in measures.items():
                 self.measures[name] = self.measures.get(name, 0.0) + float(value)
         self._losses.clear()
@@ -102,7 +102,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Dev
     """
     was_training = model.training
     model.eval()
-    sums = Sums()
+    sums, samples = Sums(), 0
     metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for batch in batches:
         with device.autocast():
@@ -111,12 +111,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Dev
         weight = task.weight(batch.targets)
         sums.add_loss(loss / weight, weight)
         sums.add_measures(task.measure(outputs, batch.targets), task.count(batch.targets))
+        samples += len(batch.indices)
         if metrics:
             predictions = task.predict(outputs)
             for metric in metrics.values():
                 metric.update(predictions, _as_targets(batch.targets, predictions))
     model.train(was_training)
-    return _result(sums, {name: metric.compute() for name, metric in metrics.items()})
+    return _result(sums, samples, {name: metric.compute() for name, metric in metrics.items()})
 
 
 def _as_targets(targets: Tensor, predictions: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _as_targets(targets: Tensor, predictions: Tensor) -> Tensor:
     return targets.long() if targets.is_floating_point() and targets.shape == predictions.shape else targets
 
 
-def _result(sums: Sums, computed: dict[str, Tensor]) -> Evaluation:
+def _result(sums: Sums, samples: int, computed: dict[str, Tensor]) -> Evaluation:
     values = sums.means()
     tables: dict[str, list[float]] = {}
     confusion = None
@@ -135,7 +136,7 @@ def _result(sums: Sums, computed: dict[str, Tensor]) -> Evaluation:
             tables[name] = value.tolist()
         else:
             confusion = value.cpu().long()
-    return Evaluation(values, tables, confusion, sums.count)
+    return Evaluation(values, tables, confusion, samples)
 
 
 @torch.no_grad()

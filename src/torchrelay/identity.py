@@ -19,7 +19,6 @@ _MUST_AGREE = {
     "seed": "run.seed",
     "batch_size": "data.batch_size",
     "replicas": "parallel.replicas",
-    "sampling": "data.sampling",
 }
 
 # Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.

@@ -53,8 +53,8 @@ class Task(ABC):
         """Return cheap measures summed over a part of the batch, kept on the device; the trainer divides by `count`."""
         return {}
 
-    def count(self, targets: Tensor) -> int:
-        """Return over how many things `measure` has summed; as it stands: samples."""
+    def count(self, targets: Tensor) -> Tensor | int:
+        """Return over how many things `measure` has summed, on the device if counted there; by default samples."""
         return len(targets)
 
     def metrics(self) -> Mapping[str, Any]:
@@ -249,9 +249,9 @@ class NextToken(Task):
         """Return how many tokens were right."""
         return {"accuracy": ((outputs.argmax(-1) == targets) & (targets != self.ignore)).sum()}
 
-    def count(self, targets: Tensor) -> int:
-        """Return the number of tokens that count."""
-        return int((targets != self.ignore).sum())
+    def count(self, targets: Tensor) -> Tensor:
+        """Return the number of tokens that count, without waiting for the device."""
+        return (targets != self.ignore).sum()
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, length, vocabulary) probabilities."""
