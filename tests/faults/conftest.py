@@ -1,0 +1,292 @@
+"""What the faults share: real processes, quick to start, and what an error looks like."""
+
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SERVER = Path(__file__).with_name("fork_server.py")
+Done = subprocess.CompletedProcess[str]
+
+
+class Process:
+    """A real process, with a session of its own.
+
+    Args:
+        server: who started it.
+        pid: its id, which is also its session's.
+        streams: the files of its output and its errors, or none where it has a terminal.
+    """
+
+    def __init__(self, server: "Server", pid: int, streams: tuple[Path, Path] | None) -> None:
+        self.server = server
+        self.pid = pid
+        self.streams = streams
+        self.returncode: int | None = None
+
+    def wait(self, timeout: float = 120) -> int:
+        """Wait for its end and return its exit code, minus the signal's number where one ended it."""
+        if self.returncode is None:
+            self.returncode = self.server.ask(do="wait", pid=self.pid, timeout=timeout)
+        if self.returncode is None:
+            self.end()
+            pytest.fail(f"the process was still running after {timeout} s:\n{self.output}\n{self.errors}")
+        return self.returncode
+
+    def runs(self) -> bool:
+        """Return whether it has not ended yet."""
+        if self.returncode is None:
+            self.returncode = self.server.ask(do="wait", pid=self.pid, timeout=0)
+        return self.returncode is None
+
+    def send(self, number: int) -> None:
+        """Send a signal to the process alone."""
+        os.kill(self.pid, number)
+
+    def until(self, happened: Callable[[], Any], timeout: float = 60) -> Any:
+        """Wait until something is true while the process runs, and return it."""
+        end = time.monotonic() + timeout
+        while not (found := happened()):
+            assert self.runs(), f"it ended too early, with {self.returncode}:\n{self.output}\n{self.errors}"
+            assert time.monotonic() < end, f"waited {timeout} s:\n{self.output}\n{self.errors}"
+            time.sleep(0.002)
+        return found
+
+    def done(self, timeout: float = 120) -> Done:
+        """Wait for its end; nothing that it started may live longer."""
+        code = self.wait(timeout)
+        end = time.monotonic() + 5  # workers see that their parent is gone, and need a moment for it
+        while (left := self.family()) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not left, f"left behind: {left}"
+        return subprocess.CompletedProcess([], code, self.output, self.errors)
+
+    def family(self) -> list[int]:
+        """Return the living processes of its session but itself."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            except (OSError, ValueError):
+                continue  # it has just ended
+            if int(session) == self.pid and state != "Z" and int(stat.parent.name) != self.pid:
+                found.append(int(stat.parent.name))
+        return found
+
+    def end(self) -> None:
+        """Kill it and all it started."""
+        for pid in [*([] if self.returncode is not None else [self.pid]), *self.family()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if self.returncode is None:
+            self.returncode = self.server.ask(do="wait", pid=self.pid, timeout=30)
+
+    @property
+    def output(self) -> str:
+        return self.streams[0].read_text() if self.streams else ""
+
+    @property
+    def errors(self) -> str:
+        return self.streams[1].read_text() if self.streams else ""
+
+
+class Server:
+    """Starts processes, by a process that has imported PyTorch already and forks; see fork_server.py.
+
+    Args:
+        address: its socket.
+        folder: for what processes print.
+    """
+
+    def __init__(self, address: Path, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[Process] = []
+        self._count = 0
+        self._socket = socket.socket(socket.AF_UNIX)
+        end = time.monotonic() + 120
+        while True:
+            try:
+                self._socket.connect(str(address))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < end, "the server for processes doesn't start"
+                time.sleep(0.01)
+        self._lines = self._socket.makefile("rw", encoding="utf-8")
+
+    def ask(self, **request: Any) -> Any:
+        self._lines.write(json.dumps(request) + "\n")
+        self._lines.flush()
+        return json.loads(self._lines.readline())
+
+    def start(
+        self,
+        *arguments: str | Path,
+        folder: Path,
+        script: Path | None = None,
+        terminal: str | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Process:
+        """Start `python -m torchrelay …`, or a script.
+
+        Args:
+            *arguments: what follows.
+            folder: where it is started.
+            script: run this instead of torchrelay.
+            terminal: the device of a terminal to run in, as `pty.openpty` gives it.
+            environment: variables beside those of every test.
+        """
+        self._count += 1
+        streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
+        for stream in streams:
+            stream.touch()
+        pid = self.ask(
+            do="start",
+            argv=[str(script or "torchrelay"), *map(str, arguments)],
+            script=str(script) if script else None,
+            folder=str(folder),
+            stdout=str(streams[0]),
+            stderr=str(streams[1]),
+            terminal=terminal,
+            environment=clean_environment(self.folder) | (environment or {}),
+        )
+        self.started.append(Process(self, pid, None if terminal else streams))
+        return self.started[-1]
+
+    def end_all(self) -> None:
+        """End what a test left running."""
+        for process in self.started:
+            process.end()
+        self.started.clear()
+
+    def close(self) -> None:
+        self.end_all()
+        self._lines.close()
+        self._socket.close()
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Return what a process needs, one thread, and nothing else of this one's."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TMPDIR") if name in os.environ}
+    return kept | {"HOME": str(home), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="faults"))  # a socket's path must be short
+    command = [sys.executable, SERVER, folder / "socket"]
+    with subprocess.Popen(command, env=clean_environment(folder), start_new_session=True) as process:
+        server = Server(folder / "socket", folder)
+        yield server
+        server.close()
+        process.wait(30)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def server(_server: Server) -> Iterator[Server]:
+    """Starts processes that a test looks at, signals or kills; ends them after it."""
+    yield _server
+    _server.end_all()
+
+
+@pytest.fixture
+def start(server: Server, tmp_path: Path) -> Callable[..., Process]:
+    """Start `python -m torchrelay …` in the test's own folder: a process to look at, to signal, to kill."""
+
+    def started(*arguments: str | Path, folder: Path = tmp_path, **options: Any) -> Process:
+        return server.start(*arguments, folder=folder, **options)
+
+    return started
+
+
+@pytest.fixture
+def cli(start: Callable[..., Process]) -> Callable[..., Done]:
+    """Run `python -m torchrelay …` to its end, with one thread and a clean environment; nothing may be left behind."""
+
+    def run(*arguments: str | Path, timeout: float = 120, **options: Any) -> Done:
+        return start(*arguments, **options).done(timeout)
+
+    return run
+
+
+@pytest.fixture
+def one_line() -> Callable[..., str]:
+    """Assert that a command failed as it should: its exit code, and one line with all of `says`; return the line."""
+
+    def check(done: Done, *says: str, code: int = 1) -> str:
+        assert done.returncode == code, f"exit code {done.returncode}: {done.stderr}"
+        assert "Traceback" not in done.stdout + done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.endswith("\n")
+        assert done.stderr.count("\n") == 1, f"more than a line: {done.stderr}"
+        for part in says:
+            assert part in done.stderr, f"'{part}' isn't in: {done.stderr}"
+        return done.stderr.strip()
+
+    return check
+
+
+class Namespace:
+    """Where a test may mount what it likes, such as a small disk, and what it sees there.
+
+    Args:
+        server: starts processes in it.
+        pid: a process in it.
+    """
+
+    def __init__(self, server: Server, pid: int) -> None:
+        self.server = server
+        self.pid = pid
+
+    def shell(self, script: str) -> None:
+        """Run a shell script in it."""
+        entering = ["nsenter", f"--target={self.pid}", "--user", "--mount", "--preserve-credentials"]
+        subprocess.run([*entering, "sh", "-ec", script], check=True, capture_output=True, text=True, timeout=60)
+
+    def seen(self, path: Path) -> Path:
+        """Return the path by which this process sees a file of the namespace."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+
+@pytest.fixture(scope="session")
+def _namespace(_server: Server) -> Iterator[Namespace | None]:
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-rm", "true"], capture_output=True).returncode:
+        yield None
+        return
+    pid = _server.ask(do="divide", address=str(_server.folder / "inside"))
+    inside = Server(_server.folder / "inside", _server.folder)
+    inside._count = 100_000  # names of its own for what is printed
+    yield Namespace(inside, pid)
+    inside.close()
+
+
+@pytest.fixture
+def namespace(_namespace: Namespace | None) -> Iterator[Namespace]:
+    """A mount namespace with processes of its own; skips where that isn't allowed."""
+    if _namespace is None:
+        pytest.skip("unshare -rm isn't allowed here")
+    yield _namespace
+    _namespace.server.end_all()
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, str]]:
+    """A terminal: the side at which a person sits, and the device for a process."""
+    person, device = pty.openpty()
+    yield person, os.ttyname(device)
+    os.close(person)
+    os.close(device)
