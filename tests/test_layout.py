@@ -19,9 +19,9 @@ SOURCE = ROOT / "src"
 # A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours.
 LAYERS = (
     ("errors", "settings", "rng", "terminal", "trackers"),  # know nothing of each other
-    ("duration", "identity", "signals", "report", "device", "parallel", "models", "task"),
-    ("checkpoint", "data", "optim"),
-    ("evaluation", "finite", "run", "callbacks", "doctor"),
+    ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults"),
+    ("checkpoint", "data", "optim", "task"),
+    ("evaluation", "spikes", "run", "callbacks", "doctor"),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
     ("assemble",),  # from a recipe to a trainer
@@ -31,7 +31,7 @@ LAYERS = (
 )
 # Inside `data`, where the order matters most: a step of preparing data knows only the earlier ones.
 DATA_LAYERS = (
-    ("order", "cache"),
+    ("order", "cache", "files"),
     ("augment", "sources"),
     ("folder", "named", "batches"),
     ("settings",),
@@ -40,11 +40,11 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 560,
+    "trainer": 580,
     "report": 430,
-    "checkpoint": 400,
+    "checkpoint": 430,
     "data.folder": 400,
-    "data.batches": 370,
+    "data.batches": 380,
     "terminal": 340,
 }  # fmt: skip
 

@@ -237,11 +237,20 @@ def whole(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
-def newest(folder: Path, warn: Callable[[str], None]) -> Contents | None:
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def newest(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Contents | None:
     """Read the newest whole checkpoint; a damaged one is named through `warn`, and the one before it is used.
+
+    Args:
+        folder: where the checkpoints are.
+        warn: told of a damaged one.
+        before: only of fewer steps than this.
 
     Returns:
         None if there is no checkpoint at all.
@@ -251,6 +260,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Contents | None:
     """
     damage = []
     for path in reversed(whole(folder)):
+        if before is not None and _step(path) >= before:
+            continue
         try:
             return read(path)
         except RelayError as error:
@@ -275,7 +286,7 @@ def find(folder: Path, which: str) -> Path:
         UsageError: there is no such checkpoint; the text lists those there are.
     """
     paths = whole(folder)
-    by_step = {str(int(path.name.removeprefix("step-"))): path for path in paths}
+    by_step = {str(_step(path)): path for path in paths}
     if not paths:
         raise UsageError(f"{folder} has no checkpoint yet")
     if which == "best":
@@ -295,8 +306,19 @@ def prune(folder: Path, keep: int, keep_best: int) -> None:
     kept = {*paths[-max(keep, 1) :], *ranked[:keep_best]}
     for path in paths:
         if path not in kept:
-            (path / "manifest.json").unlink()  # first: a half-deleted folder must not count
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of more steps than this, the newest first: what is left goes on without a gap."""
+    for path in reversed(whole(folder)):
+        if _step(path) > step:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    (path / "manifest.json").unlink()  # first: a half-deleted folder must not count
+    shutil.rmtree(path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

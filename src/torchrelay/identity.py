@@ -5,6 +5,7 @@ only its last bits is a warning.
 """
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ Identity = dict[str, str | int | bool]
 
 _MUST_AGREE = {
     "data": "the training data",
+    "validation_data": "the validation data",
+    "test_data": "the test data",
     "samples": "the number of training samples",
     "seed": "run.seed",
     "batch_size": "data.batch_size",
@@ -24,6 +27,7 @@ _MUST_AGREE = {
 # Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.
 _MAY_CHANGE = {
     *("run.epochs", "run.max_steps", "run.patience", "run.evaluate_every", "run.log_every"),
+    *("run.on_spike", "run.spike_threshold", "run.max_skipped"),
     *("data.root", "data.workers", "data.download", "data.cache", "data.cache_dir", "model.pretrained"),
     *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
 }
@@ -41,8 +45,16 @@ def of_machine(device: torch.device) -> Identity:
     }
 
 
-def compare(saved: dict[str, Any], now: Identity, accept_changes: bool) -> list[str]:
+def compare(
+    saved: dict[str, Any], now: Identity, accept_changes: bool, data_changes: Callable[[], str] = str
+) -> list[str]:
     """Compare a checkpoint's identity with the present one and return warnings.
+
+    Args:
+        saved: the checkpoint's.
+        now: the present one.
+        accept_changes: whether what changes the result is only warned of.
+        data_changes: says what was done to the data's files, if that is known.
 
     Raises:
         RelayError: something differs that changes the result, and `accept_changes` is off.
@@ -52,6 +64,8 @@ def compare(saved: dict[str, Any], now: Identity, accept_changes: bool) -> list[
         if name not in saved or saved[name] == value:
             continue
         change = f"{_MUST_AGREE.get(name, name)} was {saved[name]} and is {value}"
+        if name.endswith("data") and (files := data_changes()):
+            change = f"{_MUST_AGREE[name]} changed: {files}"
         if name in _MUST_AGREE and not accept_changes:
             raise RelayError(
                 f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"

@@ -13,12 +13,13 @@ import socket
 import time
 import tomllib
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import tomli_w
 from pydantic import Field
 
 from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
+from torchrelay.data import files
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report import read_metrics
 from torchrelay.settings import Settings
@@ -43,6 +44,13 @@ class RunSettings(Settings):
     """Epochs between two evaluations; the last epoch is always evaluated."""
     log_every: int = Field(default=50, ge=1)
     """Steps between two lines of metrics inside an epoch."""
+    on_spike: Literal["stop", "rollback"] = "stop"
+    """When a loss isn't finite, or above `spike_threshold`: stop; or go back to the last checkpoint before it, leave
+    that batch out, and go on. Which samples were left out stands in the run's folder and in its checkpoints."""
+    spike_threshold: float | None = Field(default=None, gt=1)
+    """A loss above this many times the median of the 50 steps before is a spike. Unset: only one that isn't finite."""
+    max_skipped: int = Field(default=20, ge=1)
+    """How many batches may be left out before the run stops after all."""
     patience: int | None = Field(default=None, ge=1)
     """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
 
@@ -179,6 +187,15 @@ class Run:
     def read_recipe(self) -> dict[str, Any]:
         """Return what `write_recipe` wrote down."""
         return tomllib.loads((self.folder / "recipe.toml").read_text(encoding="utf-8"))
+
+    def write_files(self, marks: files.Marks) -> None:
+        """Write down which files the data comes from, if it comes from files."""
+        if marks:
+            files.write(self.folder / "files.json.gz", marks)
+
+    def read_files(self) -> files.Marks:
+        """Return what `write_files` wrote down."""
+        return files.read(self.folder / "files.json.gz")
 
     def close(self) -> None:
         """Finish what is being written, close the files and give the folder free.

@@ -1,8 +1,10 @@
 """Step 7: what surrounds the loop: opening or resuming a run before its first step, closing it after its last."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor
 
 from torchrelay import checkpoint, identity
+from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.models import InitFromData
 from torchrelay.run import Run
 from torchrelay.signals import Interrupted, StopNow, StopSignal
+from torchrelay.spikes import SpikeError
 from torchrelay.terminal import Counters, metric
 
 if TYPE_CHECKING:
@@ -34,6 +38,7 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
     if resume and trainer.folder is None:
         raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
     with ExitStack() as stack:
+        stack.enter_context(trainer.device.explained(trainer.batches.batch_size))
         trainer.signal = stack.enter_context(StopSignal())
         stack.callback(_close, trainer)
         if trainer.folder is not None:
@@ -56,9 +61,75 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
         try:
             with trainer.terminal.progress(lambda: _counters(trainer), trainer.unit):
                 yield
+            _finish(trainer)
         except StopNow:
             raise _interrupted(trainer) from None
-        _finish(trainer)
+
+
+@contextmanager
+def recovery(trainer: "Trainer") -> Iterator[None]:
+    """Go back to the last checkpoint before a step whose loss went wrong, and leave its batch out, if asked to.
+
+    Raises:
+        SpikeError: a loss went wrong and the run shall stop, or too many batches would be left out.
+    """
+    try:
+        yield
+    except SpikeError as spike:
+        path = _write_down(trainer, spike)
+        if trainer.run is None or trainer.settings.on_spike == "stop":
+            where = f"; its sample indices are in {path}" if path is not None else ""
+            raise RelayError(f"{spike}; no checkpoint holds anything of it{where}") from None
+        _roll_back(trainer, trainer.run, spike)
+
+
+def _write_down(trainer: "Trainer", spike: SpikeError) -> Path | None:
+    """Write which samples a step's batch had, for people to look at."""
+    if trainer.folder is None:
+        return None
+    path = trainer.folder / f"spike-step-{spike.step:08d}.json"
+    facts = {"step": spike.step, "what": spike.what, "samples": _samples(trainer, spike.step)}
+    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return path
+
+
+def _samples(trainer: "Trainer", step: int) -> list[int]:
+    """Return the indices of the samples of a step, counted from 1."""
+    found: list[int] = trainer.batches.indices(*divmod(step - 1, len(trainer.batches))).tolist()
+    return found
+
+
+def _roll_back(trainer: "Trainer", run: Run, spike: SpikeError) -> None:
+    """Stand where the run stood before the batch to be left out.
+
+    That is the one that shows the spike. If the loss is high, and the batch before is left out already, then the harm
+    was done earlier, and the last batch that was trained on is left out as well. A resumed run decides the same again.
+    """
+    steps = [spike.step]
+    if spike.finite and spike.step - 1 in trainer.skipped:
+        earlier = next((s for s in range(spike.step - 1, 0, -1) if s not in trainer.skipped), None)
+        steps += [] if earlier is None else [earlier]
+    if len(trainer.skipped) + len(steps) > trainer.settings.max_skipped:
+        raise RelayError(
+            f"{spike.what}, and {len(trainer.skipped)} batches are left out already: the data or optimizer.lr may be "
+            "at fault; else raise run.max_skipped and resume"
+        )
+    run.wait()
+    contents = checkpoint.newest(run.checkpoints, warn=trainer.say, before=min(steps))
+    if contents is None:
+        raise RelayError(
+            f"{spike.what}, and no checkpoint before step {min(steps)} is kept to go back to: raise checkpoint.keep "
+            "and start again"
+        )
+    trainer.optimizer.zero_grad()
+    trainer.load_weights(contents)
+    skipped = trainer.skipped | {step: _samples(trainer, step) for step in steps}
+    trainer.load_state_dict(contents.state)
+    trainer.skipped = skipped
+    checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
+    run.rewind(contents.state["metrics_size"])
+    left_out = " and ".join(f"step {step}" for step in sorted(steps))
+    trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
 
 
 def _close(trainer: "Trainer") -> None:
@@ -76,8 +147,15 @@ def _begin(trainer: "Trainer") -> None:
         if trainer.ema is not None:
             trainer.ema.load_state_dict(trainer.model.state_dict())
     if trainer.run is not None:
+        trainer.run.write_files(_files(trainer))
         trainer.run.write_recipe(trainer.record)
         trainer.save()
+
+
+def _files(trainer: "Trainer") -> Marks:
+    """Return all files that the run's data comes from."""
+    sources = [batches.source for batches in (trainer.batches, *trainer.evaluated.values())]
+    return together(source.files for source in sources if source.files is not None)
 
 
 def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
@@ -88,7 +166,13 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
         run.rewind(0)
         _begin(trainer)
         return
-    for warning in identity.compare(contents.state["identity"], trainer.identity(), accept_changes):
+    files = _files(trainer)
+    for warning in identity.compare(
+        contents.state["identity"],
+        trainer.identity(),
+        accept_changes,
+        data_changes=lambda: differences(run.read_files(), files),
+    ):
         trainer.say(f"warning: {warning}")
     for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
         trainer.say(f"changed: {change}")
@@ -100,6 +184,7 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
             group.update({key: value for key, value in fresh.items() if key != "params"})
     run.rewind(contents.state["metrics_size"])
     run.write_recipe(trainer.record)  # which may now ask for more epochs
+    run.write_files(files)
     if trainer.epochs_done >= trainer.settings.epochs:
         trainer.say(f"the run is done: {trainer.step:,} steps")
     else:
@@ -112,7 +197,11 @@ def _interrupted(trainer: "Trainer") -> Interrupted:
     done = f"stopped by {signal} after step {trainer.step:,}"
     if trainer.run is None:
         return Interrupted(f"{done}; there is no run folder to resume from")
-    trainer.save()
+    try:
+        trainer.save()
+    except SpikeError:  # of a step that nobody had read yet; the resumed run meets it again
+        if trainer.settings.on_spike == "stop":
+            raise
     trainer.run.wait()
     return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
 

@@ -31,13 +31,14 @@ from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
-from torchrelay.finite import FiniteGuard
+from torchrelay.faults import explain
 from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, check_replicas, give_gradients, take_gradients
 from torchrelay.run import Run, RunSettings, Stopwatch
-from torchrelay.session import session
+from torchrelay.session import recovery, session
 from torchrelay.signals import StopNow, StopSignal
+from torchrelay.spikes import LossGuard
 from torchrelay.task import Classification, Task
 from torchrelay.terminal import Terminal, epoch_line
 
@@ -177,6 +178,8 @@ class Trainer:
         self.task = task or Classification()
         if getattr(self.task, "classes", 0) is None and self.classes:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
+        for part in (self.batches, *self.evaluated.values()):
+            part.check_targets(self.task.check)
 
         # 7. Where the run stands
         self.record = record or _own_record(self)
@@ -191,7 +194,8 @@ class Trainer:
         self.stopwatch = Stopwatch()
         self.callbacks = [self.step_log, Pictures(), *callbacks]
         self._buffers = Buffers(self.model)
-        self._guard = FiniteGuard(self.folder)
+        self._guard = LossGuard(self.settings.spike_threshold)
+        self.skipped: dict[int, list[int]] = {}  # steps left out for their loss, counted from 1, and their samples
         self.signal = StopSignal()
         self.stop_reason: str | None = None
         self.samples_seen = 0  # since this process began; for people only
@@ -219,15 +223,14 @@ class Trainer:
     def _fit(self, resume: bool, accept_changes: bool = False) -> dict[str, float]:
         with session(self, resume, accept_changes):
             while self._goes_on():
-                self.model.train()
-                for batch in self.batches.epoch(
-                    self.epochs_done, start=self.step - self.epochs_done * len(self.batches)
-                ):
-                    loss = self.train_step(batch)
-                    self._after_step(batch, loss)
-                    if self.stop_reason is not None:
-                        break
-                self._end_epoch()
+                with recovery(self):  # from a step whose loss went wrong
+                    self.model.train()
+                    for batch in self._batches_from_here():
+                        loss = self.train_step(batch)
+                        self._after_step(batch, loss)
+                        if self.stop_reason is not None:
+                            break
+                    self._end_epoch()
         return self.last_evaluation.values if self.last_evaluation else {}
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -238,10 +241,12 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(self.step, group["initial_lr"])
-        loss = self.backward(batch)
-        if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        try:
+            loss = self.backward(batch)
+        except Exception as error:
+            explain(error, batch, self.model)  # raises what names the sample, if one is to blame
+            raise
+        self._guard.watch(self.step + 1, loss, self._clip())
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -267,7 +272,6 @@ class Trainer:
             assert summed is not None  # noqa: S101 - replica 0 always has a sample
             loss = summed
             give_gradients(self.parameters, gradients)
-        self._guard.watch(self.step, loss, batch.indices)
         self.sums.add_loss(loss, total)
         return loss
 
@@ -282,15 +286,35 @@ class Trainer:
             self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
         return loss.detach()
 
+    def _clip(self) -> Tensor | None:
+        """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
+        watched = self.settings.on_spike == "rollback" and not self.scaler.is_enabled()  # which overflows on purpose
+        if self.clip_norm is None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None] if watched else []
+            return nn.utils.get_total_norm(gradients) if watched else None
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        return norm if watched else None
+
     # ------------------------------------------------------------------------------------------------ around a step
+
+    def _batches_from_here(self) -> Iterator[Batch]:
+        """Yield the batches of the running epoch from where the run stands, but for the skipped ones."""
+        for batch in self.batches.epoch(self.epochs_done, start=self.step - self.epochs_done * len(self.batches)):
+            if self.step + 1 not in self.skipped:
+                yield batch
+                continue
+            self.step += 1
+            self._stop_at_limit()
+            if self.stop_reason is not None:
+                return
 
     def _after_step(self, batch: Batch, loss: Tensor) -> None:
         for callback in self.callbacks:
             callback.on_step(self, batch, loss)
         if self.step % self.settings.log_every == 0:
             self._guard.read()
-        if self.step == self.settings.max_steps:
-            self.stop(f"run.max_steps is {self.step}")
+        self._stop_at_limit()
         self.stopwatch.samples += len(batch.indices)
         self.samples_seen += len(batch.indices)
         if self.signal.received is not None:
@@ -315,8 +339,14 @@ class Trainer:
             )
 
     def _goes_on(self) -> bool:
-        at_limit = self.settings.max_steps is not None and self.step >= self.settings.max_steps
-        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not at_limit
+        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not self._at_limit()
+
+    def _at_limit(self) -> bool:
+        return self.settings.max_steps is not None and self.step >= self.settings.max_steps
+
+    def _stop_at_limit(self) -> None:
+        if self._at_limit():
+            self.stop(f"run.max_steps is {self.settings.max_steps}")
 
     def _end_epoch(self) -> None:
         """Evaluate where it is time to, keep the best, tell people, save."""
@@ -374,7 +404,7 @@ class Trainer:
         """
         if split not in self.evaluated:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
-        with self._averaged():
+        with self._averaged(), self.device.explained(self.batches.batch_size):
             found = evaluate(
                 self.model, self._until_stopped(self.evaluated[split].epoch()), self.task, self.device, self.forward
             )
@@ -390,7 +420,7 @@ class Trainer:
         """
         source = ArraySource(data, torch.zeros(len(data), dtype=torch.int64)) if isinstance(data, Tensor) else data
         batches = Batches(as_source(source), self.batches.batch_size, self.device, self.pipeline, train=False)
-        with self._averaged():
+        with self._averaged(), self.device.explained(self.batches.batch_size):
             return predict(self.model, batches.epoch(), self.task, self.device, self.forward)
 
     def _averaged(self) -> AbstractContextManager[Any]:
@@ -419,6 +449,8 @@ class Trainer:
             "epochs_done": self.epochs_done,
             "best": None if self.best is None else asdict(self.best),
             "sums": self.sums.state_dict(),
+            "guard": self._guard.state_dict(),
+            "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -433,6 +465,9 @@ class Trainer:
         self.step, self.epochs_done = state["step"], state["epochs_done"]
         self.best = None if state["best"] is None else Best(**state["best"])
         self.sums.load_state_dict(state["sums"])
+        self._guard.load_state_dict(state["guard"])
+        self.skipped = dict(state["skipped"])
+        self._evaluated_at = -1
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -454,6 +489,7 @@ class Trainer:
         source = self.batches.source
         return identity.of_machine(self.device.device) | {
             "data": source.fingerprint(),
+            **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
             "samples": len(source),
             "seed": self.settings.seed,
             "batch_size": self.batches.batch_size,

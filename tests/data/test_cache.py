@@ -99,11 +99,11 @@ def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_pat
         lambda target: replace_in(target / "facts.json", '"missing": []', '"missing": [4]'),
         lambda target: os.truncate(target / "images.bin", 6 * 3 * 8 * 8 + 1),
         lambda target: (target / "facts.json").write_text(
-            json.dumps(
-                (facts := {"shape": [6, 3, 4, 4], "missing": [], "content": ""}) | {"checksum": cache.key_of(facts)}
-            )
+            json.dumps((facts := {"shape": [6, 3, 4, 4], "missing": []}) | {"checksum": cache.key_of(facts)})
         ),
         lambda target: (target / "facts.json").unlink(),
+        lambda target: (target / "marks.txt").unlink(),
+        lambda target: (target / "marks.txt").write_text("0"),
     ],
     ids=[
         "truncated images",
@@ -116,6 +116,8 @@ def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_pat
         "longer images",
         "foreign shape",
         "no facts",
+        "no marks",
+        "too few marks",
     ],
 )
 def test_a_damaged_cache_is_built_again(tmp_path, damage):
@@ -267,7 +269,8 @@ def test_images_larger_than_the_memory_can_be_mapped(tmp_path):
             file.truncate(shape[0] * 1024 * 1024)  # a file of nothing but holes takes no room
         except OSError:
             pytest.skip("this file system has no files of that size")
-    facts = {"shape": shape, "missing": [], "content": "none"}
+    (target / "marks.txt").write_text("0\n" * shape[0])
+    facts = {"shape": shape, "missing": []}
     (target / "facts.json").write_text(json.dumps(facts | {"checksum": cache.key_of(facts)}))
     found = cache._open(target, shape)  # not `cached`, which would fill the disk if this weren't accepted
     assert found is not None

@@ -53,7 +53,7 @@ def read(root: Path, **how):
 
 
 def names(source) -> list[str]:
-    return ["/".join(Path(path).parts[-2:]) for path in source.paths]
+    return ["/".join(Path(path).parts[-2:]) for path in source.files.paths]
 
 
 # ------------------------------------------------------------------------------------------------ what is found
@@ -83,7 +83,7 @@ def test_a_single_folder_is_divided_by_class(single):
     train, test = read(single, test_share=0.2)
     assert torch.bincount(train.targets).tolist() == [8, 8, 8]
     assert torch.bincount(test.targets).tolist() == [2, 2, 2]
-    assert not set(train.paths) & set(test.paths)
+    assert not set(train.files.paths) & set(test.files.paths)
 
 
 def test_where_a_folder_lies_and_when_its_files_were_made_do_not_change_the_division(single, tmp_path):
@@ -278,7 +278,7 @@ def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path
         save(tmp_path / "a" / f"{i:03}.png", i, size=(50, 50))
     train, test = read(tmp_path)
     for source in (train, test):
-        for image, path in zip(source.inputs, source.paths, strict=True):
+        for image, path in zip(source.inputs, source.files.paths, strict=True):
             assert np.array_equal(image.permute(1, 2, 0), picture(int(Path(path).stem), size=(50, 50)))
 
 
@@ -425,7 +425,7 @@ def test_with_a_transform_a_single_folder_is_divided_as_without(single):
     arrays, files = read(single), read(single, transform=TRANSFORM)
     for a, b in zip(arrays, files, strict=True):
         assert isinstance(a, ArraySource)
-        assert list(a.paths) == b.dataset.paths
+        assert list(a.files.paths) == b.dataset.paths
         assert a.targets.tolist() == b.dataset.labels
 
 

@@ -20,6 +20,7 @@ from torchrelay.data.order import Places, order
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
 from torchrelay.device import Device
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.faults import TargetError, out_of_range, wrong_label
 from torchrelay.parallel import blocks
 from torchrelay.rng import reseed_everything, seed_for, words
 
@@ -37,6 +38,7 @@ class Batch:
     targets: Tensor  # (batch, …)
     indices: Places  # (batch,) which samples of the source these are
     blocks: tuple[int, ...]  # how many samples each replica has, in order
+    name: str = "data"  # what errors call the source
 
     def parts(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield each replica's inputs and targets; the last ones may be empty."""
@@ -96,6 +98,7 @@ class Batches:
         self.pipeline = pipeline
         self.seed = seed
         self.train = train
+        self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
         self.samples = len(source)
         if batch_size < 1:
@@ -114,6 +117,18 @@ class Batches:
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
         return self.steps
+
+    def check_targets(self, check: Callable[[Tensor], None]) -> None:
+        """Have a task look at all targets, if they are held in memory.
+
+        Raises:
+            RelayError: one can't be learnt; the text names its sample.
+        """
+        if isinstance(self.source, ArraySource):
+            try:
+                check(self.source.targets)
+            except TargetError as error:
+                raise error.of(self.name, self.source.targets, range(self.samples)) from None
 
     def close(self) -> None:
         """End the worker processes, if there are any; a later epoch starts new ones."""
@@ -134,7 +149,11 @@ class Batches:
             else:
                 inputs = self.pipeline.evaluate(inputs)
             place += len(indices)
-            yield Batch(self.device.arrange(inputs), targets, indices, parts)
+            yield Batch(self.device.arrange(inputs), targets, indices, parts, self.name)
+
+    def indices(self, epoch: int, batch: int) -> Places:
+        """Return which samples of the source an epoch's batch has, counted from 0; nothing is read for it."""
+        return next(self._indices(epoch, batch))
 
     def _indices(self, epoch: int, start: int) -> Iterator[Places]:
         """Yield the sample indices of each batch from `start` on."""
@@ -213,14 +232,18 @@ class _Seeded(Dataset[Any]):
     def __init__(self, source: DatasetSource, seed: int) -> None:
         self.dataset = source.dataset
         self.collate = source.collate or default_collate
+        self.name = source.name
+        self.classes = len(source.classes)
         self.seed = seed
 
     def __getitems__(self, keys: list[_Key]) -> Any:
         """Return the batch of these keys, or the error that a person can mend: a worker would make a text of it."""
         try:
-            return self._batch(keys)
+            batch = self._batch(keys)
+            self._check_labels(batch, keys)
         except RelayError as error:
             return error
+        return batch
 
     def _batch(self, keys: list[_Key]) -> Any:
         samples = []
@@ -238,6 +261,14 @@ class _Seeded(Dataset[Any]):
                 f"sample {keys[odd][2]} is {shapes[odd]}, but sample {keys[0][2]} is {shapes[0]}: make them alike, or "
                 "give a collate function"
             ) from error
+
+    def _check_labels(self, batch: Any, keys: list[_Key]) -> None:
+        """Refuse labels that are none of the named classes, as arrays do; here it is a worker's work."""
+        targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+        if not self.classes or not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            return
+        if (label := wrong_label(targets, self.classes)) is not None:
+            raise out_of_range(label, self.classes).of(self.name, targets, [index for _, _, index in keys])
 
 
 def _described(value: Any) -> str:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from torchrelay.errors import RelayError
 
 Images = npt.NDArray[np.uint8]  # (images, channels, height, width)
-_FORMAT = 1  # raised when the content or its layout changes for the same key
+_FORMAT = 2  # raised when the content or its layout changes for the same key
 # Linux's number; Python has no name for it before 3.13. Without it the kernel refuses what is larger than the memory.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
 
@@ -36,7 +36,12 @@ class Decoded:
 
     images: Images
     missing: list[int]  # places of those that could not be decoded; they are black
-    content: str  # a hash of the images
+    marks: tuple[str, ...]  # a checksum of each image
+
+    @property
+    def content(self) -> str:
+        """A hash of all images."""
+        return key_of([self.images.shape, self.marks])
 
 
 def default_folder() -> Path:
@@ -53,7 +58,7 @@ def in_memory(shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> De
     """Return the decoded images, which nothing keeps: `cached` without a cache."""
     images = np.zeros(shape, dtype=np.uint8)
     missing = fill(images)
-    return Decoded(images, missing, _content(images))
+    return Decoded(images, missing, _marks(images))
 
 
 def cached(folder: Path, place: str, key: str, shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> Decoded:
@@ -102,7 +107,10 @@ def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
         facts = json.loads((target / "facts.json").read_text())
         if facts.pop("checksum") != key_of(facts) or facts["shape"] != list(shape):
             return None
-        return Decoded(_mapped(target / "images.bin", shape), facts["missing"], facts["content"])
+        marks = (target / "marks.txt").read_text().split()
+        if len(marks) != shape[0]:
+            return None
+        return Decoded(_mapped(target / "images.bin", shape), facts["missing"], tuple(marks))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -131,7 +139,8 @@ def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[i
         images = np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
         missing = fill(images)
         images.flush()
-        facts = {"shape": shape, "missing": missing, "content": _content(images)}
+        (staging / "marks.txt").write_text("\n".join(_marks(images)))
+        facts = {"shape": shape, "missing": missing}
         (staging / "facts.json").write_text(json.dumps({**facts, "checksum": key_of(facts)}))
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
@@ -147,11 +156,8 @@ def _remove_others(folder: Path, place: str, target: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _content(images: Images) -> str:
-    found = hashlib.blake2b(str(images.shape).encode(), digest_size=16)
-    for image in images:  # one at a time: the whole may be larger than the memory
-        found.update(image.data)
-    return found.hexdigest()
+def _marks(images: Images) -> tuple[str, ...]:
+    return tuple(hashlib.blake2b(image.data, digest_size=8).hexdigest() for image in images)
 
 
 def _free(folder: Path) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchrelay.data.cache import Images, cached, default_folder, in_memory, key_of
+from torchrelay.data.files import Files
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, split
 from torchrelay.errors import RelayError, UsageError
 
@@ -201,6 +202,8 @@ class _Files(Dataset[tuple[Any, int]]):
         self.paths = listing.paths
         self.labels = listing.labels
         self.facts = listing.files
+        marks = (f"{size} bytes at {time}" for _, size, time in listing.files)
+        self.files = Files(str(listing.folder), tuple(name for name, _, _ in listing.files), tuple(marks))
         self.transform = transform
         self.channels = channels
 
@@ -249,7 +252,7 @@ def _decoded(
         torch.tensor(listing.labels),
         listing.classes,
         listing.name,
-        paths=tuple(paths),
+        files=Files(str(listing.folder), tuple(name for name, _, _ in listing.files), found.marks),
         stamp=key_of([found.content, [file for file, _, _ in listing.files]]),
     )
     if not found.missing:
@@ -317,7 +320,7 @@ def _alike(train: ArraySource, test: ArraySource) -> tuple[ArraySource, ArraySou
     """Return both, if their images have one size."""
     sizes = [(source.inputs.shape[3], source.inputs.shape[2]) for source in (train, test)]
     if sizes[0] != sizes[1]:
-        first, other = ((source.paths or ("",))[0] for source in (train, test))
+        first, other = (source.files.paths[0] if source.files else "" for source in (train, test))
         raise _different(other, sizes[1], first, sizes[0])
     return train, test
 

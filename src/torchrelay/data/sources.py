@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from torchrelay.data.files import Files
 from torchrelay.data.order import order
 from torchrelay.errors import RelayError, UsageError
 
@@ -33,7 +34,7 @@ class ArraySource:
     name: str = "arrays"
     mean: Mean | None = None  # per channel, of images in [0, 1]; None: to be computed
     std: Mean | None = None
-    paths: tuple[str, ...] | None = field(default=None, repr=False)  # the file of each sample, if any
+    files: Files | None = field(default=None, repr=False)  # the file of each sample, if any
     stamp: str | None = field(default=None, repr=False)  # what identifies the content, if it needn't be read for that
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class ArraySource:
         wrong = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
         if len(wrong):
             place = int(wrong[0])
-            where = f" ({self.paths[place]})" if self.paths else ""
+            where = f" ({self.files.paths[place]})" if self.files else ""
             raise RelayError(
                 f"{self.name}: sample {place}{where} has label {int(self.targets[place])}, "
                 f"but the {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
@@ -66,9 +67,9 @@ class ArraySource:
 
     def take(self, indices: Tensor) -> "ArraySource":
         """Return the source of these samples, int64 (n,)."""
-        paths = None if self.paths is None else tuple(self.paths[i] for i in indices.tolist())
+        files = None if self.files is None else self.files.take(indices.numpy())
         stamp = None if self.stamp is None else f"{self.stamp}/{_hash(indices)}"
-        return replace(self, inputs=self.inputs[indices], targets=self.targets[indices], paths=paths, stamp=stamp)
+        return replace(self, inputs=self.inputs[indices], targets=self.targets[indices], files=files, stamp=stamp)
 
     def fingerprint(self) -> str:
         """Return a hash of the content, or of what identifies it."""
@@ -102,6 +103,12 @@ class DatasetSource:
             raise UsageError(f"{type(self.dataset).__name__} doesn't say how many samples it has: give it a __len__")
         if len(self) == 0:
             raise RelayError(f"{self.name}: there are no samples")
+
+    @property
+    def files(self) -> Files | None:
+        """The file of each sample, if the dataset is ours and knows."""
+        found = getattr(self.dataset, "files", None)
+        return found if isinstance(found, Files) else None
 
     def __len__(self) -> int:
         """Return the number of samples."""

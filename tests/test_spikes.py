@@ -1,0 +1,228 @@
+"""Losses that go wrong: stopping, or going back and leaving batches out, the same way every time."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.errors import RelayError
+from torchrelay.signals import Interrupted
+from torchrelay.spikes import LossGuard, SpikeError
+
+ROLLBACK = {"on_spike": "rollback", "log_every": 3}
+
+
+def build(quiet, run, *, bad=(), settings=None, callbacks=(), task=None, saving=None, lr=0.05, norm=True):
+    """A run over 120 different samples, 12 a batch, some of which hold what no network can learn from."""
+    torch.manual_seed(2)
+    inputs = torch.rand(120, 8, generator=torch.Generator().manual_seed(3))
+    for sample, value in dict(bad).items():
+        inputs[sample] = value
+    targets = torch.arange(120) % 3
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.BatchNorm1d(16) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3)
+    )
+    return tr.Trainer(
+        model,
+        (inputs, targets),
+        (torch.rand(30, 8, generator=torch.Generator().manual_seed(4)), torch.arange(30) % 3),
+        optimizer=tr.optim.SGD(lr=lr, momentum=0.9),
+        schedule=tr.optim.Cosine(),
+        batch_size=12,
+        epochs=3,
+        ema=0.9,
+        run=run,
+        settings=tr.RunSettings(**(settings or ROLLBACK)),
+        terminal=quiet,
+        task=task,
+        callbacks=callbacks,
+        checkpoint=saving or CheckpointSettings(every="4 steps", keep=100),
+    )
+
+
+def skipped_of(run):
+    return {step: samples for step, samples in newest(run).state["skipped"].items()}
+
+
+def newest(run):
+    return checkpoint.newest(run / "checkpoints", warn=pytest.fail)
+
+
+class StopAt(tr.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_batch_that_gives_nan_is_left_out_in_each_epoch(quiet, tmp_path):
+    run = tmp_path / "run"
+    trainer = build(quiet, run, bad={77: math.nan})
+    found = trainer.fit()
+    assert math.isfinite(found["loss"])
+    assert trainer.step == 30
+    assert len(trainer.skipped) == 3
+    for epoch, (step, samples) in enumerate(sorted(trainer.skipped.items())):
+        assert epoch * 10 < step <= epoch * 10 + 10
+        assert 77 in samples
+        assert len(samples) == 12
+        assert json.loads((run / f"spike-step-{step:08d}.json").read_text())["samples"] == samples
+    assert skipped_of(run) == trainer.skipped
+    log = (run / "log.txt").read_text()
+    step = min(trainer.skipped)
+    back = (step - 1) // 4 * 4
+    assert f"the loss of step {step} is nan: going back to step {back} and leaving out the batch of step {step}" in log
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    places = [(line["step"], line["split"]) for line in lines]
+    assert len(places) == len(set(places)), "what was taken back stands no more in the metrics"
+    assert all(line["loss"] is not None for line in lines)
+
+
+def test_what_is_left_out_counts_as_if_it_had_never_been_there(quiet, tmp_path):
+    """The same weights as a run whose steps leave those batches out from the start."""
+    trainer = build(quiet, tmp_path / "run", bad={77: math.nan})
+    trainer.fit()
+    told = build(quiet, tmp_path / "told", bad={77: math.nan})
+    told.skipped = dict(trainer.skipped)
+    told.fit()
+    for mine, theirs in zip(trainer.model.state_dict().values(), told.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("stops", [(3, 14), (9, 10, 19), (1, 2, 29)])
+def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
+    bad = {77: math.nan, 20: math.inf}
+    build(quiet, tmp_path / "undisturbed", bad=bad, callbacks=[StopAt(-1)]).fit()
+    run = tmp_path / "stopped"
+    for stop in (*stops, -1):
+        trainer = build(quiet, run, bad=bad, callbacks=[StopAt(stop)])
+        go = trainer.resume if run.exists() else trainer.fit
+        if stop in trainer.skipped or stop == -1:
+            go()
+            continue
+        try:
+            go()
+        except Interrupted:
+            pass
+    build(quiet, run, bad=bad, callbacks=[StopAt(-1)]).resume()
+    there = {path.name for path in checkpoint.whole(tmp_path / "undisturbed" / "checkpoints")}
+    for path in checkpoint.whole(run / "checkpoints"):
+        if path.name not in there:  # what the signals saved
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    same_runs(run, tmp_path / "undisturbed")
+    assert len(newest(run).state["skipped"]) >= 3
+
+
+class Derail(tr.Callback):
+    """After a step, moves the weights far off: what a bad batch's update does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            with torch.no_grad():
+                trainer.model[4].weight.mul_(1e4)
+
+
+def test_harm_done_by_the_step_before_is_undone_as_well(quiet, tmp_path):
+    """The loss shows it a step later: that batch is left out, then also the one whose update did it."""
+    settings = ROLLBACK | {"spike_threshold": 5.0}
+    trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)])
+    trainer.fit()
+    assert sorted(trainer.skipped) == [14, 15, 16]
+    assert newest(tmp_path / "run").step == 30
+    assert trainer.best is not None
+
+
+def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
+    bad = {33: 500.0}
+    trainer = build(quiet, tmp_path / "run", bad=bad, norm=False, settings=ROLLBACK | {"spike_threshold": 4.0})
+    trainer.fit()
+    assert trainer.skipped
+    assert all(33 in samples for samples in trainer.skipped.values())
+    stopping = build(quiet, tmp_path / "stop", bad=bad, norm=False, settings={"spike_threshold": 4.0})
+    with pytest.raises(RelayError, match=r"the loss of step \d+ is .*, where .* was usual before; try a lower .*lr"):
+        stopping.fit()
+    untold = build(quiet, tmp_path / "untold", bad=bad, norm=False, settings={})
+    untold.fit()
+    assert untold.skipped == {}
+
+
+def test_too_many_spikes_stop_the_run_after_all(quiet, tmp_path):
+    bad = {sample: math.nan for sample in range(0, 120, 9)}
+    trainer = build(quiet, tmp_path / "run", bad=bad, settings=ROLLBACK | {"max_skipped": 4})
+    with pytest.raises(RelayError, match=r"is nan, and [34] batches are left out already: .*run\.max_skipped"):
+        trainer.fit()
+
+
+def test_a_gradient_that_is_not_finite_is_a_spike_of_its_own_step(quiet, tmp_path):
+    class Lost(tr.Classification):
+        def loss(self, outputs, targets):
+            if outputs.requires_grad and 1 in targets and int(targets[0]) == 1 and int(targets[1]) == 1:
+                outputs.register_hook(lambda gradient: gradient * math.nan)
+            return super().loss(outputs, targets)
+
+    trainer = build(quiet, tmp_path / "run", task=Lost(), saving=CheckpointSettings(every="1 steps", keep=100))
+    trainer.fit()
+    assert trainer.skipped
+    for samples in trainer.skipped.values():
+        assert samples[0] % 3 == samples[1] % 3 == 1
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "the norm of the gradient of step" in log
+
+
+def test_no_checkpoint_before_the_harm_is_an_error(quiet, tmp_path):
+    settings = ROLLBACK | {"spike_threshold": 5.0}
+    saving = CheckpointSettings(every="1 steps", keep=1, keep_best=0)
+    trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)], saving=saving)
+    with pytest.raises(RelayError, match=r"no checkpoint before step 14 is kept to go back to: raise checkpoint\.keep"):
+        trainer.fit()
+
+
+def test_without_a_folder_a_spike_stops(quiet):
+    with pytest.raises(RelayError, match="is nan"):
+        build(quiet, None, bad={5: math.nan}).fit()
+
+
+def test_the_limit_of_steps_holds_where_its_step_is_left_out(quiet, tmp_path):
+    probe = build(quiet, tmp_path / "probe", bad={77: math.nan})
+    probe.fit()
+    step = min(probe.skipped)
+    trainer = build(quiet, tmp_path / "run", bad={77: math.nan}, settings=ROLLBACK | {"max_steps": step})
+    trainer.fit()
+    assert trainer.step == step
+
+
+def test_the_guard_reads_in_order_and_forgets_what_comes_after():
+    guard = LossGuard()
+    losses = [torch.tensor(value) for value in (1.0, math.nan, math.inf)]
+    guard.watch(1, losses[0])
+    with pytest.raises(SpikeError, match="the loss of step 2 is nan") as caught:
+        guard.watch(2, losses[1])
+    assert caught.value.step == 2
+    guard.read()
+    with pytest.raises(SpikeError, match="the norm of the gradient of step 3 is inf"):
+        guard.watch(3, losses[0], losses[2])
+
+
+def test_the_guard_goes_on_from_recent_losses():
+    guard, again = LossGuard(3.0), LossGuard(3.0)
+    for step in range(20):
+        guard.watch(step, torch.tensor(1.0))
+    again.load_state_dict(guard.state_dict())
+    for each in (guard, again):
+        with pytest.raises(SpikeError, match="where 1 was usual"):
+            each.watch(21, torch.tensor(3.5))
+    LossGuard(3.0).watch(1, torch.tensor(1e9))  # nothing is usual yet
