@@ -44,7 +44,8 @@ LINES, MORE_LINES = 300, {
     "report": 430,
     "checkpoint": 430,
     "data.folder": 400,
-    "data.batches": 380,
+    "data.batches": 420,
+    "task": 350,
     "terminal": 340,
 }  # fmt: skip
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.settings import Settings
 
 Precision = Literal["float32", "bf16", "fp16"]
+_NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
 
 
 class DeviceSettings(Settings):
@@ -78,6 +80,31 @@ class Device:
     def scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler that fp16 needs; it does nothing in the other precisions."""
         return torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
+
+    @contextmanager
+    def explained(self, batch_size: int) -> Iterator[None]:
+        """Say what to do where the device has no memory left, or where a GPU met an index out of range.
+
+        Raises:
+            RelayError: instead of PyTorch's error; nothing was changed to go on.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            text = str(error)
+            if "device-side assert" in text:  # a GPU tells it late, and neither where nor which
+                raise RelayError(
+                    f"{self.device} met an index out of range, most likely a label that the model has no output for: "
+                    "device.name=cpu names the sample; data that names its classes is checked before"
+                ) from error
+            if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
+                raise
+            wanted = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.IGNORECASE)
+            raise RelayError(
+                f"{self.device} has no memory left{f' (it tried to get {wanted[1]})' if wanted else ''} at batches of "
+                f"{batch_size}: lower data.batch_size, or raise parallel.replicas to go through a batch in more "
+                "parts, or take a smaller model or device.precision=bf16"
+            ) from error
 
     def describe(self) -> str:
         """Return a line for the log."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchrelay.data.batches import Batch
 from torchrelay.device import Device
+from torchrelay.faults import explain
 from torchrelay.task import Task
 
 Forward = Callable[[Any], Any]  # from inputs to outputs
@@ -105,9 +106,13 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Dev
     sums, samples = Sums(), 0
     metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for batch in batches:
-        with device.autocast():
-            outputs = forward(batch.inputs)
-            loss = task.loss(outputs, batch.targets)
+        try:
+            with device.autocast():
+                outputs = forward(batch.inputs)
+                loss = task.loss(outputs, batch.targets)
+        except Exception as error:
+            explain(error, batch, model)
+            raise
         weight = task.weight(batch.targets)
         sums.add_loss(loss / weight, weight)
         sums.add_measures(task.measure(outputs, batch.targets), task.count(batch.targets))

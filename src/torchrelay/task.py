@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.faults import REFUSALS, TargetError, out_of_range, refused_classes, wrong_label
 from torchrelay.settings import Settings
+
+_NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch leaves out -100 unasked; where no label is to be ignored, none is
 
 
 class LossSettings(Settings):
@@ -40,6 +43,13 @@ class Task(ABC):
     higher_is_better: bool = False
     percent: bool = False
     """Whether the headline metric is a share that people read as a percentage."""
+
+    def check(self, targets: Tensor, name: str) -> None:  # noqa: B027 - an overridable default
+        """Look at all targets (samples, …) of data in memory, once before the first step; `name` is the data's.
+
+        Raises:
+            TargetError: one can't be learnt.
+        """
 
     def weight(self, targets: Tensor) -> Tensor | float:
         """Return what the summed loss is divided by, from the targets alone; as it stands: the number of samples."""
@@ -86,7 +96,34 @@ class Classification(Task):
             raise UsageError(f"label_smoothing is {label_smoothing}: choose a share from 0 up to, not including, 1")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
-        self.classes = classes
+        self.classes = classes if class_weights is None else len(class_weights)
+        self._highest, self._where = -1, ""  # of the labels that `check` has seen, and which sample has it
+
+    def check(self, targets: Tensor, name: str) -> None:
+        """Refuse labels out of range, and numbers that are neither classes nor probabilities of classes."""
+        if targets.is_floating_point():
+            if targets.ndim == 1:
+                raise TargetError("a class is a whole number: give integers, or another task, such as Regression()")
+            return
+        label = wrong_label(targets, self.classes)
+        if label is not None:
+            raise out_of_range(label, self.classes)
+        if (highest := int(targets.max())) > self._highest:
+            self._highest = highest
+            self._where = f"sample {int((targets == highest).nonzero()[0, 0])} of {name}"
+
+    def _check_outputs(self, classes: int) -> None:
+        """Refuse a model that doesn't have an output for each class: a GPU would stop without saying why."""
+        if self.classes is not None and classes != self.classes:
+            raise RelayError(
+                f"the model gives {classes} outputs for {self.classes} classes: build it with {self.classes} "
+                f"(often num_classes={self.classes})"
+            )
+        if classes <= self._highest:
+            raise RelayError(
+                f"the model gives {classes} outputs, but {self._where} has label {self._highest}: build it with "
+                f"{self._highest + 1}, or mend the label"
+            )
 
     def _weights(self, targets: Tensor) -> Tensor | None:
         if self.class_weights is not None and self.class_weights.device != targets.device:
@@ -98,7 +135,14 @@ class Classification(Task):
         weights = self._weights(targets)
         if weights is None:
             return float(len(targets))
-        return (targets @ weights).sum() if targets.is_floating_point() else weights[targets].sum()
+        if targets.is_floating_point():
+            return (targets @ weights).sum()
+        try:
+            return weights[targets].sum()
+        except IndexError as error:
+            if (label := wrong_label(targets, len(weights))) is None:
+                raise
+            raise out_of_range(label, len(weights)) from error
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy.
@@ -107,8 +151,16 @@ class Classification(Task):
             outputs: (batch, classes) logits.
             targets: (batch,) class indices, or (batch, classes) probabilities, as mixup makes them.
         """
-        weights = self._weights(targets)
-        return F.cross_entropy(outputs, targets, weights, reduction="sum", label_smoothing=self.label_smoothing)
+        weights, smoothing = self._weights(targets), self.label_smoothing
+        try:
+            self._check_outputs(outputs.shape[1])
+            return F.cross_entropy(
+                outputs, targets, weights, reduction="sum", label_smoothing=smoothing, ignore_index=_NO_LABEL
+            )
+        except REFUSALS as error:
+            if (fault := refused_classes(outputs, targets)) is None:
+                raise
+            raise fault from error
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return how many were right; with mixed targets, by the class that has the larger part."""
@@ -154,12 +206,22 @@ class MultiLabel(Task):
         self.positive_weights = positive_weights
         self.classes = labels  # the name by which the trainer sets it
 
+    def check(self, targets: Tensor, name: str) -> None:  # noqa: ARG002 - as in `Task`
+        """Refuse targets that don't lie between 0 and 1."""
+        wrong = targets[(targets < 0) | (targets > 1)]
+        if len(wrong):
+            raise TargetError("each label is there (1) or not (0): mend it", wrong[0].item())
+
     def weight(self, targets: Tensor) -> float:
         """Return the number of samples times the number of labels."""
         return float(targets.numel())
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the summed binary cross entropy of (batch, labels) logits and 0/1 targets."""
+        if outputs.shape != targets.shape:
+            raise TargetError(
+                f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal"
+            )
         weights = None if self.positive_weights is None else self.positive_weights.to(outputs.device)
         return F.binary_cross_entropy_with_logits(
             outputs, targets.to(outputs.dtype), reduction="sum", pos_weight=weights
@@ -202,7 +264,7 @@ class Regression(Task):
         """Return the summed squared error; outputs of (batch, 1) meet targets of (batch,)."""
         outputs = outputs.view_as(targets) if outputs.numel() == targets.numel() else outputs
         if outputs.shape != targets.shape:
-            raise RelayError(
+            raise TargetError(
                 f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal"
             )
         return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
@@ -230,6 +292,16 @@ class NextToken(Task):
     def __init__(self, label_smoothing: float = 0.0, ignore: int = -100) -> None:
         self.label_smoothing = label_smoothing
         self.ignore = ignore
+        self._highest, self._where = -1, ""  # of the tokens that `check` has seen, and which sample has it
+
+    def check(self, targets: Tensor, name: str) -> None:
+        """Refuse tokens below 0, but for those to be ignored."""
+        label = wrong_label(targets, None, self.ignore)
+        if label is not None:
+            raise out_of_range(label, None)
+        if (highest := int(targets.max())) > self._highest:
+            self._highest = highest
+            self._where = f"sample {int((targets == highest).nonzero()[0, 0])} of {name}"
 
     def weight(self, targets: Tensor) -> Tensor:
         """Return the number of tokens that count."""
@@ -237,13 +309,18 @@ class NextToken(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy of (batch, length, vocabulary) logits and (batch, length) tokens."""
-        return F.cross_entropy(
-            outputs.flatten(0, 1),
-            targets.flatten(),
-            ignore_index=self.ignore,
-            reduction="sum",
-            label_smoothing=self.label_smoothing,
-        )
+        if outputs.shape[-1] <= self._highest:  # a GPU would stop without saying why
+            raise RelayError(
+                f"the model gives {outputs.shape[-1]} outputs, but {self._where} has token {self._highest}: "
+                f"build it with {self._highest + 1}"
+            )
+        logits, tokens, smoothing = outputs.flatten(0, 1), targets.flatten(), self.label_smoothing
+        try:
+            return F.cross_entropy(logits, tokens, ignore_index=self.ignore, reduction="sum", label_smoothing=smoothing)
+        except REFUSALS as error:
+            if (fault := refused_classes(logits, tokens, self.ignore)) is None:
+                raise
+            raise fault from error
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return how many tokens were right."""

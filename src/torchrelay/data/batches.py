@@ -5,7 +5,7 @@ worker read a sample makes no difference.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,7 +118,7 @@ class Batches:
         """Return how many batches an epoch has."""
         return self.steps
 
-    def check_targets(self, check: Callable[[Tensor], None]) -> None:
+    def check_targets(self, check: Callable[[Tensor, str], None]) -> None:
         """Have a task look at all targets, if they are held in memory.
 
         Raises:
@@ -126,7 +126,7 @@ class Batches:
         """
         if isinstance(self.source, ArraySource):
             try:
-                check(self.source.targets)
+                check(self.source.targets, self.name)
             except TargetError as error:
                 raise error.of(self.name, self.source.targets, range(self.samples)) from None
 
@@ -251,16 +251,28 @@ class _Seeded(Dataset[Any]):
             reseed_everything(seed_for(self.seed, "sample", epoch, place))
             samples.append(self.dataset[index])
         try:
+            if self.collate is default_collate and isinstance(samples[0], tuple):
+                kinds = [getattr(sample[0], "dtype", None) for sample in samples]  # it would silently take the widest
+                if (odd := _odd(kinds)) is not None:
+                    raise self._unlike(keys, samples, odd)
             return self.collate(samples)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             shapes = [_described(sample) for sample in samples]
-            odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-            if odd is None:
+            if (odd := _odd(shapes)) is not None:
+                raise self._unlike(keys, samples, odd) from error
+            if self.collate is not default_collate or not isinstance(error, TypeError):
                 raise
             raise RelayError(
-                f"sample {keys[odd][2]} is {shapes[odd]}, but sample {keys[0][2]} is {shapes[0]}: make them alike, or "
-                "give a collate function"
+                f"{self.name}: sample {keys[0][2]} is {shapes[0]}, of which PyTorch makes no batch: return tensors, "
+                "arrays and numbers, or give a collate function"
             ) from error
+
+    def _unlike(self, keys: list[_Key], samples: list[Any], odd: int) -> RelayError:
+        """Return the error of a sample that doesn't go into one batch with the first."""
+        return RelayError(
+            f"{self.name}: sample {keys[odd][2]} is {_described(samples[odd])}, but sample {keys[0][2]} is "
+            f"{_described(samples[0])}: make them alike, or give a collate function"
+        )
 
     def _check_labels(self, batch: Any, keys: list[_Key]) -> None:
         """Refuse labels that are none of the named classes, as arrays do; here it is a worker's work."""
@@ -269,6 +281,11 @@ class _Seeded(Dataset[Any]):
             return
         if (label := wrong_label(targets, self.classes)) is not None:
             raise out_of_range(label, self.classes).of(self.name, targets, [index for _, _, index in keys])
+
+
+def _odd(things: Sequence[Any]) -> int | None:
+    """Return the place of the first that isn't like the first of all."""
+    return next((place for place, thing in enumerate(things) if thing != things[0]), None)
 
 
 def _described(value: Any) -> str:
