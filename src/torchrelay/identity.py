@@ -80,14 +80,11 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
     Raises:
         RelayError: a change would lead to another result, and `accept_changes` is off.
     """
-    changes = []
+    changes, refused = [], []
     code, code_now = (table.get("environment", {}).get("code_sha256") for table in (saved, now))
     if code != code_now and code is not None:
         changes.append("the file of --code is not the one that the run was started with")
-        if not accept_changes:
-            raise RelayError(
-                f"this run can't go on to the same result: {changes[0]}; put it back, or resume with --accept-changes"
-            )
+        refused.append(changes[0])
     for section in sorted({*saved, *now} - {"environment"}):
         before, after = saved.get(section, {}), now.get(section, {})
         for key in sorted({*before, *after}):
@@ -95,9 +92,12 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
                 continue
             name = f"{section}.{key}"
             change = f"{name} was {before.get(key, 'unset')} and is {after.get(key, 'unset')}"
-            if name not in _MAY_CHANGE and not accept_changes:
-                raise RelayError(
-                    f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"
-                )
             changes.append(change)
+            if name not in _MAY_CHANGE:
+                refused.append(change)
+    if refused and not accept_changes:
+        raise RelayError(
+            f"this run can't go on to the same result: {', '.join(refused)}; put it back, or resume with "
+            "--accept-changes"
+        )
     return changes

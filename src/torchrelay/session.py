@@ -166,6 +166,9 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
         run.rewind(0)
         _begin(trainer)
         return
+    # The recipe first: a seed that changed also changes which samples are set apart.
+    for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
+        trainer.say(f"changed: {change}")
     files = _files(trainer)
     for warning in identity.compare(
         contents.state["identity"],
@@ -174,8 +177,6 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
         data_changes=lambda: differences(run.read_files(), files),
     ):
         trainer.say(f"warning: {warning}")
-    for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
-        trainer.say(f"changed: {change}")
     options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
     trainer.load_weights(contents)
     trainer.load_state_dict(contents.state)
