@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,7 @@ class Server:
         self,
         *arguments: str | Path,
         folder: Path,
+        sets: Sequence[str] = (),
         script: Path | None = None,
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
@@ -144,6 +145,7 @@ class Server:
         Args:
             *arguments: what follows.
             folder: where it is started.
+            sets: what follows `--set`, each.
             script: run this instead of torchrelay.
             terminal: the device of a terminal to run in, as `pty.openpty` gives it.
             environment: variables beside those of every test.
@@ -154,7 +156,7 @@ class Server:
             stream.touch()
         pid = self.ask(
             do="start",
-            argv=[str(script or "torchrelay"), *map(str, arguments)],
+            argv=[str(script or "torchrelay"), *map(str, arguments), *(f"--set={setting}" for setting in sets)],
             script=str(script) if script else None,
             folder=str(folder),
             stdout=str(streams[0]),
