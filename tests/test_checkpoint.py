@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from torchrelay import checkpoint
-from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
+from torchrelay.checkpoint import Contents
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -67,22 +67,6 @@ def test_the_weights_open_with_plain_safetensors(tmp_path):
     del weights["steps"]
     model.load_state_dict(weights)
     assert torch.equal(model.weight, contents(1).model["weight"])
-
-
-def test_tied_and_strided_weights_are_saved(tmp_path):
-    weight = torch.randn(4, 6)
-    written = Contents(0, {"a": weight, "b": weight, "c": weight.t()}, {}).in_memory()
-    read = checkpoint.read(checkpoint.write(tmp_path, written))
-    assert torch.equal(read.model["b"], weight)
-    assert torch.equal(read.model["c"], weight.t())
-
-
-def test_what_is_in_memory_does_not_change_with_the_model():
-    weight = torch.zeros(3)
-    saved = Contents(0, {"w": weight}, {"s": [weight]}).in_memory()
-    weight += 1
-    assert torch.equal(saved.model["w"], torch.zeros(3))
-    assert torch.equal(saved.state["s"][0], torch.zeros(3))
 
 
 def test_what_would_have_to_be_pickled_is_refused():
@@ -189,24 +173,6 @@ def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
         checkpoint.find(tmp_path, "30")
 
 
-def test_the_writer_writes_behind_and_prunes(tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings(keep=2, keep_best=0))
-    for step in range(5):
-        writer.save(contents(step))
-    writer.close()
-    assert [p.name[-1] for p in checkpoint.whole(tmp_path)] == ["3", "4"]
-
-
-def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("a file where the folder should be")
-    writer = Writer(blocked / "checkpoints", CheckpointSettings())
-    writer.save(contents(0))
-    with pytest.raises(RelayError, match=r"can't save .*step-00000000"):
-        writer.save(contents(1))
-    writer.close()
-
-
 def test_loading_runs_no_code(tmp_path):
     """A checkpoint whose files are pickles that would write a marker is refused, and the marker isn't there."""
     import pickle
@@ -270,13 +236,3 @@ print("whole")
             break
     assert (1, -9) in seen
     assert (2, 0) in seen
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings())
-    mask = torch.tensor([0.0, float("-inf")])  # a buffer may hold what it likes
-    writer.save(Contents(1, {"w": torch.ones(2), "mask": mask}, {}, trained=("w",)))
-    writer.save(Contents(2, {"w": torch.tensor([1.0, float("nan")]), "mask": mask}, {}, trained=("w",)))
-    with pytest.raises(RelayError, match="the weights 'w' are not finite after step 2"):
-        writer.close()
-    assert [path.name for path in checkpoint.whole(tmp_path)] == ["step-00000001"]

@@ -21,7 +21,8 @@ LAYERS = (
     ("errors", "settings", "rng", "terminal", "trackers"),  # know nothing of each other
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults"),
     ("checkpoint", "data", "optim", "task"),
-    ("evaluation", "spikes", "run", "callbacks", "doctor"),
+    ("evaluation", "spikes", "writer", "callbacks", "doctor"),
+    ("run",),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
     ("assemble",),  # from a recipe to a trainer
@@ -42,7 +43,7 @@ DATA_LAYERS = (
 LINES, MORE_LINES = 300, {
     "trainer": 580,
     "report": 430,
-    "checkpoint": 430,
+    "checkpoint": 360,
     "data.folder": 400,
     "data.batches": 420,
     "task": 350,

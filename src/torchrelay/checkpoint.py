@@ -13,12 +13,10 @@ import hashlib
 import json
 import math
 import os
-import queue
 import re
 import shutil
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +65,6 @@ class Contents:
     metrics: dict[str, float] = field(default_factory=dict)
     trained: tuple[str, ...] = ()  # names in `model` that are updated, and so must be finite; a mask may hold -inf
 
-    def in_memory(self) -> "Contents":
-        """Return a copy in the CPU's memory, which further training doesn't touch. Only this holds training up."""
-        copy = _copy_tensors({"model": self.model, "state": self.state, "ema": self.ema})
-        return replace(self, model=copy["model"], state=copy["state"], ema=copy["ema"])
-
     def check_finite(self) -> None:
         """Look for numbers that aren't finite.
 
@@ -84,17 +77,6 @@ class Contents:
                     f"the weights '{name}' are not finite after step {self.step}, so they are not saved: resume from "
                     "the checkpoint before, with a lower optimizer.lr or optimizer.clip_norm=1"
                 )
-
-
-def _copy_tensors(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        # A contiguous clone: tied weights become tensors of their own, which safetensors asks for.
-        return torch.empty(tree.shape, dtype=tree.dtype, device="cpu").copy_(tree.detach())
-    if isinstance(tree, dict):
-        return {key: _copy_tensors(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_copy_tensors(value) for value in tree)
-    return tree
 
 
 # ------------------------------------------------------------------------------------------------ trees as JSON
@@ -363,60 +345,3 @@ def _flush_folder(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ behind the training
-
-
-class Writer:
-    """Writes checkpoints on a thread of its own, one at a time, and prunes after each.
-
-    A failed write is raised by the next `save` or by `wait`, whichever comes first; it never passes unnoticed.
-    """
-
-    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
-        self.folder = folder
-        self.settings = settings
-        self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
-        self._thread.start()
-
-    def save(self, contents: Contents) -> None:
-        """Copy `contents` to memory and return; the disk is written behind the caller's back.
-
-        Raises:
-            RelayError: an earlier write failed.
-        """
-        self.wait()
-        self._waiting.put(contents.in_memory())
-
-    def wait(self) -> None:
-        """Wait until nothing is left to write.
-
-        Raises:
-            RelayError: a write failed.
-        """
-        self._waiting.join()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
-
-    def close(self) -> None:
-        """Write what is left, end the thread, and raise what a write left behind."""
-        if self._thread.is_alive():
-            self._waiting.put(None)
-            self._thread.join()
-        self.wait()
-
-    def _work(self) -> None:
-        while (contents := self._waiting.get()) is not None:
-            try:
-                contents.check_finite()  # here, where training doesn't wait for it
-                write(self.folder, contents)
-                prune(self.folder, self.settings.keep, self.settings.keep_best)
-            except BaseException as error:  # noqa: BLE001 - handed to the training's thread, which raises it
-                self._failure = error
-            finally:
-                self._waiting.task_done()
-        self._waiting.task_done()

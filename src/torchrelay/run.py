@@ -18,13 +18,14 @@ from typing import Any, Literal, TextIO
 import tomli_w
 from pydantic import Field
 
-from torchrelay.checkpoint import CheckpointSettings, Contents, Writer
+from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.data import files
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report import read_metrics
 from torchrelay.settings import Settings
 from torchrelay.terminal import Terminal
 from torchrelay.trackers import TensorBoard, Tracker
+from torchrelay.writer import Writer
 
 Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 
@@ -131,6 +132,10 @@ class Run:
     def say(self, text: str) -> None:
         """Write a line to the terminal and, with the time, to log.txt."""
         self.terminal.say(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write a line to log.txt alone."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         self._log.flush()
 

@@ -183,6 +183,7 @@ class Trainer:
 
         # 7. Where the run stands
         self.record = record or _own_record(self)
+        self.notes: Sequence[str] = ()  # what was said while data and model were made, for the run's log
         self.step = 0  # optimizer steps done; the place within the epoch follows from this
         self.epochs_done = 0  # epochs trained and evaluated
         self.best: Best | None = None
@@ -506,6 +507,7 @@ class Trainer:
         if self.run is None:
             return
         self._guard.read()
+        began = time.perf_counter()
         values = self.last_evaluation.values if self.last_evaluation and self._evaluated_at == self.step else {}
         contents = Contents(
             step=self.step,
@@ -517,6 +519,8 @@ class Trainer:
             trained=tuple(name for name, _ in self.model.named_parameters()),
         )
         self.run.save(contents)
+        stood_still = 1000 * (time.perf_counter() - began)
+        self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.

@@ -1,0 +1,96 @@
+"""Step 3: checkpoints written behind the training's back, from a copy in memory; only the copy holds training up."""
+
+import queue
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrelay.checkpoint import CheckpointSettings, Contents, prune, write
+
+
+def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Contents:
+    """Return a copy in the CPU's memory, which further training doesn't touch.
+
+    Args:
+        contents: what to copy.
+        memory: tensors of an earlier copy by their path, which may be written over, and to which new ones are
+            added: fresh memory would take half as long again, since the system clears each page of it.
+    """
+    memory = {} if memory is None else memory
+    copy = _copied({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "")
+    if any(tensor.is_cuda for tensor in contents.model.values()):
+        torch.cuda.current_stream().synchronize()
+    return replace(contents, model=copy["model"], state=copy["state"], ema=copy["ema"])
+
+
+def _copied(tree: Any, memory: dict[str, Tensor], path: str) -> Any:
+    if isinstance(tree, Tensor):
+        copy = memory.get(path)
+        if copy is None or copy.shape != tree.shape or copy.dtype != tree.dtype:
+            # Contiguous, and tied weights become tensors of their own: safetensors asks for both.
+            copy = memory[path] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+        return copy.copy_(tree.detach(), non_blocking=tree.is_cuda)
+    if isinstance(tree, dict):
+        return {key: _copied(value, memory, f"{path}.{key}") for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value, memory, f"{path}.{i}") for i, value in enumerate(tree))
+    return tree
+
+
+class Writer:
+    """Writes checkpoints on a thread of its own, one at a time, and prunes after each.
+
+    A failed write is raised by the next `save` or by `wait`, whichever comes first; it never passes unnoticed.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._memory: dict[str, Tensor] = {}  # of the last copy; free once that is written
+        self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    def save(self, contents: Contents) -> None:
+        """Copy `contents` to memory and return; the disk is written behind the caller's back.
+
+        Raises:
+            RelayError: an earlier write failed.
+        """
+        self.wait()
+        self._waiting.put(in_memory(contents, self._memory))
+
+    def wait(self) -> None:
+        """Wait until nothing is left to write.
+
+        Raises:
+            RelayError: a write failed.
+        """
+        self._waiting.join()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def close(self) -> None:
+        """Write what is left, end the thread, and raise what a write left behind."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        self.wait()
+
+    def _work(self) -> None:
+        while (contents := self._waiting.get()) is not None:
+            try:
+                contents.check_finite()  # here, where training doesn't wait for it
+                write(self.folder, contents)
+                prune(self.folder, self.settings.keep, self.settings.keep_best)
+            except BaseException as error:  # noqa: BLE001 - handed to the training's thread, which raises it
+                self._failure = error
+            finally:
+                self._waiting.task_done()
+        self._waiting.task_done()
