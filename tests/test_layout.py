@@ -48,6 +48,7 @@ LINES, MORE_LINES = 300, {
     "data.batches": 420,
     "task": 350,
     "terminal": 340,
+    "trackers": 320,
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.

@@ -131,10 +131,10 @@ def test_the_recipe_is_written_whole_and_read_again(run):
 
 def test_metrics_are_cut_back_to_a_checkpoint(run):
     run.record({"step": 1, "split": "train", "loss": 1.0})
-    size = run.metrics_size
+    lines = run.metrics_lines
     run.record({"step": 2, "split": "train", "loss": 0.5})
-    run.rewind(size)
-    assert run.metrics_size == size
+    run.rewind(lines)
+    assert run.metrics_lines == lines == 1
     run.record({"step": 2, "split": "train", "loss": 0.25})
     assert [line["loss"] for line in read_metrics(run.folder)] == [1.0, 0.25]
 

@@ -4,6 +4,7 @@ Reading a run needs nothing but these files: `recipe.toml`, `log.txt`, `metrics.
 `curves.png`.
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -119,7 +120,9 @@ class Run:
             ) from error
         self.tensorboard = TensorBoard(folder / "tensorboard", say=self.say)
         self.trackers: list[Tracker] = [self.tensorboard]
-        self._writer = Writer(self.checkpoints, saving)
+        self.metrics_lines = 0  # to which a resume of a checkpoint made now cuts metrics.jsonl
+        # What a checkpoint counts on must be on the disk before it: a machine may lose its power.
+        self._writer = Writer(self.checkpoints, saving, before=lambda: os.fsync(self._metrics.fileno()))
         self._save_seconds = saving.every.seconds
         self._save_steps = saving.every.steps(steps_per_epoch, total_steps) if self._save_seconds is None else 0
         self._saved_at = time.monotonic()
@@ -136,27 +139,26 @@ class Run:
 
     def note(self, text: str) -> None:
         """Write a line to log.txt alone."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        _append(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def record(self, line: Line) -> None:
         """Append a line to metrics.jsonl and hand it to the trackers."""
         # JSON has no NaN and no infinity; a reader in another language must be able to read every line.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._metrics.write(json.dumps(plain, ensure_ascii=False) + "\n")
-        self._metrics.flush()
+        _append(self._metrics, json.dumps(plain, ensure_ascii=False) + "\n")
+        self.metrics_lines += 1
         for tracker in self.trackers:
             tracker.write(line)
 
-    @property
-    def metrics_size(self) -> int:
-        """The length of metrics.jsonl in bytes, to which a resume cuts it back."""
-        return self._metrics.tell()
-
-    def rewind(self, size: int) -> None:
-        """Go back to a checkpoint: cut metrics.jsonl to its size, and let TensorBoard show no more than that."""
-        os.truncate(self.folder / "metrics.jsonl", min(size, self.metrics_size))
+    def rewind(self, lines: int) -> None:
+        """Go back to a checkpoint: cut metrics.jsonl to its lines, and let TensorBoard show no more than that."""
+        path = self.folder / "metrics.jsonl"
+        there = path.read_bytes().splitlines(keepends=True)
+        if len(there) < lines:
+            self.say(f"warning: {path} has {len(there)} lines, of the {lines} that the checkpoint knows of")
+        os.truncate(path, sum(map(len, there[:lines])))
         self._metrics.seek(0, os.SEEK_END)
+        self.metrics_lines = min(lines, len(there))
         self.tensorboard.rewrite(read_metrics(self.folder))
 
     def save_is_due(self, step: int) -> bool:
@@ -213,9 +215,24 @@ class Run:
         finally:
             for tracker in self.trackers:
                 tracker.close()
-            self._metrics.close()
-            self._log.close()
-            self._lock.close()
+            for file in (self._metrics, self._log, self._lock):
+                with contextlib.suppress(OSError):  # each line was flushed: what is left has failed, and been told of
+                    file.close()
+
+
+def _append(file: TextIO, line: str) -> None:
+    """Write a line through to a file of the run's folder.
+
+    Raises:
+        RelayError: the disk is full, or gone.
+    """
+    try:
+        file.write(line)
+        file.flush()
+    except OSError as error:
+        raise RelayError(
+            f"can't write {file.name}: {error.strerror or error}; make room or mend the disk, then resume the run"
+        ) from error
 
 
 def _lock(path: Path) -> TextIO:

@@ -50,6 +50,8 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
                 trainer.total_steps,
                 resume=resume,
             )
+            for note in trainer.notes:
+                trainer.run.note(note)
         trainer.say(_introduction(trainer))
         if resume and trainer.run is not None:
             _go_on(trainer, trainer.run, accept_changes)
@@ -127,7 +129,7 @@ def _roll_back(trainer: "Trainer", run: Run, spike: SpikeError) -> None:
     trainer.load_state_dict(contents.state)
     trainer.skipped = skipped
     checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
-    run.rewind(contents.state["metrics_size"])
+    run.rewind(contents.state["metrics_lines"])
     left_out = " and ".join(f"step {step}" for step in sorted(steps))
     trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
 
@@ -183,7 +185,7 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
     if accept_changes:  # then the recipe's rates and decays count, not those that were saved
         for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
             group.update({key: value for key, value in fresh.items() if key != "params"})
-    run.rewind(contents.state["metrics_size"])
+    run.rewind(contents.state["metrics_lines"])
     run.write_recipe(trainer.record)  # which may now ask for more epochs
     run.write_files(files)
     if trainer.epochs_done >= trainer.settings.epochs:

@@ -5,8 +5,10 @@ A tracker gets the lines of metrics.jsonl as they are written, so that file stay
 
 import contextlib
 import copy
+import functools
 import io
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -57,8 +59,22 @@ class TensorBoard:
     def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
         self.folder = folder
         self._say = say
+        self._lost = False  # the disk is full or gone: no chart is worth the run
         self._writers: dict[str, Any] = {}  # by suffix; PyTorch's writers have no types
         self._last_steps: dict[str, int] = {}  # by tag: a chart has one point a step
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Say once that the disk takes no more, and write nothing from then on: the charts' source is another file."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lost:
+                self._lost = True
+                self._say(
+                    f"TensorBoard's files can't be written ({error.strerror or error}): no more charts; "
+                    "make room, then a resume draws them all"
+                )
 
     # ------------------------------------------------------------------------------------------------ charts
 
@@ -75,7 +91,8 @@ class TensorBoard:
             self._last_steps.update(dict.fromkeys(points, step))
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
             # One event for the whole line: add_scalar would take one each, and three times as long.
-            self._events(".scalars").add_summary(Summary(value=values), step, line.get("time"))
+            with self._tolerant():
+                self._events(".scalars").add_summary(Summary(value=values), step, line.get("time"))
 
     def rewrite(self, lines: Iterable[Line]) -> None:
         """Write the charts anew from the lines of metrics.jsonl, as a resume needs: none doubled, none missing."""
@@ -103,7 +120,8 @@ class TensorBoard:
         shown = images[: _columns(images) ** 2].detach().float().cpu()
         if mean is not None and std is not None:
             shown = shown * torch.tensor(tuple(std)).view(-1, 1, 1) + torch.tensor(tuple(mean)).view(-1, 1, 1)
-        self._pictures().add_image(tag, image_grid(shown), step, dataformats="HWC")
+        with self._tolerant():
+            self._pictures().add_image(tag, image_grid(shown), step, dataformats="HWC")
 
     def figure(self, tag: str, picture: "Path | Figure", step: int) -> None:
         """Show a PNG file or a matplotlib figure."""
@@ -113,7 +131,8 @@ class TensorBoard:
             buffer = io.BytesIO()
             picture.savefig(buffer, format="png", dpi=100)
             opened = Image.open(buffer)
-        self._pictures().add_image(tag, np.array(opened.convert("RGB")), step, dataformats="HWC")
+        with self._tolerant():
+            self._pictures().add_image(tag, np.array(opened.convert("RGB")), step, dataformats="HWC")
 
     def graph(self, model: nn.Module, inputs: Any) -> None:
         """Show the model's graph; that a model can't be traced is said, and is no error.
@@ -125,7 +144,7 @@ class TensorBoard:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), _quiet_tracing():
+            with self._tolerant(), torch.random.fork_rng(devices), _quiet_tracing():
                 self._pictures().add_graph(copy.deepcopy(model), (sample,))
         except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its picture is worth no run
             self._say(f"TensorBoard shows no graph of the model, which can't be traced: {_first_line(error)}")
@@ -144,27 +163,30 @@ class TensorBoard:
         self._remove(".hparams")
         # Without the "experiment" part TensorBoard joins the settings of all runs, even if they differ in their names.
         _, start, end = hparams({name: _plain(value) for name, value in settings.items()}, {})  # type: ignore[no-untyped-call]
-        events = self._events(".hparams")
-        events.add_summary(start)
-        events.add_summary(end)
         step = max(self._last_steps.values(), default=0)
-        for tag, value in metrics.items():
-            if tag not in self._last_steps:
-                events.add_summary(scalar(tag, value), step)  # type: ignore[no-untyped-call]
-        events.flush()
+        points = [scalar(tag, value) for tag, value in metrics.items() if tag not in self._last_steps]  # type: ignore[no-untyped-call]
+        with self._tolerant():
+            events = self._events(".hparams")
+            events.add_summary(start)
+            events.add_summary(end)
+            for point in points:
+                events.add_summary(point, step)
+            events.flush()
 
     # ------------------------------------------------------------------------------------------------ event files
 
     def close(self) -> None:
         """Write what is left and close the event files; a later call opens new ones."""
         for writer in self._writers.values():
-            writer.close()
+            with self._tolerant():
+                writer.close()
         self._writers.clear()
 
     def _events(self, suffix: str) -> Any:
         """Return the bare writer of the event file with a suffix."""
         from torch.utils.tensorboard import FileWriter
 
+        self._check()
         if suffix not in self._writers:
             self._writers[suffix] = FileWriter(str(self.folder), max_queue=_QUEUE, filename_suffix=suffix)
         return self._writers[suffix]
@@ -173,16 +195,35 @@ class TensorBoard:
         """Return the writer of pictures."""
         from torch.utils.tensorboard import SummaryWriter
 
+        self._check()
         if ".media" not in self._writers:
             self._writers[".media"] = SummaryWriter(str(self.folder), filename_suffix=".media")
         return self._writers[".media"]
 
+    def _check(self) -> None:
+        if self._lost:
+            raise OSError("it was full before")
+        _hush()
+
     def _remove(self, suffix: str) -> None:
         """Delete the event files with a suffix."""
-        if suffix in self._writers:
-            self._writers.pop(suffix).close()
-        for file in self.folder.glob(f"events.out.tfevents.*{suffix}"):
-            file.unlink()
+        with self._tolerant():
+            if suffix in self._writers:
+                self._writers.pop(suffix).close()
+            for file in self.folder.glob(f"events.out.tfevents.*{suffix}"):
+                file.unlink()
+
+
+@functools.cache
+def _hush() -> None:
+    """Let TensorBoard's writing thread print no traceback: what it met is raised again by the next call that writes."""
+    others = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            others(failure)
+
+    threading.excepthook = hook
 
 
 def _points(line: Line) -> dict[str, float]:

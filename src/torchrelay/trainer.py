@@ -456,7 +456,7 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "callbacks": [callback.state_dict() for callback in self.callbacks],
-            "metrics_size": self.run.metrics_size if self.run is not None else 0,
+            "metrics_lines": self.run.metrics_lines if self.run is not None else 0,
             "data": self.seen_data(),
             "identity": self.identity(),
         }

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,16 @@ class Writer:
     """Writes checkpoints on a thread of its own, one at a time, and prunes after each.
 
     A failed write is raised by the next `save` or by `wait`, whichever comes first; it never passes unnoticed.
+
+    Args:
+        folder: where the checkpoints are.
+        settings: which are kept.
+        before: called before each write, on the thread.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings) -> None:
+    def __init__(self, folder: Path, settings: CheckpointSettings, before: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._before = before
         self.settings = settings
         self._memory: dict[str, Tensor] = {}  # of the last copy; free once that is written
         self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)
@@ -86,6 +93,7 @@ class Writer:
     def _work(self) -> None:
         while (contents := self._waiting.get()) is not None:
             try:
+                self._before()
                 contents.check_finite()  # here, where training doesn't wait for it
                 write(self.folder, contents)
                 prune(self.folder, self.settings.keep, self.settings.keep_best)
