@@ -201,7 +201,7 @@ def digits(folder: Path) -> Path:
     import torchrelay as tr
 
     for part, source in zip(("train", "test"), tr.data.digits(), strict=True):
-        images, labels = source.inputs, source.targets.tolist()  # type: ignore[union-attr]
+        images, labels = source.inputs, source.targets.tolist()
         for place, (image, label) in enumerate(zip(images, labels, strict=True)):
             path = folder / part / str(label) / f"{place}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -54,22 +54,27 @@ def trainer(
         RelayError: the data or the weights can't be loaded.
     """
     # 1. Prepare
-    terminal = terminal or Terminal()
+    terminal, notes = terminal or Terminal(), list[str]()
+
+    def say(text: str) -> None:
+        terminal.say(text)
+        notes.append(text)
+
     if recipe.device.threads is not None:
         torch.set_num_threads(recipe.device.threads)
 
     # 2. Data
-    parts = data.load(recipe.data, recipe.run.seed, code=code, log=terminal.say)
+    parts = data.load(recipe.data, recipe.run.seed, code=code, log=say)
 
     # 3. Model: its initial weights follow from the seed
     classes, channels, size = _shape(parts.train, recipe)
     torch.manual_seed(recipe.run.seed)
     chosen = recipe.model if fresh else recipe.model.model_copy(update={"pretrained": False})
-    model = models.build(chosen, classes=classes, channels=channels, image_size=size, code=code, log=terminal.say)
+    model = models.build(chosen, classes=classes, channels=channels, image_size=size, code=code, log=say)
 
     # 4. Device, 5. optimizer and schedule, 6. loss, 7. train and test
     patience = recipe.run.patience
-    return Trainer(
+    built = Trainer(
         model,
         parts.train,
         parts.test,
@@ -94,6 +99,8 @@ def trainer(
         terminal=terminal,
         record={**recipe.model_dump(mode="json", exclude_none=True), "environment": environment(code)},
     )
+    built.notes = notes
+    return built
 
 
 class Predictor:

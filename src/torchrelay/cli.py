@@ -4,6 +4,7 @@ torch takes seconds to import, so nothing that needs it is imported before it is
 """
 
 import argparse
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -36,15 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        _print_error(f"{kind}{str(error).strip()}; --debug shows where")
+        _print_error(_in_words(error))
         return _FAILED
     return 0
 
 
+def _in_words(error: Exception) -> str:
+    """Say what nobody has put into words yet."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f"can't write {error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror}: make room, then resume the run"
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return f"{kind}{str(error).strip()}; --debug shows where"
+
+
 def _print_error(text: str, stopped: bool = False) -> None:
     """Print a line; a run that a signal has stopped and that is saved made no error."""
-    line = text.replace("\n", "\\n")  # a path may have a line break in it
+    # A path may have a line break in it; in a command to be pasted, a shell must understand it.
+    line = re.sub(r"(?<!\w)'[^']*\n[^']*'", lambda found: "$" + found[0].replace("\\", r"\\"), text)
+    line = line.replace("\n", r"\n")
     print(line if stopped else f"error: {line}", file=sys.stderr)
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -291,6 +292,19 @@ def test_row_40_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(start, cli,
     assert done.returncode == 0, done.stderr
     assert cli(*command[:-1], "undisturbed", sets=settings).returncode == 0
     same_runs(tmp_path / name, tmp_path / "undisturbed")
+
+
+def test_row_40_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(start, tmp_path):
+    """A line break in it is written as a shell reads it."""
+    name = "it's a\nrun"
+    process = start("train", "digits", "--run", name, sets=("run.epochs=400",))
+    process.until(lambda: any("epoch   1" in line for line in lines(tmp_path / name)))
+    process.send(signal.SIGINT)
+    done = process.done()
+    assert done.stderr.count("\n") == 1
+    pasted = done.stderr.partition("go on with: ")[2].replace("torchrelay", "printf %s,", 1)
+    shell = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True)
+    assert shell.stdout == f"resume,{name},"
 
 
 def test_row_40_ctrl_c_in_a_terminal_with_a_bar(start, cli, tmp_path, terminal):

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError, nearest
 
 _PICKLES = (".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
@@ -64,7 +64,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         remedy = f"name {inside}" if inside.is_file() else f"name a file in it ending in {', '.join(SUFFIXES)}"
         raise RelayError(f"{path} is a folder, not a file of weights: {remedy}")
     if not path.is_file():
-        raise RelayError(f"there is no file of weights at {path}")
+        there = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES]
+        raise UsageError(f"there is no file of weights at {path}{nearest(str(path), there) or ': check the path'}")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
