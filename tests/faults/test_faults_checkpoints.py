@@ -1,0 +1,227 @@
+"""Checkpoints that are damaged, half written, all gone, or of another release."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+
+SETTINGS = ("run.epochs=4", 'checkpoint.every="10 steps"', "checkpoint.keep=3")
+
+
+@pytest.fixture(scope="module")
+def runs(_server, tmp_path_factory) -> tuple[Path, Path]:
+    """A run that stopped after step 46, with three checkpoints or more, and one that went on to the end."""
+    folder = tmp_path_factory.mktemp("runs")
+    train = ("train", "digits", "--run")
+    for name, limit in (("stopped", ("run.max_steps=46",)), ("undisturbed", ())):
+        done = _server.start(*train, folder / name, folder=folder, sets=(*SETTINGS, *limit)).done()
+        assert done.returncode == 0, done.stderr
+    return folder / "stopped", folder / "undisturbed"
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of the run that stopped, to be damaged."""
+    return shutil.copytree(runs[0], tmp_path / "run")
+
+
+def going_on(cli, run: Path):
+    """Resume to the end."""
+    return cli("resume", run, sets=("run.max_steps=92",))
+
+
+def flip(file: Path, place: int) -> None:
+    """Change one bit of a byte."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+# ------------------------------------------------------------------------------------------------ 2: half written
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+
+import torch
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+
+folder, step, value, keep, moment = Path(sys.argv[1]), *map(int, sys.argv[2:6])
+WATCHED = {"mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "write", "serialize_file", "truncate"}
+countdown = moment
+
+
+def watch(frame, event, what):
+    # Before every call that may change the disk: between two of them it stays as it is.
+    global countdown
+    if event == "c_call" and what.__name__ in WATCHED:
+        countdown -= 1
+        if countdown == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+contents = Contents(step, {"w": torch.full((50,), float(value))}, {"value": value}, score=value / 100)
+sys.setprofile(watch)
+checkpoint.write(folder, contents)
+checkpoint.prune(folder, keep, 0)
+sys.setprofile(None)
+print(moment - countdown)
+"""
+
+
+def write_and_die(server, tmp_path: Path, before: list[tuple[int, int]], now: tuple[int, int], keep: int) -> set[float]:
+    """Die at each moment of writing a checkpoint (step, value) beside earlier ones; return which values were found."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    good = tmp_path / "good"
+    for step, value in before:
+        checkpoint.write(good, Contents(step, {"w": torch.full((50,), float(value))}, {"value": value}))
+    moments = None
+    found = set()
+    moment = 10**9  # first to the end, to count the moments
+    while moments is None or moment > 0:
+        folder = shutil.copytree(good, tmp_path / f"{moment}")
+        process = server.start(folder, *now, keep, moment, folder=tmp_path, script=script)
+        code = process.wait()
+        if moments is None:
+            assert code == 0, process.errors
+            moments = moment = int(process.output) + 1
+            assert moments > 20
+            shutil.rmtree(folder)
+            continue
+        assert code == (0 if moment == moments else -9), process.errors
+        contents = checkpoint.newest(folder, warn=pytest.fail)
+        assert contents is not None, f"neither loads after a kill at moment {moment}"
+        assert contents.model["w"].tolist() == [contents.state["value"]] * 50
+        found.add(contents.state["value"])
+        # The next one can be written there, whatever was left behind.
+        checkpoint.write(folder, Contents(99, {"w": torch.full((50,), 99.0)}, {"value": 99}))
+        assert checkpoint.newest(folder, warn=pytest.fail).step == 99
+        shutil.rmtree(folder)
+        moment -= 1
+    return found
+
+
+def test_row_02_a_kill_between_any_two_calls_leaves_the_old_or_the_new(server, tmp_path):
+    assert write_and_die(server, tmp_path, [(1, 1)], (2, 2), keep=2) == {1, 2}
+
+
+def test_row_02_a_kill_while_earlier_ones_are_deleted_leaves_the_old_or_the_new(server, tmp_path):
+    assert write_and_die(server, tmp_path, [(1, 1), (2, 2), (3, 3)], (4, 4), keep=1) == {3, 4}
+
+
+# ------------------------------------------------------------------------------------------------ 3, 4, 5: damaged
+
+
+def test_row_03_the_newest_truncated_the_one_before_is_used(cli, run, runs, same_runs):
+    newest = checkpoint.whole(run / "checkpoints")[-1]
+    truncate(newest / "model.safetensors")
+    done = going_on(cli, run)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped a damaged checkpoint: {newest}/model.safetensors has " in done.stdout
+    assert "going on after step 40 of 92" in done.stdout
+    same_runs(run, runs[1])
+
+
+def test_row_04_one_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_runs):
+    newest = checkpoint.whole(run / "checkpoints")[-1]
+    flip(newest / "state.safetensors", -5)
+    done = going_on(cli, run)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped a damaged checkpoint: {newest}/state.safetensors doesn't match its checksum" in done.stdout
+    same_runs(run, runs[1])
+
+
+def test_row_05_every_checkpoint_damaged_is_an_error_that_lists_each(cli, one_line, run):
+    paths = checkpoint.whole(run / "checkpoints")
+    assert len(paths) > 2
+    for path in paths:
+        flip(path / "model.safetensors", -5)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    done = going_on(cli, run)
+    line = one_line(done, f"no checkpoint in {run}/checkpoints can be used")
+    for path in paths:
+        assert f"{path}/model.safetensors doesn't match its checksum" in line
+    assert "epoch" not in done.stdout, "it has not started afresh"
+    kept = {path: path.read_bytes() for path in before if path.exists() and path.name not in ("lock",)}
+    assert kept == {path: content for path, content in before.items() if path.name != "lock"}
+
+
+# ------------------------------------------------------------------------------------------------ 6: no manifest
+
+
+def test_row_06_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(cli, run, runs, same_runs):
+    checkpoints = run / "checkpoints"
+    newest = checkpoint.whole(checkpoints)[-1]
+    (newest / "manifest.json").unlink()
+    shutil.copytree(newest, checkpoints / "step-00000050")  # its step is saved again
+    shutil.copytree(newest, checkpoints / ".step-00000060.partial")
+    (checkpoints / "step-00000070").mkdir()
+    done = going_on(cli, run)
+    assert done.returncode == 0, done.stderr
+    assert "damaged" not in done.stdout
+    assert "going on after step 40 of 92" in done.stdout
+    same_runs(run, runs[1])
+    for step in (50, 60, 70):
+        assert not (checkpoints / f".step-{step:08d}.partial").exists()
+
+
+# ------------------------------------------------------------------------------------------------ 23: the clock
+
+YESTERDAY = """
+import sys, time
+from torchrelay import cli
+
+now = time.time
+time.time = lambda: now() - 86_400
+sys.exit(cli.main())
+"""
+
+
+def test_row_23_with_the_clock_set_back_the_highest_step_counts(start, run, runs, same_runs, tmp_path):
+    for age, path in enumerate(checkpoint.whole(run / "checkpoints")):
+        for file in (*path.iterdir(), path):
+            os.utime(file, (time.time() - age * 86_400,) * 2)  # the newest looks oldest
+    script = tmp_path / "yesterday.py"
+    script.write_text(YESTERDAY)
+    done = start("resume", run, script=script, sets=("run.max_steps=92",)).done()
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 46 of 92" in done.stdout
+    same_runs(run, runs[1])
+
+
+# ------------------------------------------------------------------------------------------------ 36: releases
+
+
+def relabel(path: Path, number: int) -> None:
+    """Make a checkpoint say that it has another format."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format"] = number
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("command", ["resume", "evaluate"])
+def test_row_36_checkpoints_of_a_later_release_are_refused_by_name(cli, one_line, run, command):
+    for path in checkpoint.whole(run / "checkpoints"):
+        relabel(path, checkpoint.FORMAT + 1)
+    done = cli(command, run)
+    one_line(done, f"was written by a later release (format {checkpoint.FORMAT + 1})", "upgrade torchrelay")
+    assert len(checkpoint.whole(run / "checkpoints")) > 2
+
+
+def test_row_36_a_checkpoint_of_this_release_says_its_format_and_loads(run):
+    for path in checkpoint.whole(run / "checkpoints"):
+        assert json.loads((path / "manifest.json").read_text())["format"] == checkpoint.FORMAT == 1
+        checkpoint.read(path)
