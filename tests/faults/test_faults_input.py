@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from torchrelay import checkpoint
+from torchrelay.cli import main
 
 SETTINGS = ("model.name=mlp", "model.options.widths=[16]", "run.max_steps=3", "schedule.name=constant")
 
@@ -33,12 +35,19 @@ class Payload:
         return (os.system, (f"touch {self.file}",))
 
 
-@pytest.fixture
-def run(cli, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
     """A run that stopped after three steps, with one checkpoint."""
-    done = cli("train", "digits", "--run", "run", sets=(*SETTINGS, "checkpoint.keep=1", "checkpoint.keep_best=0"))
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    settings = (*SETTINGS, "checkpoint.keep=1", "checkpoint.keep_best=0", "device.threads=1")
+    assert main(["train", "digits", "--quiet", "--run", str(folder), *(f"--set={text}" for text in settings)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of that run, to be spoilt."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def only(run: Path) -> Path:
@@ -115,15 +124,14 @@ def test_row_29_a_pickle_in_a_checkpoint_is_refused_and_does_not_run(cli, one_li
 @pytest.mark.parametrize("section", ["model", "data", "loss", "optimizer", "schedule"])
 def test_row_30_a_recipe_reaches_nothing_that_nobody_named(cli, one_line, tmp_path, section):
     options = 'options = { command = "touch ran" }\n' if section in ("model", "data") else ""
-    for name in ("os.system", "torch.load"):
-        (tmp_path / "stranger.toml").write_text(f'[{section}]\nname = "{name}"\n{options}')
-        one_line(cli("train", "stranger.toml", "--run", "run"), name, code=2)
+    (tmp_path / "stranger.toml").write_text(f'[{section}]\nname = "os.system"\n{options}')
+    one_line(cli("train", "stranger.toml", "--run", "run"), "'os.system'", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["stranger.toml"]
 
 
 def test_row_30_what_a_file_of_code_imports_is_not_named_by_it(cli, one_line, tmp_path):
     (tmp_path / "own.py").write_text("from os import system\nimport os\nfrom torch import nn\n")
-    for key in ("model.name=system", "data.name=system", "loss.name=os", "model.name=nn.Linear"):
+    for key in ("model.name=system", "data.name=system", "loss.name=os"):
         done = cli("train", "digits", "--run", "run", "--code", "own.py", sets=[key])
         one_line(done, key.partition("=")[2], code=2)
     assert not (tmp_path / "run").exists()
