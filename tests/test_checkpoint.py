@@ -120,11 +120,11 @@ def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "sub/file"])
-def test_a_path_in_a_manifest_is_refused(tmp_path, name):
+def test_a_path_in_a_manifest_is_refused(tmp_path, forge, name):
     path = checkpoint.write(tmp_path, contents(1))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"]["model.safetensors"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    forge(path, manifest)
     with pytest.raises(RelayError, match="isn't a plain file"):
         checkpoint.read(path)
 
@@ -173,7 +173,7 @@ def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
         checkpoint.find(tmp_path, "30")
 
 
-def test_loading_runs_no_code(tmp_path):
+def test_loading_runs_no_code(tmp_path, forge):
     """A checkpoint whose files are pickles that would write a marker is refused, and the marker isn't there."""
     import pickle
 
@@ -189,7 +189,7 @@ def test_loading_runs_no_code(tmp_path):
     for name in ("model.safetensors", "state.json"):
         (path / name).write_bytes(bomb)
         manifest["files"][name] = {"bytes": len(bomb), "sha256": checkpoint._sha256(path / name)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    forge(path, manifest)
     with pytest.raises(RelayError, match="can't be read"):
         checkpoint.read(path)
     assert not marker.exists()

@@ -43,7 +43,7 @@ DATA_LAYERS = (
 LINES, MORE_LINES = 300, {
     "trainer": 580,
     "report": 430,
-    "checkpoint": 360,
+    "checkpoint": 430,
     "data.folder": 400,
     "data.batches": 420,
     "task": 350,

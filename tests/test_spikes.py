@@ -1,5 +1,6 @@
 """Losses that go wrong: stopping, or going back and leaving batches out, the same way every time."""
 
+import contextlib
 import json
 import math
 import os
@@ -48,7 +49,7 @@ def build(quiet, run, *, bad=(), settings=None, callbacks=(), task=None, saving=
 
 
 def skipped_of(run):
-    return {step: samples for step, samples in newest(run).state["skipped"].items()}
+    return dict(newest(run).state["skipped"].items())
 
 
 def newest(run):
@@ -109,10 +110,8 @@ def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
         if stop in trainer.skipped or stop == -1:
             go()
             continue
-        try:
+        with contextlib.suppress(Interrupted):
             go()
-        except Interrupted:
-            pass
     build(quiet, run, bad=bad, callbacks=[StopAt(-1)]).resume()
     there = {path.name for path in checkpoint.whole(tmp_path / "undisturbed" / "checkpoints")}
     for path in checkpoint.whole(run / "checkpoints"):
@@ -161,7 +160,7 @@ def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
 
 
 def test_too_many_spikes_stop_the_run_after_all(quiet, tmp_path):
-    bad = {sample: math.nan for sample in range(0, 120, 9)}
+    bad = dict.fromkeys(range(0, 120, 9), math.nan)
     trainer = build(quiet, tmp_path / "run", bad=bad, settings=ROLLBACK | {"max_skipped": 4})
     with pytest.raises(RelayError, match=r"is nan, and [34] batches are left out already: .*run\.max_skipped"):
         trainer.fit()

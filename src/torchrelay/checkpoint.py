@@ -6,7 +6,8 @@ weights are averaged, `state.safetensors` and `state.json` (everything else that
 knows tensors and folders, not trainers.
 
 Writing: files beside the target, each flushed; the manifest; the folder flushed; renamed; the parent flushed. A crash
-in between leaves a folder that no reader counts.
+in between leaves a folder with a dot before its name that no reader counts, but for a checkpoint that was moved aside
+for another of the same step.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
 from torchrelay.duration import Duration
@@ -31,7 +33,8 @@ from torchrelay.errors import RelayError, UsageError
 from torchrelay.settings import Settings
 
 FORMAT = 1  # raised when an older release could no longer read what we write
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and an end: moved aside
+_NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
 _LARGEST_JSON = 64 * 2**20  # bytes; a state of a million numbers is below it, a bomb isn't
 
 
@@ -51,6 +54,32 @@ class CheckpointSettings(Settings):
         if not every.amount:
             raise ValueError(f"'{every}' is no interval: write '1 epoch', '500 steps' or '10 min'")
         return every
+
+
+class LaterReleaseError(RelayError):
+    """A checkpoint of a release that knows more than this one: no damage, and no reason to go back to one before it."""
+
+
+class File(BaseModel, extra="forbid"):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel, extra="forbid"):
+    """What a checkpoint says of itself."""
+
+    format: int
+    step: int
+    score: float | None
+    metrics: dict[str, float]
+    files: dict[str, File]
+    checksum: str = ""  # of all above
+
+    def own_checksum(self) -> str:
+        """Return the checksum that this manifest should have."""
+        return hashlib.sha256(self.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -151,19 +180,19 @@ def write(folder: Path, contents: Contents) -> Path:
         _write_tensors(staging / "state.safetensors", tensors)
         _write_flushed(staging / "state.json", json.dumps(skeleton, allow_nan=False).encode())
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
-        manifest = {
-            "format": FORMAT,
-            "step": contents.step,
-            "score": contents.score,
-            "metrics": contents.metrics,
-            "files": files,
-        }
-        _write_flushed(staging / "manifest.json", json.dumps(manifest, indent=1).encode())
+        manifest = Manifest(
+            format=FORMAT, step=contents.step, score=contents.score, metrics=contents.metrics, files=files
+        )
+        manifest.checksum = manifest.own_checksum()
+        _write_flushed(staging / "manifest.json", manifest.model_dump_json(indent=1).encode())
         _flush_folder(staging)
-        if target.exists():  # half-written, or of the same step before a resume: rename can't replace a full folder
-            shutil.rmtree(target)
+        before = folder / f".{target.name}.before"
+        if target.exists():  # of the same step before a resume: rename can't replace a full folder
+            shutil.rmtree(before, ignore_errors=True)
+            target.rename(before)
         staging.rename(target)
         _flush_folder(folder)
+        shutil.rmtree(before, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         needed = sum(t.nbytes for t in (*contents.model.values(), *pack(contents.state)[1].values()))
@@ -183,34 +212,41 @@ def read(path: Path) -> Contents:
         RelayError: the checkpoint is damaged, or of a later release; the text names the file.
     """
     manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         file = path / name
         if file.is_symlink() or Path(name).name != name:
             raise RelayError(f"{path}/manifest.json names '{name}', which isn't a plain file beside it")
         if not file.is_file():
             raise RelayError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != entry.bytes:
+            raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry.bytes:,}")
+        if _sha256(file) != entry.sha256:
             raise RelayError(f"{file} doesn't match its checksum")
     skeleton = _read_json(path / "state.json")
     state = unpack(skeleton, _read_tensors(path / "state.safetensors"))
-    ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None
+    ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None
     model = _read_tensors(path / "model.safetensors")
-    return Contents(manifest["step"], model, state, ema, manifest["score"], manifest["metrics"])
+    return Contents(manifest.step, model, state, ema, manifest.score, manifest.metrics)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """Read and check a checkpoint's manifest, without its tensors.
 
     Raises:
-        RelayError: there is none, or it isn't one of ours, or it is of a later release.
+        RelayError: there is none, or it isn't one of ours, or it is damaged.
+        LaterReleaseError: it is of a later release.
     """
-    manifest = _read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or "format" not in manifest:
-        raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest")
-    if manifest["format"] > FORMAT:
-        raise RelayError(f"{path} was written by a later release (format {manifest['format']}): upgrade torchrelay")
+    found = _read_json(path / "manifest.json")
+    if isinstance(found, dict) and isinstance(number := found.get("format"), int) and number > FORMAT:
+        raise LaterReleaseError(f"{path} was written by a later release (format {number}): upgrade torchrelay")
+    try:
+        manifest = Manifest.model_validate(found)
+    except ValidationError as error:
+        raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest") from error
+    if manifest.checksum != manifest.own_checksum():
+        raise RelayError(f"{path}/manifest.json doesn't match its checksum")
+    if manifest.step != _step(path) or not manifest.files.keys() >= _NEEDED:
+        raise RelayError(f"{path}/manifest.json is that of another folder")
     return manifest
 
 
@@ -218,12 +254,14 @@ def whole(folder: Path) -> list[Path]:
     """Return the checkpoints below `folder` that have a manifest, by step, the newest last."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    return sorted(found, key=_step)
+    found = {p.name: p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()}
+    moved = [name for name in found if name.startswith(".") and name[1:].removesuffix(".before") in found]
+    return sorted((path for name, path in found.items() if name not in moved), key=_step)
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def newest(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Contents | None:
@@ -239,6 +277,7 @@ def newest(folder: Path, warn: Callable[[str], None], before: int | None = None)
 
     Raises:
         RelayError: there are checkpoints, and all are damaged: never a silent fresh start.
+        LaterReleaseError: the newest is of a later release, whose work would be lost.
     """
     damage = []
     for path in reversed(whole(folder)):
@@ -246,6 +285,8 @@ def newest(folder: Path, warn: Callable[[str], None], before: int | None = None)
             continue
         try:
             return read(path)
+        except LaterReleaseError:
+            raise
         except RelayError as error:
             damage.append(str(error))
             warn(f"skipped a damaged checkpoint: {error}")
@@ -256,9 +297,19 @@ def newest(folder: Path, warn: Callable[[str], None], before: int | None = None)
 
 def best(folder: Path) -> Path | None:
     """Return the checkpoint with the highest score (of equal ones the earliest), or None if none was scored."""
-    scored = [(read_manifest(path)["score"], path) for path in whole(folder)]
-    ranked = [(score, path) for score, path in scored if score is not None]
-    return max(ranked, key=lambda pair: pair[0], default=(None, None))[1]
+    ranked = _ranked(whole(folder))
+    return ranked[0] if ranked else None
+
+
+def _ranked(paths: Sequence[Path]) -> list[Path]:
+    """Return the scored ones of these, the best first; one whose manifest is damaged has no score."""
+    scores: dict[Path, float] = {}
+    for path in paths:
+        with suppress(RelayError):
+            score = read_manifest(path).score
+            if score is not None:
+                scores[path] = score
+    return sorted(scores, key=lambda path: scores[path], reverse=True)
 
 
 def find(folder: Path, which: str) -> Path:
@@ -267,7 +318,7 @@ def find(folder: Path, which: str) -> Path:
     Raises:
         UsageError: there is no such checkpoint; the text lists those there are.
     """
-    paths = whole(folder)
+    paths = [path for path in whole(folder) if _has_manifest(path)]
     by_step = {str(_step(path)): path for path in paths}
     if not paths:
         raise UsageError(f"{folder} has no checkpoint yet")
@@ -281,11 +332,12 @@ def find(folder: Path, which: str) -> Path:
 
 
 def prune(folder: Path, keep: int, keep_best: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best `keep_best`; the newest one always stays."""
-    paths = whole(folder)
-    scores = {path: read_manifest(path)["score"] for path in paths}
-    ranked = sorted((p for p in paths if scores[p] is not None), key=lambda p: scores[p], reverse=True)
-    kept = {*paths[-max(keep, 1) :], *ranked[:keep_best]}
+    """Delete all checkpoints but the newest `keep` and the best `keep_best`; the newest one always stays.
+
+    One whose manifest is damaged counts as neither, and stays for a person to look at.
+    """
+    paths = [path for path in whole(folder) if _has_manifest(path)]
+    kept = {*paths[-max(keep, 1) :], *_ranked(paths)[:keep_best]}
     for path in paths:
         if path not in kept:
             _remove(path)
@@ -298,9 +350,28 @@ def remove_after(folder: Path, step: int) -> None:
             _remove(path)
 
 
+def clean(folder: Path) -> None:
+    """Delete what a killed process left behind; nobody else may be writing here."""
+    for pattern in (".step-*.partial", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_manifest(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except LaterReleaseError:
+        return True
+    except RelayError:
+        return False
+    return True
+
+
 def _remove(path: Path) -> None:
-    (path / "manifest.json").unlink()  # first: a half-deleted folder must not count
-    shutil.rmtree(path)
+    removed = path.with_name(f".{path.name.strip('.')}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    path.rename(removed)  # first: a half-deleted folder must not count
+    shutil.rmtree(removed)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -360,7 +360,7 @@ class Trainer:
         if last or epoch % self.settings.evaluate_every == 0:
             found = {split: self._evaluate_and_record(split) for split in self.evaluated}
         chosen = found.get(self.selects_on) or (None if self.evaluated else train)
-        improved = chosen is not None and self._is_best(chosen, epoch)
+        improved = chosen is not None and self.task.headline in chosen and self._is_best(chosen, epoch)
         self.say(_epoch_line(self, epoch, {"train": train, **found}, clock))
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)

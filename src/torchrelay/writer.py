@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrelay.checkpoint import CheckpointSettings, Contents, prune, write
+from torchrelay.checkpoint import CheckpointSettings, Contents, clean, prune, write
 
 
 def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Contents:
@@ -56,6 +56,7 @@ class Writer:
     def __init__(self, folder: Path, settings: CheckpointSettings, before: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
         self._before = before
+        clean(folder)
         self.settings = settings
         self._memory: dict[str, Tensor] = {}  # of the last copy; free once that is written
         self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)

@@ -225,3 +225,46 @@ def test_row_36_a_checkpoint_of_this_release_says_its_format_and_loads(run):
     for path in checkpoint.whole(run / "checkpoints"):
         assert json.loads((path / "manifest.json").read_text())["format"] == checkpoint.FORMAT == 1
         checkpoint.read(path)
+
+
+def test_row_02_a_kill_while_the_same_step_is_written_again_leaves_the_old_or_the_new(server, tmp_path):
+    """As a run does that is resumed and stopped before its first step; there may be no other checkpoint."""
+    assert write_and_die(server, tmp_path, [(3, 3)], (3, 4), keep=1) == {3, 4}
+
+
+def test_row_03_a_truncated_manifest_is_a_truncated_checkpoint(cli, run, runs, same_runs):
+    newest = checkpoint.whole(run / "checkpoints")[-1]
+    truncate(newest / "manifest.json")
+    assert cli("evaluate", run).returncode == 0
+    done = going_on(cli, run)
+    assert done.returncode == 0, done.stderr
+    assert f"skipped a damaged checkpoint: {newest}/manifest.json can't be read" in done.stdout
+    same_runs(run, runs[1])
+
+
+def test_row_04_any_bit_of_a_manifest_is_noticed(tmp_path):
+    """What it says of the step, the score and the files is trusted by everything else."""
+    for step in (1, 2):
+        checkpoint.write(
+            tmp_path, Contents(step, {"w": torch.ones(4)}, {"v": step}, score=step / 4, metrics={"a": 1.0})
+        )
+    manifest = tmp_path / "step-00000002" / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        flip(manifest, place)
+        warned = []
+        found = checkpoint.newest(tmp_path, warned.append)
+        checkpoint.prune(tmp_path, keep=2, keep_best=1)
+        assert checkpoint.best(tmp_path).is_dir()
+        if found.step == 2:
+            assert (found.score, found.metrics) == (0.5, {"a": 1.0}), whole[place - 10 : place + 10]
+        else:
+            assert warned
+        manifest.write_bytes(whole)
+
+
+def test_row_36_a_later_release_is_not_taken_for_damage(cli, one_line, run):
+    """Going on from the checkpoint before would throw away, in the end, what the later release has done."""
+    newest = checkpoint.whole(run / "checkpoints")[-1]
+    relabel(newest, checkpoint.FORMAT + 1)
+    one_line(cli("resume", run), f"{newest} was written by a later release", "upgrade torchrelay")

@@ -127,7 +127,9 @@ def rewrite(saved: Path, name: str, content: bytes) -> None:
     (saved / name).write_bytes(content)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (saved / "manifest.json").write_text(json.dumps(manifest))
+    forged = checkpoint.Manifest.model_validate(manifest)
+    forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
+    (saved / "manifest.json").write_text(forged.model_dump_json())
 
 
 # ------------------------------------------------------------------------------------------------ 19: workers

@@ -28,7 +28,7 @@ def photos(tmp_path):
 @pytest.fixture
 def stopped(cli, photos):
     """The folder of a run on the photos that stopped after its third step."""
-    sets = SETTINGS + [f"data.root={photos}", "run.max_steps=3"]
+    sets = [*SETTINGS, f"data.root={photos}", "run.max_steps=3"]
     assert cli("train", "image-folder", "--run", "run", sets=sets).returncode == 0
     return "run"
 
@@ -82,7 +82,7 @@ def test_row_20_a_file_of_the_test_part_counts_as_well(cli, one_line, tmp_path):
     for part, first in (("train", 0), ("test", 100)):
         for number in range(12):
             write(tmp_path / "parts" / part / ("cat", "dog")[number % 2] / f"{number}.png", first + number)
-    sets = SETTINGS + [f"data.root={tmp_path / 'parts'}", "run.max_steps=1"]
+    sets = [*SETTINGS, f"data.root={tmp_path / 'parts'}", "run.max_steps=1"]
     assert cli("train", "image-folder", "--run", "run", sets=sets).returncode == 0
     write(tmp_path / "parts" / "test" / "dog" / "3.png", 7)
     one_line(cli("resume", "run", sets=["run.max_steps=2"]), "the test data changed: test/dog/3.png was edited;")

@@ -60,7 +60,9 @@ def change_manifest(saved: Path, change) -> None:
     path = saved / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    forged = checkpoint.Manifest.model_validate(manifest)
+    forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
+    path.write_text(forged.model_dump_json())
 
 
 def rewrite(saved: Path, name: str, content: bytes) -> None:
