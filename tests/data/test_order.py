@@ -1,5 +1,7 @@
 """The order of samples: a permutation of each epoch, computed place by place."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,60 @@ def test_neighbours_of_one_epoch_are_no_neighbours_in_the_next():
     first, second = (np.argsort(order(0, epoch, np.arange(samples), samples)) for epoch in (0, 1))
     stay = (np.abs(np.diff(first)) == 1) & (np.abs(np.diff(second)) == 1)
     assert stay.sum() < 10
+
+
+@pytest.mark.parametrize("samples", [5, 7, 16, 97, 1000])
+def test_places_and_samples_go_together_evenly(samples):
+    """Chi-square over (place, sample), both in up to 20 classes: six deviations allowed, for several sizes."""
+    epochs, classes = 3000, min(samples, 20)
+    places = np.arange(samples)
+    counts = np.zeros((classes, classes))
+    for epoch in range(epochs):
+        np.add.at(counts, (places * classes // samples, order(11, epoch, places, samples) * classes // samples), 1)
+    size = np.bincount(places * classes // samples)
+    expected = epochs * np.outer(size, size) / samples
+    freedom = (classes - 1) ** 2
+    # Without replacement, the statistic has this mean: samples / (samples - 1) times the degrees of freedom.
+    chi_square = ((counts - expected) ** 2 / expected).sum() * (samples - 1) / samples
+    assert abs(chi_square - freedom) < 6 * np.sqrt(2 * freedom)
+
+
+def test_pairs_of_neighbours_are_as_common_as_any_other_pair():
+    """Which sample follows which, over 4,000 epochs of 12 samples: 132 ordered pairs, each as often."""
+    counts = np.zeros((12, 12))
+    for epoch in range(4000):
+        found = order(2, epoch, np.arange(12), 12)
+        np.add.at(counts, (found[:-1], found[1:]), 1)
+    expected = 4000 * 11 / 132
+    chi_square = ((counts[~np.eye(12, dtype=bool)] - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 131) < 6 * np.sqrt(2 * 131)
+
+
+def test_epochs_have_no_structure_in_common():
+    """What stands at a place says nothing of what stands there in the next epoch, nor of how far it moved."""
+    samples, epochs = 101, 2000
+    orders = np.array([order(1, epoch, np.arange(samples), samples) for epoch in range(epochs)])
+    moved = (orders[1:] - orders[:-1]) % samples
+    counts = np.bincount(moved.ravel(), minlength=samples)
+    expected = counts.sum() / samples
+    assert abs(((counts - expected) ** 2 / expected).sum() - (samples - 1)) < 6 * np.sqrt(2 * (samples - 1))
+    fixed = (orders[1:] == orders[:-1]).sum(1)
+    assert abs(fixed.mean() - 1) < 6 / np.sqrt(epochs), "one sample stays by chance, on average"
+
+
+def test_a_bad_order_would_be_noticed():
+    """The tests above see the order that a shift of one fixed permutation gives."""
+    base = order(0, 0, np.arange(20), 20)
+    counts = np.zeros((20, 20))
+    for epoch in range(3000):
+        counts[np.arange(20), np.roll(base, epoch % 10)] += 1
+    assert ((counts - 150) ** 2 / 150).sum() > 361 + 6 * np.sqrt(2 * 361)
+
+
+def test_a_place_among_a_trillion_costs_no_table():
+    tracemalloc.start()
+    found = order(0, 0, np.arange(10**12 - 256, 10**12), 10**12)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(found.tolist())) == 256
+    assert peak < 200_000

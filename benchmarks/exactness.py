@@ -1,0 +1,132 @@
+"""What exactness costs: a training step with it and without, and how long a checkpoint holds training up.
+
+    python -m benchmarks.exactness [--out docs/exactness-cost.md]
+
+Steps: `run.exact` on and off, otherwise alike (on the CPU, and on a GPU where there is one). Checkpoints: the time that
+`Trainer.save` takes, beside a plain memcpy of as many bytes.
+"""
+
+import argparse
+import ctypes
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import torchrelay as tr
+from benchmarks.measure import machine, shown, side_by_side
+from torchrelay.data.augment import Flip, PaddedCrop
+from torchrelay.data.batches import Batch
+from torchrelay.device import DeviceSettings
+from torchrelay.models.small import resnet18_small
+from torchrelay.terminal import Terminal
+
+STEPS = 4  # of an epoch, which is a round
+
+
+def trainer(model: nn.Module, device: str, exact: bool, precision: str = "float32", **changes: Any) -> tr.Trainer:
+    """Return a trainer on random images."""
+    images = torch.randint(0, 256, (128, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    placing = {"name": device, "precision": precision, "channels_last": True}
+    settings = tr.RunSettings(exact=exact, max_steps=changes.pop("steps", None))
+    usual: dict[str, Any] = {"batch_size": 32, "epochs": 100, "settings": settings, "terminal": Terminal(quiet=True)}
+    return tr.Trainer(
+        model,
+        (images, torch.arange(128) % 10),
+        augment=[Flip(), PaddedCrop(padding=4)],
+        device=DeviceSettings.model_validate(placing),
+        optimizer=tr.optim.SGD(lr=0.1, momentum=0.9),
+        **usual | changes,
+    )
+
+
+def steps(device: str, precision: str) -> str:
+    """Return a row: the step with exactness and without."""
+
+    def case(exact: bool) -> Callable[[], object]:
+        made = trainer(resnet18_small(10), device, exact, precision)
+
+        def run() -> None:
+            torch.use_deterministic_algorithms(exact)
+            torch.backends.cudnn.deterministic = exact
+            for batch in made.batches.epoch(0):  # of four
+                made.train_step(batch)
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    times = side_by_side({"exact": case(True), "not": case(False)})
+    exact, without = ([t / STEPS for t in times[name]] for name in ("exact", "not"))
+    cost = median(exact) / median(without) - 1
+    return f"| {device}, {precision} | {shown(exact)} | {shown(without)} | {100 * cost:+.1f}% |"
+
+
+class Pauses(tr.Callback):
+    """After each step, takes the time of a save, and of a memcpy of as many bytes."""
+
+    def __init__(self) -> None:
+        self.save: list[float] = []
+        self.copy: list[float] = []
+        self.bytes = 0
+
+    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+        state = trainer.optimizer.state_dict()["state"].values()
+        tensors = [*trainer.model.state_dict().values(), *(entry["momentum_buffer"] for entry in state)]
+        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        source, target = np.ones(self.bytes, np.uint8), np.ones(self.bytes, np.uint8)
+        assert trainer.run is not None  # noqa: S101
+        trainer.run.wait()  # whoever saves so often that the disk can't follow waits for the disk
+        began = time.perf_counter()
+        ctypes.memmove(target.ctypes.data, source.ctypes.data, self.bytes)
+        copied = time.perf_counter()
+        trainer.save()
+        self.save.append(time.perf_counter() - copied)
+        self.copy.append(copied - began)
+
+
+def pause(name: str) -> str:
+    """Return a row: saving a network's whole state, beside copying as many bytes."""
+    pauses = Pauses()
+    with tempfile.TemporaryDirectory() as folder:
+        model = getattr(torchvision.models, name)(num_classes=10)
+        trainer(model, "cpu", True, run=Path(folder) / "run", callbacks=[pauses], steps=10, batch_size=4).fit()
+    save, copy = pauses.save[1:], pauses.copy[1:]  # the first one takes the memory
+    ratio = median(save) / median(copy)
+    return f"| {name} | {pauses.bytes / 1e6:,.0f} MB | {shown(save)} | {shown(copy)} | {ratio:.2f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the tables")
+    options = parser.parse_args()
+    torch.backends.cudnn.benchmark = False
+    rows = [steps("cpu", "float32"), steps("cpu", "bf16")]
+    if torch.cuda.is_available():
+        rows += [steps("cuda", "float32"), steps("cuda", "bf16")]
+    else:
+        rows.append("| cuda | not measured | | |")
+    text = (
+        f"# What exactness costs\n\n{machine()}; medians in ms with least and most; made by "
+        "`python -m benchmarks.exactness`.\n\n## A training step, `run.exact` on and off\n\n"
+        "`resnet18-small`, batches of 32 images of 32x32, flipped and cropped.\n\n"
+        "| device | exact | not | cost |\n| --- | ---: | ---: | ---: |\n" + "\n".join(rows) + "\n\n"
+        "## How long a checkpoint holds training up\n\n"
+        "| network and optimizer | state | save | memcpy | ratio |\n| --- | ---: | ---: | ---: | ---: |\n"
+        + "\n".join(pause(name) for name in ("resnet18", "resnet50"))
+        + "\n"
+    )
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What the benchmarks share: times side by side, and the machine they were taken on."""
+
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+
+def side_by_side(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
+    """Return the seconds of each case, a round of all after a round of all: what slows the machine slows each alike."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for case in cases.values():
+        case()  # warm
+    for _ in range(rounds):
+        for name, case in cases.items():
+            gc.collect()
+            began = time.perf_counter()
+            case()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def shown(times: list[float], unit: float = 1e3, digits: int = 2) -> str:
+    """Return a median with its spread, in milliseconds if not said otherwise."""
+    low, middle, high = (f"{value * unit:,.{digits}f}" for value in (min(times), median(times), max(times)))
+    return f"{middle} ({low} to {high})"
+
+
+def machine() -> str:
+    """Return what figures depend on, in a line."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    threads = torch.get_num_threads()
+    return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads{gpu}, torch {torch.__version__}"
