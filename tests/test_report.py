@@ -26,6 +26,7 @@ from torchrelay.report import (
     headline_of,
     metrics_table,
     read_metrics,
+    save,
 )
 
 Line = dict[str, Any]
@@ -366,3 +367,9 @@ def test_numbers_can_be_read_on_their_colours() -> None:
     assert [text.get_color() for text in figure.axes[0].texts] == ["white", "#c4c4c4", "white", "white"]
     picture = drawn(figure)
     assert (picture == drawn(confusion_matrix(torch.tensor([[100, 0], [50, 50]])))).all()
+
+
+def test_names_in_letters_that_the_font_lacks_are_drawn_without_a_word(tmp_path, recwarn):
+    save(confusion_matrix(torch.eye(2, dtype=torch.int64) * 5, ("七", "🐈")), tmp_path / "names.png")
+    assert (tmp_path / "names.png").stat().st_size > 1000
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

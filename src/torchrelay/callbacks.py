@@ -186,7 +186,7 @@ class Pictures(Callback):
 
     def on_end(self, trainer: "Trainer") -> None:
         """Show the confusion matrix, and the settings with what they led to; write down the last evaluation."""
-        from torchrelay.report import confusion_matrix
+        from torchrelay.report import confusion_matrix, save
 
         if trainer.run is None:
             return
@@ -196,9 +196,9 @@ class Pictures(Callback):
             found = json.dumps(last.to_json(trainer.classes), indent=1, ensure_ascii=False)
             (trainer.run.folder / "evaluation.json").write_text(found + "\n", encoding="utf-8")
         if last is not None and last.confusion is not None:
-            figure = confusion_matrix(last.confusion, trainer.classes)
-            figure.savefig(trainer.run.folder / "confusion.png")
-            trainer.run.tensorboard.figure("pictures/confusion matrix", figure, step=trainer.step)
+            picture = trainer.run.folder / "confusion.png"
+            save(confusion_matrix(last.confusion, trainer.classes), picture)
+            trainer.run.tensorboard.figure("pictures/confusion matrix", picture, step=trainer.step)
         values = last.values if last is not None else {}
         trainer.run.tensorboard.hyperparameters(
             _flat(trainer.record), {f"{k}/{trainer.selects_on}": v for k, v in values.items()}

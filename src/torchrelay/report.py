@@ -6,7 +6,9 @@ metrics give the same bytes.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +155,14 @@ def _value(line: Mapping[str, Any], name: str) -> float:
 # ---------------------------------------------------------------------------------------------------------- the curves
 
 
+@contextmanager
+def _silent_about_letters() -> Iterator[None]:
+    """Draw letters that the font lacks as boxes, without a warning about each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
 def curves(folder: Path, headline: Headline | None = None) -> Path:
     """Draw a run's curves into its curves.png: the headline metric, the loss, and the learning rate below them.
 
@@ -169,8 +179,14 @@ def curves(folder: Path, headline: Headline | None = None) -> Path:
     path, unfinished = folder / "curves.png", folder / "curves.png.tmp"
     with mpl.rc_context(_STYLE):
         figure = draw_curves(lines, folder.resolve().name, headline)
-        figure.savefig(unfinished, format="png", dpi=_DPI, metadata={"Software": None})
+        save(figure, unfinished)
     return unfinished.replace(path)
+
+
+@_silent_about_letters()
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def draw_curves(lines: Sequence[Line], title: str, headline: Headline | None = None) -> "Figure":
@@ -360,6 +376,7 @@ def _subtitle(lines: Sequence[Line], best: Line | None, headline: Headline) -> s
 # ------------------------------------------------------------------------------------------------ the confusion matrix
 
 
+@_silent_about_letters()
 def confusion_matrix(matrix: Tensor, classes: Sequence[str] = ()) -> "Figure":
     """Draw what the network took for what.
 

@@ -214,7 +214,7 @@ def _finish(trainer: "Trainer") -> None:
         trainer.say(f"stopped: {trainer.stop_reason}")
     if trainer.run is not None:
         trainer.run.wait()
-    if trainer.last_evaluation is None and trainer.evaluated:  # the run was at its end before, and what follows wants it
+    if trainer.last_evaluation is None and trainer.evaluated:  # the run had come to its end before
         trainer.evaluate(trainer.selects_on)
     for callback in trainer.callbacks:
         callback.on_end(trainer)
