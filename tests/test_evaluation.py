@@ -50,7 +50,7 @@ def by_hand(model: Seen, source) -> torch.Tensor:
 def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
     model, source = Seen(), digits[1]
     model.train()
-    found = evaluate(model, batches(source, size, device).epoch(), Classification(classes=10), device, model)
+    found = evaluate(model, batches(source, size, device), Classification(classes=10), device, model)
     assert model.training
     assert sum(model.sizes) == found.samples == 359
     logits = by_hand(model, source)
@@ -61,22 +61,22 @@ def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
 
 def test_an_evaluation_leaves_an_evaluating_model_evaluating(digits, device):
     model = Seen().eval()
-    evaluate(model, batches(digits[1], 100, device).epoch(), Classification(), device, model)
-    predict(model, batches(digits[1], 100, device).epoch(), Classification(), device, model)
+    evaluate(model, batches(digits[1], 100, device), Classification(), device, model)
+    predict(model, batches(digits[1], 100, device), Classification(), device, model)
     assert not model.training
 
 
 def test_class_weights_weigh_an_evaluation_too(digits, device):
     model, source, weights = Seen(), digits[1], torch.linspace(0.5, 2, 10)
     task = Classification(class_weights=weights)
-    found = evaluate(model, batches(source, 100, device).epoch(), task, device, model)
+    found = evaluate(model, batches(source, 100, device), task, device, model)
     expected = float(nn.functional.cross_entropy(by_hand(model, source), source.targets, weights))
     assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_stand_in_the_order_of_the_data(digits, device):
     model, source = Seen(), digits[1]
-    found = predict(model, batches(source, 50, device).epoch(), Classification(), device, model)
+    found = predict(model, batches(source, 50, device), Classification(), device, model)
     torch.testing.assert_close(found, by_hand(model, source).softmax(1))
 
 

@@ -34,7 +34,8 @@ LAYERS = (
 DATA_LAYERS = (
     ("order", "cache", "files"),
     ("augment", "sources"),
-    ("folder", "named", "batches"),
+    ("folder", "named", "loader"),
+    ("batches",),
     ("settings",),
     ("__init__",),
 )

@@ -143,7 +143,7 @@ class Predictor:
         inputs = decode_images(paths, self.shape)
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        return predict(self.model, batches.epoch(), Classification(), self.device, self.model)
+        return predict(self.model, batches, Classification(), self.device, self.model)
 
 
 def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:

@@ -115,7 +115,7 @@ class StepLog(Callback):
         if trainer.run is None:
             return
         self._losses.append(loss)
-        self._samples += len(batch.indices)
+        self._samples += batch.size
         if trainer.step % trainer.settings.log_every:
             return
         now = time.perf_counter()

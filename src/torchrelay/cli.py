@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from torchrelay import __version__
+from torchrelay import __version__, launched
 from torchrelay.errors import RelayError, UsageError, nearest
+from torchrelay.reports import LaunchError, report
 
 _FAILED, _STOPPED = 1, 75
 
@@ -21,25 +22,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved."""
     options = _parse(arguments)
     try:
+        launched.attach()
         from torchrelay.commands import COMMANDS
 
         COMMANDS[options.command](options)
-    except RelayError as error:
-        if options.debug:
-            raise
-        _print_error(str(error), stopped=error.exit_code == _STOPPED)
+    except LaunchError as error:  # of a process that we started, which has shown its traceback if it shall
+        _print_error(str(error), stopped=error.exit_code >= _STOPPED)
         return error.exit_code
+    except RelayError as error:
+        return _fail(error, str(error), error.exit_code, options.debug)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone, as with `| head`
         return _FAILED
-    except Exception as error:
-        if options.debug:
-            raise
-        _print_error(_in_words(error))
-        return _FAILED
+    except Exception as error:  # noqa: BLE001 - each is told of, here or by the launcher
+        return _fail(error, _in_words(error), _FAILED, options.debug)
     return 0
+
+
+def _fail(error: Exception, text: str, exit_code: int, debug: bool) -> int:
+    """Print why the command ends, unless the launcher of several processes does it for the first of them to fail."""
+    told = report(error, text, exit_code)
+    if debug:
+        raise error
+    if not told:
+        _print_error(text, stopped=exit_code == _STOPPED)
+    return exit_code
 
 
 def _in_words(error: Exception) -> str:
@@ -78,6 +87,7 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser, commands = _parser()
     options, rest = parser.parse_known_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)  # for processes to be started
     if rest:  # argparse would blame the whole program, which knows nothing of a command's options
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return options
@@ -101,15 +111,18 @@ def _parser() -> "tuple[_Parser, argparse._SubParsersAction[_Parser]]":
     train.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a TOML file")
     train.add_argument("--run", type=Path, metavar="FOLDER", help="the run's folder (runs/<recipe> if not given)")
     _options(train)
+    _processes(train)
 
     resume = command("resume", "go on with a run from its newest checkpoint")
     resume.add_argument("folder", type=Path, metavar="FOLDER")
     resume.add_argument("--accept-changes", action="store_true", help="go on though the data or the recipe changed")
     _options(resume)
+    _processes(resume)
 
     evaluate = command("evaluate", "test a run's best network")
     evaluate.add_argument("folder", type=Path, metavar="FOLDER")
     _options(evaluate)
+    _processes(evaluate)
     _checkpoint(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
@@ -142,6 +155,34 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--code", type=Path, metavar="FILE", help="a Python file whose names the recipe may use")
     parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def _processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--devices", type=_count, default=1, metavar="N", help="how many devices of this machine, a process each (1)"
+    )
+    parser.add_argument(
+        "--restarts", type=_whole, default=0, metavar="N", help="how often to go on after a failure (0)"
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a signal waits for the processes' checkpoint (600)",
+    )
+    parser.add_argument("--port", type=int, metavar="PORT", help="where the processes meet (a free port)")
+
+
+def _whole(text: str, least: int = 0) -> int:
+    """Read a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """What each command of the command line does, in calls that a user can make from Python."""
 
 import argparse
+import glob
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from torchrelay import assemble, recipe
+from torchrelay import assemble, launch, launched, recipe
 from torchrelay.errors import UsageError
 from torchrelay.run import free_folder
 from torchrelay.terminal import Terminal
@@ -19,22 +20,37 @@ from torchrelay.trainer import Trainer
 def train(options: argparse.Namespace) -> None:
     """`torchrelay train RECIPE`: train, in a new run folder."""
     loaded = recipe.load(options.recipe, options.overrides)
-    folder = options.run or free_folder(_run_name(options.recipe, options.overrides))
-    terminal = Terminal(quiet=options.quiet)
-    assemble.trainer(loaded, folder, code=_code(options.code), terminal=terminal).fit()
+    folder = options.run or _own_folder(_run_name(options.recipe, options.overrides))
+    if _several(options, loaded, folder, "--run", str(folder)):
+        return
+    terminal = _terminal(options)
+    again = launched.goes_on(folder)  # rank 0's answer counts for all
+    trainer = assemble.trainer(loaded, folder, code=_code(options.code), terminal=terminal, fresh=not again)
+    if again:
+        trainer.resume()
+    else:
+        launched.mark(folder)
+        trainer.fit()
     terminal.say(f"the run is in {folder}")
 
 
 def resume(options: argparse.Namespace) -> None:
     """`torchrelay resume FOLDER`: go on from the newest whole checkpoint."""
-    _trainer_of_run(options).resume(accept_changes=options.accept_changes)
+    loaded = _recipe_of_run(options)
+    if not _several(options, loaded, options.folder):
+        _trainer_of_run(options, loaded).resume(accept_changes=options.accept_changes)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """`torchrelay evaluate FOLDER`: test a run's best network."""
-    trainer = _trainer_of_run(options)
+    loaded = _recipe_of_run(options)
+    if _several(options, loaded, options.folder):
+        return
+    trainer = _trainer_of_run(options, loaded)
     checkpoint = trainer.load(options.checkpoint)
     found = {split: trainer.evaluate(split) for split in trainer.evaluated}
+    if launched.rank() > 0:
+        return
     if options.json:
         tables = {split: evaluation.to_json(trainer.classes) for split, evaluation in found.items()}
         print(json.dumps({"checkpoint": str(checkpoint), **tables}, ensure_ascii=False))
@@ -55,7 +71,7 @@ def predict(options: argparse.Namespace) -> None:
     """`torchrelay predict FOLDER PATH…`: say what a run's network sees in images. The training data isn't needed."""
     if options.top < 1:
         raise UsageError(f"--top {options.top}: show 1 class or more")
-    loaded, code = _recipe_of_run(options)
+    loaded, code = _recipe_of_run(options), _code(options.code)
     paths = [path for given in options.paths for path in _images(given)]
     predictor = assemble.predictor(loaded, options.folder, options.checkpoint, code=code)
     probabilities = predictor.images(paths)
@@ -119,8 +135,8 @@ def _code(path: Path | None) -> ModuleType | None:
     return None if path is None else assemble.load_code(path)
 
 
-def _recipe_of_run(options: argparse.Namespace) -> tuple[recipe.Recipe, ModuleType | None]:
-    """Return the recipe in a run's folder with the overrides applied, and the code that it names things of."""
+def _recipe_of_run(options: argparse.Namespace) -> recipe.Recipe:
+    """Return the recipe in a run's folder with the overrides applied."""
     file = options.folder / "recipe.toml"
     if not file.is_file():
         raise UsageError(
@@ -133,13 +149,42 @@ def _recipe_of_run(options: argparse.Namespace) -> tuple[recipe.Recipe, ModuleTy
         )
     if "code" in started and options.code is None:
         raise UsageError(f"{options.folder} uses code of its own: add --code {started['code']}")
-    return recipe.load(str(file), options.overrides), _code(options.code)
+    return recipe.load(str(file), options.overrides)
 
 
-def _trainer_of_run(options: argparse.Namespace) -> Trainer:
-    loaded, code = _recipe_of_run(options)
+def _trainer_of_run(options: argparse.Namespace, loaded: recipe.Recipe) -> Trainer:
+    code, terminal = _code(options.code), _terminal(options)
+    return assemble.trainer(loaded, options.folder, code=code, terminal=terminal, fresh=False)
+
+
+def _terminal(options: argparse.Namespace) -> Terminal:
+    """Return where people read along: of several processes, rank 0 speaks; others do if they have a file for it."""
     quiet = options.quiet or getattr(options, "json", False)  # JSON stands alone on standard output
-    return assemble.trainer(loaded, options.folder, code=code, terminal=Terminal(quiet=quiet), fresh=False)
+    return Terminal(quiet=quiet or (launched.rank() > 0 and not launched.by_us()))
+
+
+def _own_folder(name: str) -> Path:
+    """Return the folder of a run that this launch has started before, or a free one."""
+    there = sorted(Path("runs").glob(f"{glob.escape(name)}*"))
+    return next((folder for folder in there if launched.goes_on(folder)), None) or free_folder(name)
+
+
+def _several(options: argparse.Namespace, loaded: recipe.Recipe, folder: Path, *more: str) -> bool:
+    """Run this command in as many processes as `--devices` says; return False where this process is to do it."""
+    if options.devices == 1 or launched.by_us() or loaded.parallel.kind == "dp":  # which is one process
+        return False
+    launch.check_devices(loaded.device.name, options.devices)
+    command, *rest = options.arguments
+    launch.start(
+        [command, *more, *rest],
+        options.devices,
+        folder,
+        threads=loaded.device.threads,
+        restarts=options.restarts,
+        shutdown_timeout=options.shutdown_timeout,
+        port=options.port,
+    )
+    return True
 
 
 def _images(path: Path) -> list[Path]:

@@ -152,7 +152,9 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
 def _choose(name: str) -> str:
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        return "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set for each process of several
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     kind, _, number = name.partition(":")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")

@@ -1,16 +1,20 @@
 """Step 7, the test: every sample once, in blocks whose sums are added in the order of the data."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from torchrelay.data.batches import Batch
+from torchrelay.data.batches import Batch, Batches
 from torchrelay.device import Device
+from torchrelay.errors import UsageError
 from torchrelay.faults import explain
 from torchrelay.task import Task
+from torchrelay.world import World
 
 Forward = Callable[[Any], Any]  # from inputs to outputs
 
@@ -40,10 +44,16 @@ class Evaluation:
 class Sums:
     """Sums of loss and measures over batches, kept on the device until somebody asks.
 
-    They are added one after another in float64, so when they are fetched makes no difference to a bit.
+    They are added one after another in float64, so when they are fetched makes no difference to a bit. Where several
+    processes train, they are added in the order in which one process would have computed them.
+
+    Args:
+        world: the processes; all of them fetch at the same time. None: this one alone.
+        each: measures that each of them adds a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World | None = None, each: int = 1) -> None:
+        self._world, self._each = world, each
         self._losses: list[tuple[Tensor, Tensor | float]] = []
         self._measures: list[tuple[dict[str, Tensor], Tensor | int]] = []
         self.loss = 0.0
@@ -64,12 +74,26 @@ class Sums:
         for loss, weight in self._losses:
             self.loss += float(loss) * float(weight)
             self.weight += float(weight)
-        for measures, count in self._measures:
+        for count, measures in self._in_order():
             self.count += int(count)
             for name, value in measures.items():
-                self.measures[name] = self.measures.get(name, 0.0) + float(value)
+                self.measures[name] = self.measures.get(name, 0.0) + value
         self._losses.clear()
         self._measures.clear()
+
+    def _in_order(self) -> Iterator[tuple[float, dict[str, float]]]:
+        """Yield counts and measures, of all processes, as one process would have added them."""
+        if not self._measures:
+            return
+        names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
+        rows = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
+        if self._world is None or self._world.size == 1:
+            yield from ((row[0], dict(zip(names, row[1:], strict=True))) for row in rows)
+            return
+        gathered = self._world.gather(torch.tensor(rows, dtype=torch.float64))  # (ranks, rows, 1 + names)
+        for start in range(0, len(rows), self._each):  # a step: the last replica first
+            for block in reversed(gathered[:, start : start + self._each]):
+                yield from ((row[0], dict(zip(names, row[1:], strict=True))) for row in block.tolist())
 
     def means(self) -> dict[str, float]:
         """Return the mean loss and measures of all that was added."""
@@ -91,8 +115,19 @@ class Sums:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device, forward: Forward) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    device: Device,
+    forward: Forward,
+    world: World | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Run a model over data, in evaluation mode, and return its loss and metrics; the mode it had is set again.
+
+    Several processes share the batches. The first one adds up what all of them have found, batch after batch, so the
+    figures are those of one process; then all of them know them.
 
     Args:
         model: whose mode is set.
@@ -100,29 +135,82 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task, device: Dev
         task: what a batch means.
         device: where the batches are.
         forward: the model, or the same compiled.
+        world: the processes; None: this one alone.
+        check: called before each batch; may raise.
     """
+    world = world or World(0, 1, device.device)
     was_training = model.training
     model.eval()
     sums, samples = Sums(), 0
     metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
-    for batch in batches:
+
+    def compute(batch: Batch) -> Any:
         try:
             with device.autocast():
                 outputs = forward(batch.inputs)
-                loss = task.loss(outputs, batch.targets)
+                task.loss(outputs, batch.targets)  # which says what is wrong with them, where their sample is known
         except Exception as error:
             explain(error, batch, model)
             raise
-        weight = task.weight(batch.targets)
+        return outputs
+
+    for outputs, targets in _shared(batches, world, compute, check):
+        with device.autocast():
+            loss = task.loss(outputs, targets)
+        weight = task.weight(targets)
         sums.add_loss(loss / weight, weight)
-        sums.add_measures(task.measure(outputs, batch.targets), task.count(batch.targets))
-        samples += len(batch.indices)
+        sums.add_measures(task.measure(outputs, targets), task.count(targets))
+        samples += len(targets)
         if metrics:
             predictions = task.predict(outputs)
             for metric in metrics.values():
-                metric.update(predictions, _as_targets(batch.targets, predictions))
+                metric.update(predictions, _as_targets(targets, predictions))
     model.train(was_training)
-    return _result(sums, samples, {name: metric.compute() for name, metric in metrics.items()})
+    if not world.main:
+        return _from_main(world)
+    found = _result(sums, samples, {name: metric.compute() for name, metric in metrics.items()})
+    return found if world.size == 1 else _to_all(found, world)
+
+
+def _shared(
+    batches: Batches, world: World, compute: Callable[[Batch], Any], check: Callable[[], None]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yield, in the first process, outputs and targets of all batches in their order; each process computes its own.
+
+    Raises:
+        UsageError: there are several processes, and the model gives more than a tensor.
+    """
+    own = batches.epoch()
+    for start in range(0, len(batches), world.size):  # a round: a batch for each process
+        check()
+        pair: tuple[Any, Any] = (None, None)
+        if start + world.rank < len(batches):
+            batch = next(own)
+            pair = compute(batch), batch.targets
+        if world.size == 1:
+            yield pair
+            continue
+        if pair[0] is not None and not isinstance(pair[0], Tensor):
+            raise UsageError("several processes can't share an evaluation of a model that gives more than a tensor")
+        for source in range(min(world.size, len(batches) - start)):
+            mine = pair if world.rank == source else (None, None)
+            outputs, targets = (world.send_to_main(part, source) for part in mine)
+            if outputs is not None and targets is not None and world.main:
+                yield outputs, targets
+
+
+def _to_all(found: Evaluation, world: World) -> Evaluation:
+    """Tell the other processes what the first one found."""
+    facts = asdict(replace(found, confusion=None))
+    facts["confusion"] = None if found.confusion is None else found.confusion.tolist()
+    world.broadcast_bytes(json.dumps(facts).encode())
+    return found
+
+
+def _from_main(world: World) -> Evaluation:
+    facts = json.loads(world.broadcast_bytes(None))
+    confusion = facts.pop("confusion")
+    return Evaluation(**facts, confusion=None if confusion is None else torch.tensor(confusion))
 
 
 def _as_targets(targets: Tensor, predictions: Tensor) -> Tensor:
@@ -145,14 +233,22 @@ def _result(sums: Sums, samples: int, computed: dict[str, Tensor]) -> Evaluation
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], task: Task, device: Device, forward: Forward) -> Tensor:
+def predict(
+    model: nn.Module, batches: Batches, task: Task, device: Device, forward: Forward, world: World | None = None
+) -> Tensor:
     """Return what the task makes of the outputs for each sample, in the order of the data, on the CPU."""
+    world = world or World(0, 1, device.device)
     was_training = model.training
     model.eval()
-    found = []
-    for batch in batches:
+
+    def compute(batch: Batch) -> Tensor:
         with device.autocast():
-            outputs = forward(batch.inputs)
-        found.append(task.predict(outputs).cpu())
+            return task.predict(forward(batch.inputs))
+
+    found = [predicted.cpu() for predicted, _ in _shared(batches, world, compute, lambda: None)]
     model.train(was_training)
-    return torch.cat(found)
+    if world.size == 1:
+        return torch.cat(found)
+    together = safetensors.torch.save({"all": torch.cat(found)}) if world.main else None
+    parts: dict[str, Tensor] = safetensors.torch.load(world.broadcast_bytes(together))
+    return parts["all"]

@@ -21,17 +21,26 @@ Gradients = list[Tensor | None]  # one a parameter; None: the parameter was not 
 class ParallelSettings(Settings):
     """How a global batch is divided."""
 
-    kind: Literal["none"] = "none"
-    """none: one process on one device. (DataParallel and DistributedDataParallel are on their way.)"""
-    replicas: int = Field(default=1, ge=1)
-    """Parts of a global batch that are computed one after another; more need less memory. BatchNorm sees one part."""
+    kind: Literal["none", "dp", "ddp", "fsdp"] = "none"
+    """How several devices share the work. none, ddp: a process for each, gradients added in the fixed tree. dp: one
+    process for all (DataParallel), which isn't exact. fsdp: a process for each, which holds a part of the model.
+    How many there are, `--devices` or torchrun says."""
+    replicas: int | None = Field(default=None, ge=1)
+    """Parts of a global batch, which the devices share. One device computes several one after another, which needs
+    less memory. BatchNorm sees one part. The run keeps the number, and can go on with 1, 2, 4, … up to so many devices.
+    Unset: the number of devices that it starts with."""
 
 
-def check_replicas(replicas: int, exact: bool) -> None:
-    """Refuse a number that the exact tree can't have.
+def check_replicas(replicas: int, devices: int, exact: bool) -> None:
+    """Refuse numbers that don't go together.
+
+    Args:
+        replicas: parts of a global batch.
+        devices: processes that share them.
+        exact: whether they are added in the fixed tree.
 
     Raises:
-        UsageError: the run is exact and `replicas` isn't a power of two.
+        UsageError: the run is exact and `replicas` isn't a power of two, or isn't a multiple of the devices.
     """
     if exact and replicas & (replicas - 1):
         lower = 1 << (replicas.bit_length() - 1)
@@ -39,6 +48,28 @@ def check_replicas(replicas: int, exact: bool) -> None:
             f"parallel.replicas is {replicas}: an exact run needs a power of two such as {lower} or {2 * lower}; "
             "or --set run.exact=false"
         )
+    if replicas % devices:
+        able = [count for count in range(1, replicas + 1) if replicas % count == 0]
+        *others, last = map(str, able)
+        counts = f"{', '.join(others)} or {last}" if others else last
+        raise UsageError(
+            f"{devices} devices can't share a run of {replicas} replica{'s' * (replicas > 1)}: go on with {counts}, "
+            f"start one with --set parallel.replicas={1 << (devices - 1).bit_length()}, or give exactness up by "
+            "--set run.exact=false"
+        )
+
+
+def replicas_of(settings: ParallelSettings, devices: int, exact: bool) -> int:
+    """Return how many replicas a run has on so many devices.
+
+    Raises:
+        UsageError: the devices can't share them exactly.
+    """
+    replicas = settings.replicas or devices
+    if not exact and replicas % devices:
+        return devices
+    check_replicas(replicas, devices, exact)
+    return replicas
 
 
 def blocks(samples: int, replicas: int) -> tuple[int, ...]:
@@ -88,17 +119,17 @@ class Buffers:
     """The buffers at the start of a step, such as BatchNorm's running statistics, from which every replica starts."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = list(model.buffers())
-        self._start = [torch.empty_like(buffer) for buffer in self._live]
+        self.live = list(model.buffers())
+        self._start = [torch.empty_like(buffer) for buffer in self.live]
 
     def keep(self) -> None:
         """Remember the buffers as they are."""
-        for start, live in zip(self._start, self._live, strict=True):
+        for start, live in zip(self._start, self.live, strict=True):
             start.copy_(live)
 
     def restore(self) -> None:
         """Set the buffers back to what was kept."""
-        for start, live in zip(self._start, self._live, strict=True):
+        for start, live in zip(self._start, self.live, strict=True):
             live.copy_(start)
 
 

@@ -73,15 +73,40 @@ class Stopwatch:
         return {"seconds": round(seconds, 3), "samples_per_second": round(self.samples / max(seconds, 1e-9), 1)}
 
 
+class SaveTimes:
+    """When a checkpoint is due.
+
+    Args:
+        saving: how often.
+        steps_per_epoch: global batches of an epoch.
+        total_steps: of the whole run.
+    """
+
+    def __init__(self, saving: CheckpointSettings, steps_per_epoch: int, total_steps: int) -> None:
+        self._seconds = saving.every.seconds
+        self._steps = saving.every.steps(steps_per_epoch, total_steps) if self._seconds is None else 0
+        self.saved()
+
+    def saved(self) -> None:
+        """Take note of a save."""
+        self._saved_at = time.monotonic()
+
+    def after_step(self, step: int) -> bool:
+        """Return whether one is due by the number of steps."""
+        return self._steps > 0 and step % self._steps == 0
+
+    def by_clock(self) -> bool:
+        """Return whether one is due by the clock."""
+        return self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
+
+
 class Run:
     """An open run folder. One process at a time holds it.
 
     Args:
         folder: where the run is, or will be.
         terminal: where people read along.
-        saving: when checkpoints are saved and which are kept.
-        steps_per_epoch: global batches of an epoch.
-        total_steps: of the whole run.
+        saving: which checkpoints are kept.
         resume: whether to go on with a run that is there; otherwise the folder must not hold one.
 
     Raises:
@@ -94,8 +119,6 @@ class Run:
         folder: Path,
         terminal: Terminal,
         saving: CheckpointSettings,
-        steps_per_epoch: int,
-        total_steps: int,
         *,
         resume: bool = False,
     ) -> None:
@@ -123,9 +146,6 @@ class Run:
         self.metrics_lines = 0  # to which a resume of a checkpoint made now cuts metrics.jsonl
         # What a checkpoint counts on must be on the disk before it: a machine may lose its power.
         self._writer = Writer(self.checkpoints, saving, before=lambda: os.fsync(self._metrics.fileno()))
-        self._save_seconds = saving.every.seconds
-        self._save_steps = saving.every.steps(steps_per_epoch, total_steps) if self._save_seconds is None else 0
-        self._saved_at = time.monotonic()
 
     @property
     def checkpoints(self) -> Path:
@@ -161,19 +181,12 @@ class Run:
         self.metrics_lines = min(lines, len(there))
         self.tensorboard.rewrite(read_metrics(self.folder))
 
-    def save_is_due(self, step: int) -> bool:
-        """Return whether it is time for a checkpoint, by steps or by the clock."""
-        if self._save_seconds is not None:
-            return time.monotonic() - self._saved_at >= self._save_seconds
-        return step % self._save_steps == 0
-
     def save(self, contents: Contents) -> None:
         """Save a checkpoint behind the training's back.
 
         Raises:
             RelayError: an earlier one could not be written.
         """
-        self._saved_at = time.monotonic()
         self._writer.save(contents)
 
     def wait(self) -> None:

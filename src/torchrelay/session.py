@@ -41,20 +41,13 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
         stack.enter_context(trainer.device.explained(trainer.batches.batch_size))
         trainer.signal = stack.enter_context(StopSignal())
         stack.callback(_close, trainer)
-        if trainer.folder is not None:
-            trainer.run = Run(
-                trainer.folder,
-                trainer.terminal,
-                trainer.saving,
-                len(trainer.batches),
-                trainer.total_steps,
-                resume=resume,
-            )
+        if trainer.folder is not None and trainer.world.main:
+            trainer.run = Run(trainer.folder, trainer.terminal, trainer.saving, resume=resume)
             for note in trainer.notes:
                 trainer.run.note(note)
         trainer.say(_introduction(trainer))
-        if resume and trainer.run is not None:
-            _go_on(trainer, trainer.run, accept_changes)
+        if resume:
+            _go_on(trainer, accept_changes)
         else:
             _begin(trainer)
         for callback in trainer.callbacks:
@@ -79,7 +72,7 @@ def recovery(trainer: "Trainer") -> Iterator[None]:
         yield
     except SpikeError as spike:
         path = _write_down(trainer, spike)
-        if trainer.run is None or trainer.settings.on_spike == "stop":
+        if trainer.folder is None or trainer.settings.on_spike == "stop":
             where = f"; its sample indices are in {path}" if path is not None else ""
             raise RelayError(f"{spike}; no checkpoint holds anything of it{where}") from None
         _roll_back(trainer, trainer.run, spike)
@@ -101,7 +94,7 @@ def _samples(trainer: "Trainer", step: int) -> list[int]:
     return found
 
 
-def _roll_back(trainer: "Trainer", run: Run, spike: SpikeError) -> None:
+def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
     """Stand where the run stood before the batch to be left out.
 
     That is the one that shows the spike. If the loss is high, and the batch before is left out already, then the harm
@@ -116,8 +109,9 @@ def _roll_back(trainer: "Trainer", run: Run, spike: SpikeError) -> None:
             f"{spike.what}, and {len(trainer.skipped)} batches are left out already: the data or optimizer.lr may be "
             "at fault; else raise run.max_skipped and resume"
         )
-    run.wait()
-    contents = checkpoint.newest(run.checkpoints, warn=trainer.say, before=min(steps))
+    if run is not None:
+        run.wait()
+    contents = _newest(trainer, before=min(steps))
     if contents is None:
         raise RelayError(
             f"{spike.what}, and no checkpoint before step {min(steps)} is kept to go back to: raise checkpoint.keep "
@@ -128,8 +122,9 @@ def _roll_back(trainer: "Trainer", run: Run, spike: SpikeError) -> None:
     skipped = trainer.skipped | {step: _samples(trainer, step) for step in steps}
     trainer.load_state_dict(contents.state)
     trainer.skipped = skipped
-    checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
-    run.rewind(contents.state["metrics_lines"])
+    if run is not None:
+        checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
+        run.rewind(contents.state["metrics_lines"])
     left_out = " and ".join(f"step {step}" for step in sorted(steps))
     trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
 
@@ -143,15 +138,16 @@ def _close(trainer: "Trainer") -> None:
 
 
 def _begin(trainer: "Trainer") -> None:
-    """Initialise from the data, write down what runs, and save what the run starts from."""
+    """Initialise from the data, take the first process's weights, write down what runs, save what it starts from."""
     if isinstance(trainer.model, InitFromData):
         trainer.model.init_from(_initial_images(trainer))
         if trainer.ema is not None:
             trainer.ema.load_state_dict(trainer.model.state_dict())
+    trainer.world.broadcast([tensor for _, tensor in sorted(trainer.model.state_dict().items())])
     if trainer.run is not None:
         trainer.run.write_files(_files(trainer))
         trainer.run.write_recipe(trainer.record)
-        trainer.save()
+    trainer.save()
 
 
 def _files(trainer: "Trainer") -> Marks:
@@ -160,14 +156,53 @@ def _files(trainer: "Trainer") -> Marks:
     return together(source.files for source in sources if source.files is not None)
 
 
-def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
+def _newest(trainer: "Trainer", before: int | None = None) -> checkpoint.Contents | None:
+    """Return the newest whole checkpoint: the first process looks for it, and all read the same."""
+    assert trainer.folder is not None  # noqa: S101 - the callers have asked
+    folder = trainer.folder / "checkpoints"
+    if trainer.world.size == 1:
+        return checkpoint.newest(folder, trainer.say, before)
+    if trainer.world.main:
+        contents = checkpoint.newest(folder, trainer.say, before)
+        trainer.world.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
+        return contents
+    step = trainer.world.broadcast_bytes(None).decode()
+    return checkpoint.read(checkpoint.find(folder, step)) if step else None
+
+
+def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
     """Stand where the newest whole checkpoint stands."""
-    contents = checkpoint.newest(run.checkpoints, warn=trainer.say)
+    contents = _newest(trainer)
     if contents is None:
         trainer.say("no checkpoint was saved yet: starting from the beginning")
-        run.rewind(0)
+        if trainer.run is not None:
+            trainer.run.rewind(0)
         _begin(trainer)
         return
+    if trainer.run is not None:
+        _compare(trainer, trainer.run, contents, accept_changes)
+    options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
+    trainer.load_weights(contents)
+    trainer.load_state_dict(contents.state)
+    if accept_changes:  # then the recipe's rates and decays count, not those that were saved
+        for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
+            group.update({key: value for key, value in fresh.items() if key != "params"})
+    if trainer.run is not None:
+        trainer.run.rewind(contents.state["metrics_lines"])
+        trainer.run.write_recipe(trainer.record)  # which may now ask for more epochs
+        trainer.run.write_files(_files(trainer))
+    if trainer.epochs_done >= trainer.settings.epochs:
+        trainer.say(f"the run is done: {trainer.step:,} steps")
+    else:
+        trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
+
+
+def _compare(trainer: "Trainer", run: Run, contents: checkpoint.Contents, accept_changes: bool) -> None:
+    """Compare what the run was started with and what there is now.
+
+    Raises:
+        RelayError: something would lead to another result, and that wasn't accepted.
+    """
     # The recipe first: a seed that changed also changes which samples are set apart.
     for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
         trainer.say(f"changed: {change}")
@@ -179,33 +214,22 @@ def _go_on(trainer: "Trainer", run: Run, accept_changes: bool) -> None:
         data_changes=lambda: differences(run.read_files(), files),
     ):
         trainer.say(f"warning: {warning}")
-    options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
-    trainer.load_weights(contents)
-    trainer.load_state_dict(contents.state)
-    if accept_changes:  # then the recipe's rates and decays count, not those that were saved
-        for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
-            group.update({key: value for key, value in fresh.items() if key != "params"})
-    run.rewind(contents.state["metrics_lines"])
-    run.write_recipe(trainer.record)  # which may now ask for more epochs
-    run.write_files(files)
-    if trainer.epochs_done >= trainer.settings.epochs:
-        trainer.say(f"the run is done: {trainer.step:,} steps")
-    else:
-        trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
 
 
 def _interrupted(trainer: "Trainer") -> Interrupted:
     """Save, and say how to go on."""
     signal = trainer.signal.received.name if trainer.signal.received is not None else "a signal"
     done = f"stopped by {signal} after step {trainer.step:,}"
-    if trainer.run is None:
+    if trainer.folder is None:
         return Interrupted(f"{done}; there is no run folder to resume from")
     try:
         trainer.save()
     except SpikeError:  # of a step that nobody had read yet; the resumed run meets it again
         if trainer.settings.on_spike == "stop":
             raise
-    trainer.run.wait()
+    if trainer.run is not None:
+        trainer.run.wait()
+    trainer.world.barrier("the last checkpoint")  # whoever started us ends all when one ends
     return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
 
 

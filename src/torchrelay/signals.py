@@ -48,5 +48,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature is Python's
         if self.received is not None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return  # an agent says it again when another process has stopped; it ends us if it must
             os._exit(128 + number)  # asked twice: the earlier checkpoints are whole, so leave at once
         self.received = signal.Signals(number)

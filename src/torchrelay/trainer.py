@@ -10,10 +10,13 @@ for each epoch:
     evaluate, keep the best, save
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +34,20 @@ from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.exchange import Exchange
 from torchrelay.faults import explain
 from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
-from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, check_replicas, give_gradients, take_gradients
-from torchrelay.run import Run, RunSettings, Stopwatch
+from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, replicas_of
+from torchrelay.run import Run, RunSettings, SaveTimes, Stopwatch
 from torchrelay.session import recovery, session
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
 from torchrelay.task import Classification, Task
 from torchrelay.terminal import Terminal, epoch_line
+from torchrelay.world import join
+
+_STOP, _SAVE = 1, 2  # what any process may ask of all
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,10 @@ class Trainer:
         # 4. The device comes before the data, which is augmented there
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
         self.device = set_up(chosen, self.settings.exact)
-        self.parallel = parallel or ParallelSettings()
-        check_replicas(self.parallel.replicas, self.settings.exact)
+        self.world = join(self.device.device)
+        self.replicas = replicas_of(parallel or ParallelSettings(), self.world.size, self.settings.exact)
+        if not self.world.main:
+            self.terminal = Terminal(quiet=True)  # one speaks for all
 
         # 2. Data: sources, and the iterators that make global batches of them
         source = as_source(train)
@@ -149,7 +158,9 @@ class Trainer:
                 seed=seed,
                 train=training,
                 sampling=sampling if training else "sequential",
-                replicas=self.parallel.replicas if training else 1,
+                replicas=self.replicas if training else 1,
+                rank=self.world.rank,
+                ranks=self.world.size,
                 workers=workers,
                 drop_last=drop_last and training,
             )
@@ -162,6 +173,7 @@ class Trainer:
         # 3. Model
         self.model = self.device.place(model)
         self.forward: Callable[[Any], Any] = torch.compile(model, dynamic=False) if chosen.compile else model
+        self.exchange = Exchange(self.model, self.world, exact=self.settings.exact, forward=self.forward)
         self.ema = EMA(self.model, ema) if ema else None
 
         # 5. Optimizer and schedule
@@ -181,16 +193,22 @@ class Trainer:
         for part in (self.batches, *self.evaluated.values()):
             part.check_targets(self.task.check)
 
+        if self.world.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
+            self._some_weight = self.task.weight(self.batches.some_targets())
+
         # 7. Where the run stands
         self.record = record or _own_record(self)
+        self.record["parallel"] = {**self.record.get("parallel", {}), "replicas": self.replicas}
         self.notes: Sequence[str] = ()  # what was said while data and model were made, for the run's log
         self.step = 0  # optimizer steps done; the place within the epoch follows from this
         self.epochs_done = 0  # epochs trained and evaluated
         self.best: Best | None = None
         self.last_evaluation: Evaluation | None = None  # of the part that `selects_on` names
         self._evaluated_at = -1
-        self.sums = Sums()  # of the running epoch
+        self.sums = self._new_sums()  # of the running epoch
         self.saving = checkpoint or CheckpointSettings()
+        self._save_times = SaveTimes(self.saving, len(self.batches), self.total_steps)
+        self._save_is_due = False
         self.step_log = StepLog()
         self.stopwatch = Stopwatch()
         self.callbacks = [self.step_log, Pictures(), *callbacks]
@@ -258,29 +276,51 @@ class Trainer:
 
     def backward(self, batch: Batch) -> Tensor:
         """Leave the gradient of the mean loss over a global batch in the parameters, and return that loss."""
-        total = self.task.weight(batch.targets)
-        if len(batch.blocks) == 1:
+        total = self._weight(batch)
+        if self.replicas == 1:
             loss = self._replica(0, batch.inputs, batch.targets, total)
         else:
-            # Replica 0 goes last: each starts from the step's initial buffers, and its result stays.
-            tree = GradientTree()
-            self._buffers.keep()
-            for replica, (inputs, targets) in reversed(list(enumerate(batch.parts()))):
-                self._buffers.restore()
-                part = self._replica(replica, inputs, targets, total) if len(targets) else None
-                tree.add([*take_gradients(self.parameters), part])
-            *gradients, summed = tree.total()
-            assert summed is not None  # noqa: S101 - replica 0 always has a sample
-            loss = summed
-            give_gradients(self.parameters, gradients)
+            loss = self._own_replicas(batch, total)
         self.sums.add_loss(loss, total)
         return loss
+
+    def _own_replicas(self, batch: Batch, total: Tensor | float) -> Tensor:
+        """Compute this process's replicas one after another; all processes' gradients and losses are added."""
+        gradients, losses = GradientTree(), GradientTree()
+        self._buffers.keep()
+        for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
+            self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
+            last = replica == batch.first
+            with self.exchange.send(gradients) if last else self.exchange.keep_here(gradients):
+                part = self._replica(replica, inputs, targets, total) if len(targets) else self._nothing()
+            losses.add([part])
+        (loss,) = losses.total()
+        assert loss is not None  # noqa: S101 - each replica has one
+        self.world.broadcast(self._buffers.live)
+        return self.exchange.add(loss)
+
+    def _nothing(self) -> Tensor:
+        """Return the loss of a replica without samples."""
+        self.sums.add_measures({}, 0)
+        return torch.zeros((), device=self.device.device)
+
+    def _weight(self, batch: Batch) -> Tensor | float:
+        """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
+        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.parts() if len(targets)]
+        if self.world.size > 1:
+            weights += [0.0 * self._some_weight] * (len(batch.blocks) - len(weights))
+            on_device = isinstance(self._some_weight, Tensor)
+            own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
+            found = self.world.gather(own).flatten()
+            weights = list(found.unbind()) if on_device else found.tolist()
+        total: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else math.fsum(weights)
+        return total
 
     def _replica(self, replica: int, inputs: Any, targets: Tensor, total: Tensor | float) -> Tensor:
         """Go forward and backward through one replica's part; return its share of the mean loss."""
         rng.reseed(rng.seed_for(self.settings.seed, "model", self.step, replica), self.device.device)
         with self.device.autocast():
-            outputs = self.forward(inputs)
+            outputs = self.exchange(inputs)
             loss = self.task.loss(outputs, targets) / total
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -316,12 +356,19 @@ class Trainer:
         if self.step % self.settings.log_every == 0:
             self._guard.read()
         self._stop_at_limit()
-        self.stopwatch.samples += len(batch.indices)
-        self.samples_seen += len(batch.indices)
-        if self.signal.received is not None:
+        self.stopwatch.samples += batch.size
+        self.samples_seen += batch.size
+        asked = self._asked()
+        if asked & _STOP:
             raise StopNow
-        if self.step % len(self.batches) and self._save_is_due():  # at an epoch's end the evaluation comes first
+        self._save_is_due = bool(asked & _SAVE) or self._save_times.after_step(self.step)
+        if self.step % len(self.batches) and self._save_is_due:  # at an epoch's end the evaluation comes first
             self.save()
+
+    def _asked(self) -> int:
+        """Return what any process asks of all: several see it a step later, and all at the same step."""
+        late = self.world.main and self._save_times.by_clock()
+        return self.world.agree(_STOP * (self.signal.received is not None) | _SAVE * late)
 
     def stop(self, reason: str) -> None:
         """End the training after this step or this epoch, as early stopping does; the run counts as done."""
@@ -365,8 +412,8 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)
         if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
-            self.epochs_done, self.sums = epoch, Sums()
-        if last or improved or self.stop_reason is not None or self._save_is_due():
+            self.epochs_done, self.sums = epoch, self._new_sums()
+        if last or improved or self.stop_reason is not None or self._save_is_due:
             self.save()
         self.stopwatch.start()
 
@@ -392,8 +439,8 @@ class Trainer:
         value = values[self.task.headline]
         return value if self.task.higher_is_better else -value
 
-    def _save_is_due(self) -> bool:
-        return self.run is not None and self.run.save_is_due(self.step)
+    def _new_sums(self) -> Sums:
+        return Sums(self.world, self.replicas // self.world.size)
 
     # ------------------------------------------------------------------------------------------------ the test
 
@@ -407,7 +454,13 @@ class Trainer:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
         with self._averaged(), self.device.explained(self.batches.batch_size):
             found = evaluate(
-                self.model, self._until_stopped(self.evaluated[split].epoch()), self.task, self.device, self.forward
+                self.model,
+                self.evaluated[split],
+                self.task,
+                self.device,
+                self.forward,
+                self.world,
+                check=self._stop_if_asked,
             )
         if split == self.selects_on:
             self.last_evaluation, self._evaluated_at = found, self.step
@@ -420,9 +473,17 @@ class Trainer:
             data: a source, a Dataset, or a tensor of inputs (samples, …).
         """
         source = ArraySource(data, torch.zeros(len(data), dtype=torch.int64)) if isinstance(data, Tensor) else data
-        batches = Batches(as_source(source), self.batches.batch_size, self.device, self.pipeline, train=False)
+        batches = Batches(
+            as_source(source),
+            self.batches.batch_size,
+            self.device,
+            self.pipeline,
+            train=False,
+            rank=self.world.rank,
+            ranks=self.world.size,
+        )
         with self._averaged(), self.device.explained(self.batches.batch_size):
-            return predict(self.model, batches.epoch(), self.task, self.device, self.forward)
+            return predict(self.model, batches, self.task, self.device, self.forward, self.world)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
@@ -434,12 +495,10 @@ class Trainer:
         shape = self.seen_data()["shape"]
         return "images" if shape is None or len(shape) == 3 else "samples"
 
-    def _until_stopped(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield batches; a signal ends an evaluation, which is repeated after a resume."""
-        for batch in batches:
-            if self.signal.received is not None:
-                raise StopNow
-            yield batch
+    def _stop_if_asked(self) -> None:
+        """Let a signal end an evaluation, which is repeated after a resume."""
+        if self._asked() & _STOP:
+            raise StopNow
 
     # ------------------------------------------------------------------------------------------------ save and go on
 
@@ -494,7 +553,7 @@ class Trainer:
             "samples": len(source),
             "seed": self.settings.seed,
             "batch_size": self.batches.batch_size,
-            "replicas": self.parallel.replicas,
+            "replicas": self.replicas,
             "precision": self.device.settings.precision,
         }
 
@@ -504,7 +563,7 @@ class Trainer:
         Raises:
             RelayError: an earlier one could not be written, or a loss up to here wasn't finite.
         """
-        if self.run is None:
+        if self.folder is None:
             return
         self._guard.read()
         began = time.perf_counter()
@@ -518,9 +577,12 @@ class Trainer:
             metrics=values,
             trained=tuple(name for name, _ in self.model.named_parameters()),
         )
-        self.run.save(contents)
-        stood_still = 1000 * (time.perf_counter() - began)
-        self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
+        self._save_times.saved()
+        self._save_is_due = False
+        if self.run is not None:
+            self.run.save(contents)
+            stood_still = 1000 * (time.perf_counter() - began)
+            self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.

@@ -5,40 +5,41 @@ worker read a sample makes no difference.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 
 from torchrelay.data.augment import Pipeline
+from torchrelay.data.loader import Key, Loader
 from torchrelay.data.order import Places, order
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
 from torchrelay.device import Device
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.faults import TargetError, out_of_range, wrong_label
+from torchrelay.faults import TargetError
 from torchrelay.parallel import blocks
-from torchrelay.rng import reseed_everything, seed_for, words
+from torchrelay.rng import words
 
 Sampling = Literal["shuffle", "balanced", "sequential"]
 _AHEAD = 16_384  # places whose order is computed at once; one call for many batches costs less than one for each
 _ON_DEVICE = 4 * 2**30  # bytes; a source up to this size is kept on a CUDA device and gathered there
-_Key = tuple[int, int, int]  # epoch, place, sample index
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One global batch, on the device."""
+    """One global batch, or what this process computes of it, on the device."""
 
-    inputs: Any  # (batch, …) a tensor, or a tuple, list or dict of them
-    targets: Tensor  # (batch, …)
-    indices: Places  # (batch,) which samples of the source these are
-    blocks: tuple[int, ...]  # how many samples each replica has, in order
+    inputs: Any  # (samples, …) a tensor, or a tuple, list or dict of them; None where there are no samples
+    targets: Tensor  # (samples, …)
+    indices: Places  # (samples,) which samples of the source these are
+    blocks: tuple[int, ...]  # how many samples each replica of this process has, in order
     name: str = "data"  # what errors call the source
+    first: int = 0  # the first of these replicas
+    size: int = 0  # samples of the global batch
 
     def parts(self) -> Iterator[tuple[Any, Tensor]]:
         """Yield each replica's inputs and targets; the last ones may be empty."""
@@ -50,6 +51,17 @@ class Batch:
             part = slice(start, start + size)
             yield _cut(self.inputs, part), self.targets[part]
             start += size
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """What this process has of a global batch."""
+
+    indices: Places
+    place: int  # of the first of them, in the epoch
+    blocks: tuple[int, ...]
+    first: int
+    size: int
 
 
 def _cut(value: Any, part: slice) -> Any:
@@ -74,6 +86,9 @@ class Batches:
         sampling: "shuffle": each sample once an epoch; "balanced": every class as often, with repetition;
             "sequential": in the order of the source.
         replicas: into how many parts a batch will be divided.
+        rank: which of the processes this is; it reads its own replicas' part of each training batch, or, where nothing
+            is trained, every `ranks`-th batch.
+        ranks: how many processes there are.
         workers: processes that read a dataset; arrays need none.
         drop_last: leave out an epoch's last batch where it is smaller.
     """
@@ -89,10 +104,13 @@ class Batches:
         train: bool = True,
         sampling: Sampling = "shuffle",
         replicas: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
         workers: int = 0,
         drop_last: bool = False,
     ) -> None:
         self.source = source
+        self.rank, self.ranks = rank, ranks
         self.batch_size = batch_size
         self.device = device
         self.pipeline = pipeline
@@ -112,7 +130,7 @@ class Batches:
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _resident(source, device.device)
         else:
-            self._loader = _Loader(source, seed, workers, device.device.type == "cuda")
+            self._loader = Loader(source, seed, workers, device.device.type == "cuda")
 
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
@@ -130,6 +148,13 @@ class Batches:
             except TargetError as error:
                 raise error.of(self.name, self.source.targets, range(self.samples)) from None
 
+    def some_targets(self) -> Tensor:
+        """Return the target of the first sample, as a batch of one, on the device."""
+        if isinstance(self.source, ArraySource):
+            return self.device.move(self._targets[:1])  # type: ignore[no-any-return]
+        collate = self.source.collate or default_collate
+        return self.device.move(collate([self.source.dataset[0]])[1])  # type: ignore[no-any-return]
+
     def close(self) -> None:
         """End the worker processes, if there are any; a later epoch starts new ones."""
         if isinstance(self.source, DatasetSource):
@@ -137,19 +162,22 @@ class Batches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, beginning with batch `start`; what comes before it is not read."""
-        # To keep this method in `self` would close a cycle: see `_Loader`.
+        # To keep this method in `self` would close a cycle: see `Loader`.
         read = self._read_arrays if isinstance(self.source, ArraySource) else self._read_dataset
-        place = start * self.batch_size
-        for inputs, targets, indices in read(epoch, start):
-            parts = blocks(len(indices), self.replicas)
-            if self.train:
+        for inputs, targets, own in read(epoch, start):
+            if self.train and len(own.indices):
                 inputs, targets = self.pipeline.train(
-                    inputs, targets, seed=self.seed, epoch=epoch, place=place, indices=indices, blocks=parts
+                    inputs,
+                    targets,
+                    seed=self.seed,
+                    epoch=epoch,
+                    place=own.place,
+                    indices=own.indices,
+                    blocks=own.blocks,
                 )
-            else:
+            elif len(own.indices):
                 inputs = self.pipeline.evaluate(inputs)
-            place += len(indices)
-            yield Batch(self.device.arrange(inputs), targets, indices, parts, self.name)
+            yield Batch(self.device.arrange(inputs), targets, own.indices, own.blocks, self.name, own.first, own.size)
 
     def indices(self, epoch: int, batch: int) -> Places:
         """Return which samples of the source an epoch's batch has, counted from 0; nothing is read for it."""
@@ -164,25 +192,43 @@ class Batches:
             for offset in range(0, len(found), self.batch_size):
                 yield found[offset : offset + self.batch_size]
 
-    def _read_arrays(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
-        for indices in self._indices(epoch, start):
-            index = torch.from_numpy(indices).to(self._inputs.device)
+    def _own(self, epoch: int, start: int) -> "Iterator[_Own]":
+        """Yield what this process has of each batch."""
+        place = start * self.batch_size
+        for number, indices in enumerate(self._indices(epoch, start), start):
+            size = len(indices)
+            if self.train:
+                parts, each = blocks(size, self.replicas), self.replicas // self.ranks
+                first = self.rank * each
+                begin, own = sum(parts[:first]), parts[first : first + each]
+                yield _Own(indices[begin : begin + sum(own)], place + begin, own, first, size)
+            elif number % self.ranks == self.rank:
+                yield _Own(indices, place, (size,), 0, size)
+            place += size
+
+    def _read_arrays(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
+        for own in self._own(epoch, start):
+            index = torch.from_numpy(own.indices).to(self._inputs.device)
             # Brackets would do the same in ten times the time: they allow for more than one index.
             inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
-            yield self.device.move(inputs), self.device.move(targets), indices
+            yield self.device.move(inputs), self.device.move(targets), own
 
-    def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, Places]]:
-        asked: deque[Places] = deque()  # the loader's workers read some batches ahead of the one it gives out
+    def _read_dataset(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
+        asked: deque[_Own] = deque()  # the loader's workers read some batches ahead of the one it gives out
+        empty: list[_Own] = []  # the last batch of an epoch may have no samples for this process
 
-        def keys() -> Generator[list[_Key]]:
-            place = start * self.batch_size
-            for indices in self._indices(epoch, start):
-                asked.append(indices)
-                yield [(epoch, place + i, int(index)) for i, index in enumerate(indices)]
-                place += len(indices)
+        def keys() -> Generator[list[Key]]:
+            for own in self._own(epoch, start):
+                if not len(own.indices):
+                    empty.append(own)
+                    continue
+                asked.append(own)
+                yield [(epoch, own.place + i, int(index)) for i, index in enumerate(own.indices)]
 
         for inputs, targets in self._loader.read(keys()):
             yield self.device.move(inputs), self.device.move(targets), asked.popleft()
+        for own in empty:
+            yield None, torch.empty(0, device=self.device.device), own
 
 
 def statistics(source: Source) -> dict[str, Any]:
@@ -224,195 +270,3 @@ def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Pl
         return result
 
     return balanced
-
-
-class _Seeded(Dataset[Any]):
-    """A dataset whose global randomness is set by (seed, epoch, place) right before each sample is read."""
-
-    def __init__(self, source: DatasetSource, seed: int) -> None:
-        self.dataset = source.dataset
-        self.collate = source.collate or default_collate
-        self.name = source.name
-        self.classes = len(source.classes)
-        self.seed = seed
-
-    def __getitems__(self, keys: list[_Key]) -> Any:
-        """Return the batch of these keys, or the error that a person can mend: a worker would make a text of it."""
-        try:
-            batch = self._batch(keys)
-            self._check_labels(batch, keys)
-        except RelayError as error:
-            return error
-        return batch
-
-    def _batch(self, keys: list[_Key]) -> Any:
-        samples = []
-        for epoch, place, index in keys:
-            reseed_everything(seed_for(self.seed, "sample", epoch, place))
-            samples.append(self.dataset[index])
-        try:
-            if self.collate is default_collate and isinstance(samples[0], tuple):
-                kinds = [getattr(sample[0], "dtype", None) for sample in samples]  # it would silently take the widest
-                if (odd := _odd(kinds)) is not None:
-                    raise self._unlike(keys, samples, odd)
-            return self.collate(samples)
-        except (RuntimeError, TypeError, ValueError, LookupError) as error:
-            shapes = [_described(sample) for sample in samples]
-            if (odd := _odd(shapes)) is not None:
-                raise self._unlike(keys, samples, odd) from error
-            if self.collate is not default_collate or not isinstance(error, TypeError):
-                raise
-            raise RelayError(
-                f"{self.name}: sample {keys[0][2]} is {shapes[0]}, of which PyTorch makes no batch: return tensors, "
-                "arrays and numbers, or give a collate function"
-            ) from error
-
-    def _unlike(self, keys: list[_Key], samples: list[Any], odd: int) -> RelayError:
-        """Return the error of a sample that doesn't go into one batch with the first."""
-        return RelayError(
-            f"{self.name}: sample {keys[odd][2]} is {_described(samples[odd])}, but sample {keys[0][2]} is "
-            f"{_described(samples[0])}: make them alike, or give a collate function"
-        )
-
-    def _check_labels(self, batch: Any, keys: list[_Key]) -> None:
-        """Refuse labels that are none of the named classes, as arrays do; here it is a worker's work."""
-        targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
-        if not self.classes or not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
-            return
-        if (label := wrong_label(targets, self.classes)) is not None:
-            raise out_of_range(label, self.classes).of(self.name, targets, [index for _, _, index in keys])
-
-
-def _odd(things: Sequence[Any]) -> int | None:
-    """Return the place of the first that isn't like the first of all."""
-    return next((place for place, thing in enumerate(things) if thing != things[0]), None)
-
-
-def _described(value: Any) -> str:
-    """Return the shapes and types that a sample is made of."""
-    if isinstance(value, Tensor | np.ndarray):
-        return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_described(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_described, value)) + ")"
-    return type(value).__name__
-
-
-class _Keys:
-    """The batches of keys that the loader's workers are to read next; set anew for each epoch."""
-
-    def __init__(self) -> None:
-        self.batches: Iterator[list[_Key]] = iter(())
-
-    def __iter__(self) -> Iterator[list[_Key]]:
-        return self.batches
-
-
-class _Loader:
-    """A DataLoader that reads the keys it is told to; its workers live as long as it does.
-
-    They end at once when its last reference goes. Where the garbage collector has to find it, as part of a cycle, each
-    worker is waited for five seconds: the collector has ended the threads that would tell them to end.
-    """
-
-    def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
-        self._name = source.name
-        self._keys = _Keys()
-        self._workers = workers
-        self._loader = DataLoader(
-            _Seeded(source, seed),
-            batch_sampler=self._keys,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            pin_memory=pin,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # otherwise each epoch would draw a number from the global one
-        )
-
-    def read(self, keys: Generator[list[_Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the batches of these keys; whoever read before may not go on."""
-        self._keys.batches = keys
-        with closing(keys):
-            with self._errors():
-                batches = iter(self._loader)
-            while True:
-                if self._keys.batches is not keys:
-                    raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
-                with self._errors(), _one_thread(self._workers == 0):
-                    batch = next(batches, _END)
-                    if isinstance(batch, RelayError):
-                        raise batch
-                if batch is _END:
-                    return
-                if not isinstance(batch, list | tuple) or len(batch) != 2:
-                    raise RelayError(
-                        f"{self._name}: a sample must be a pair (inputs, target): return one, or set a collate function"
-                    )
-                yield batch[0], batch[1]
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """End the workers when something fails; say what to do when one is gone, or can't pass on what it read."""
-        try:
-            yield
-        except Exception as error:
-            text = self._close_after(error)
-            if "shared memory" in text:
-                raise RelayError(
-                    f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
-                    "data.workers or a smaller data.batch_size"
-                ) from error
-            if text.startswith("DataLoader worker (pid"):
-                raise RelayError(
-                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer "
-                    "data.workers, and resume"
-                ) from error
-            raise
-
-    def _close_after(self, error: Exception) -> str:
-        """End the workers and return what happened, in PyTorch's words.
-
-        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's handler of the
-        signal may have its say only while we clean up.
-        """
-        text = str(error) if isinstance(error, RuntimeError) else ""
-        try:
-            if isinstance(error, ConnectionError | EOFError):
-                for worker in getattr(self._loader._iterator, "_workers", ()):
-                    worker.join(timeout=1)
-                    if worker.exitcode:
-                        text = f"DataLoader worker (pid {worker.pid}) exited with code {worker.exitcode}"
-            self.close()
-        except RuntimeError as later:
-            if not str(later).startswith("DataLoader worker (pid"):
-                raise
-            text = str(later)
-            self.close()
-        return text
-
-    def close(self) -> None:
-        """End the worker processes; a later read starts new ones."""
-        iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-_END = object()  # a collate function may return None
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-@contextmanager
-def _one_thread(here: bool) -> Iterator[None]:
-    """Read with one thread, as a worker process does: a mean over a tensor has other bits with two."""
-    threads = torch.get_num_threads()
-    if here and threads > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if here and threads > 1:
-            torch.set_num_threads(threads)

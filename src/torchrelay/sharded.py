@@ -1,0 +1,313 @@
+"""Step 4: models larger than a device (`fsdp`), and several GPUs in one process (`dp`).
+
+Under `fsdp` every process keeps a part of each parameter, of its gradient and of the optimizer's state (PyTorch's
+`fully_shard`); a block's weights are whole only while it computes. Gradients are added over the processes, and divided
+again, while backward runs.
+
+In an exact run the sum has the bits of one process: each process first adds its own replicas in the tree, then each
+part is added over the processes in the same tree. So a process with several replicas holds as much as log2(replicas) + 1
+whole gradients meanwhile. Without exactness it never holds more than its part: every replica's is added at once.
+
+Checkpoints know nothing of all this: see unsharded.py. Importing this module costs a third of what PyTorch costs: the
+trainer does so where it is needed.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from torchrelay.device import Device
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.parallel import GradientTree, give_gradients, take_gradients
+from torchrelay.unsharded import whole
+
+if TYPE_CHECKING:
+    from torchrelay.world import World
+
+SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a message
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_LARGEST_SHARE = 0.25  # of the model that a block may be before its own blocks are looked for
+
+# What these do with an element depends on that element alone, so that a part is updated as the whole is.
+_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
+_WHOLE_MATRICES = ("Muon", "Adafactor")
+
+
+class Sharded:
+    """Shards a model over the processes, and adds the gradients of their replicas.
+
+    It is used as `Exchange` is. Make it after the model has its initial weights, the same on every process, and before
+    its optimizer, its moving average and anything else that holds its parameters. The model may stand on the CPU: its
+    blocks are moved to the device one after another. With one process nothing is sharded.
+
+    Every process must go as often through the model as the others, in evaluations, too: each time they exchange
+    weights. Where one has no samples left, it calls `stand_in`.
+
+    Args:
+        model: is changed in place: its parameters become sharded ones.
+        world: the processes.
+        device: where and how this process computes. Unless the run is exact, blocks compute wholly in its 16-bit type,
+            which halves what is sent; a model with running statistics, and an exact run, keep to autocast's choice.
+        exact: whether the sum of gradients follows the fixed tree.
+        stand_in: goes through this object with any samples, and returns their loss.
+        forward: what computes the outputs, if not the model itself.
+
+    Raises:
+        UsageError: the model can't be sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: "World",
+        device: Device,
+        *,
+        exact: bool,
+        stand_in: Callable[[], Tensor],
+        forward: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.world, self.exact, self.stand_in = world, exact, stand_in
+        self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
+        self._forward = forward or model
+        if world.size > 1:
+            _prepare(model, exact)
+            mesh = init_device_mesh(device.device.type, (world.size,))
+            for block in (*blocks(model), model):
+                self._shard(block, mesh, _policy(model, device, exact))
+        self._parameters = list(model.parameters())
+
+    def _shard(self, block: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global weight
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]  # as its base class is private
+
+    def __call__(self, inputs: Any) -> Any:
+        """Return the model's outputs."""
+        return self._forward(inputs)
+
+    @contextmanager
+    def keep_here(self, *, empty: bool = False) -> Iterator[None]:
+        """Go forward and backward through a replica that isn't this process's last one.
+
+        Args:
+            empty: the replica has no samples, and nothing is done in this context.
+        """
+        with self._replica(empty, keeps=self.exact):
+            yield
+
+    @contextmanager
+    def send(self, tree: GradientTree, *, empty: bool = False) -> Iterator[None]:
+        """Go forward and backward through the last replica: after it `.grad` has this process's part of the whole sum.
+
+        Args:
+            tree: has what the replicas before left in `.grad` (which is all zeros where their gradients are kept whole).
+            empty: the replica has no samples, and nothing is done in this context.
+        """
+        with self._replica(empty, keeps=False):
+            yield
+        if self.world.size == 1 or not self.exact:
+            tree.add(take_gradients(self._parameters))
+            give_gradients(self._parameters, tree.total())
+
+    @contextmanager
+    def _replica(self, empty: bool, keeps: bool) -> Iterator[None]:
+        self.empty, self.keeps = empty, keeps
+        yield
+        if empty and self.world.size > 1:
+            self.stand_in().backward()  # type: ignore[no-untyped-call]
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the whole gradient, the same on every process.
+
+        In an exact run each parameter's gradient is put together for it, one after another, and the norm of their norms
+        is that of one process, bit for bit. Otherwise PyTorch adds the squares of each process's parts.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not self.exact or not gradients:
+            return whole(nn.utils.get_total_norm(gradients))
+        norms = [torch._foreach_norm([whole(gradient)])[0] for gradient in gradients]  # as get_total_norm takes them
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
+
+    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+        """Scale the gradient down to a largest norm, as `nn.utils.clip_grad_norm_` does; return its norm before."""
+        norm = self.norm(parameters)
+        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return norm
+
+
+class _ReduceScatter:
+    """Adds the gradients of a block over the processes and leaves each its part; FSDP calls it while backward runs.
+
+    Args:
+        owner: says whether the run is exact, and what to do with this replica.
+    """
+
+    def __init__(self, owner: Sharded) -> None:
+        self._owner = owner
+        self._elements: int | None = None
+        self._own = GradientTree()  # the whole gradients of this process's replicas, if the run is exact
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for what is sent or received."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,  # noqa: ARG002 - always a sum
+        async_op: bool = False,  # noqa: ARG002 - FSDP never asks for it
+    ) -> None:
+        """Add.
+
+        Args:
+            output_tensor: (elements / processes,) this process's part of the sum.
+            input_tensor: (elements,) the block's gradients, for each process its part.
+            group: the processes.
+            op: how FSDP would reduce.
+            async_op: whether to return at once.
+        """
+        self._check(input_tensor, group)
+        if self._owner.empty:
+            input_tensor.zero_()
+        if not self._owner.exact:
+            dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group)
+            return
+        self._own.add([input_tensor])
+        if self._owner.keeps:
+            output_tensor.zero_()
+            return
+        own, self._own = cast(Tensor, self._own.total()[0]), GradientTree()
+        parts = torch.empty_like(own)
+        dist.all_to_all_single(parts, own, group=group)
+        tree = GradientTree()
+        for part in parts.chunk(group.size()):
+            tree.add([part])
+        output_tensor.copy_(cast(Tensor, tree.total()[0]))
+
+    def _check(self, gradients: Tensor, group: dist.ProcessGroup) -> None:
+        """Raise a RelayError where what the processes add doesn't belong together, instead of waiting for ever."""
+        elements = gradients.numel()
+        if self._elements is None:
+            there = gradients.new_empty(group.size(), dtype=torch.int64)
+            dist.all_gather_into_tensor(there, there.new_full((1,), elements), group=group)
+            self._elements = elements if len(set(there.tolist())) == 1 else -1
+        if self._elements != elements:
+            raise RelayError(
+                "a replica uses other parameters of the model than another one, which parallel.kind 'fsdp' can't add: "
+                "use 'ddp'"
+            )
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model that are gathered each on its own: large children of its lists and sequences.
+
+    A block that shares a parameter with anything outside it isn't among them: it is gathered with the whole model.
+    """
+    total, holders = _size(model), _holders(model)
+
+    def inside(module: nn.Module) -> list[nn.Module]:
+        found: list[nn.Module] = []
+        for child in module.children():
+            inner = inside(child)
+            # Lists have no forward pass, before which their parameters would be gathered.
+            listed = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, _LISTS)
+            fits = _size(child) >= SMALLEST and (not inner or _size(child) <= _LARGEST_SHARE * total)
+            alone = all(holders[parameter] == count for parameter, count in _holders(child).items())
+            found += [child] if listed and fits and alone else inner
+        return found
+
+    return list(dict.fromkeys(inside(model)))  # a block may stand in two places
+
+
+def _holders(module: nn.Module) -> Counter[nn.Parameter]:
+    """Return by how many modules, this one and those inside it, each parameter is held."""
+    return Counter(parameter for part in module.modules() for parameter in part.parameters(recurse=False))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _prepare(model: nn.Module, exact: bool) -> None:
+    """Refuse what can't be sharded, and lay parameters out as FSDP wants them."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise UsageError(
+                f"parallel.kind 'fsdp' can't divide the parameter '{name}', which is a single number: "
+                "give it the shape (1,), or use 'ddp'"
+            )
+        if not parameter.is_contiguous():
+            if exact:  # the norm of a gradient in another memory format has other bits
+                raise UsageError(
+                    f"the parameter '{name}' isn't contiguous, and parallel.kind 'fsdp' is exact only for those that "
+                    "are: set device.channels_last=false, or --set run.exact=false"
+                )
+            parameter.data = parameter.data.contiguous()
+
+
+def _policy(model: nn.Module, device: Device, exact: bool) -> MixedPrecisionPolicy:
+    """Return in which types blocks compute and add; autocast alone would keep 16-bit copies of all weights."""
+    running = any(name.endswith("running_mean") for name, _ in model.named_buffers())  # which stays float32
+    if exact or running or device.settings.precision == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32)
+
+
+def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
+    """Refuse an optimizer that can't work on parts of parameters.
+
+    Raises:
+        UsageError: it needs whole matrices, or the run is exact and nobody knows.
+    """
+    name = type(optimizer).__name__
+    rules = {group["rule"] for group in optimizer.param_groups if "rule" in group}  # of our Muon, SGD and AdamW in one
+    if name in _WHOLE_MATRICES or "muon" in rules:
+        raise UsageError(
+            f"optimizer '{name.removesuffix('Optimizer').lower()}' needs whole matrices, of which parallel.kind 'fsdp' "
+            "keeps parts: use 'adamw' or 'sgd', or parallel.kind 'ddp'"
+        )
+    if exact and name not in _ELEMENTWISE and not rules:
+        raise UsageError(
+            f"nobody knows whether optimizer '{name}' gives the same bits on parts of parameters: use one of "
+            f"{', '.join(_ELEMENTWISE)}, or parallel.kind 'ddp', or --set run.exact=false"
+        )
+
+
+def data_parallel(
+    model: nn.Module, device: torch.device, say: Callable[[str], None], *, exact: bool
+) -> Callable[[Any], Any]:
+    """Return PyTorch's DataParallel over all visible CUDA devices, or the model itself where it would do nothing.
+
+    Args:
+        model: stands on `device`, and stays where parameters and gradients are.
+        device: the first of the devices; outputs come back to it.
+        say: told where it does nothing.
+        exact: whether the run is.
+
+    Raises:
+        UsageError: the run is exact.
+    """
+    if exact:
+        raise UsageError(
+            "parallel.kind 'dp' adds gradients in an order that depends on the number of devices, and this run is "
+            "exact: use 'ddp', or --set run.exact=false"
+        )
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count < 2:
+        where = "with one device" if count else f"on {device.type}"
+        say(f"parallel.kind 'dp' does nothing {where}: the model runs as with 'none'")
+        return model
+    first = torch.cuda.current_device() if device.index is None else device.index
+    return nn.DataParallel(model, [first, *(other for other in range(count) if other != first)])

@@ -1,0 +1,529 @@
+"""Sharded training: as a script this file is one process of several, whose results the tests compare byte for byte."""
+
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from torchrelay import optim, sharded
+from torchrelay.device import DeviceSettings, set_up
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.parallel import Buffers, GradientTree, blocks, give_gradients, take_gradients
+from torchrelay.sharded import Sharded, check_optimizer, data_parallel
+from torchrelay.unsharded import divide, full_state, gather, load_full_state
+
+STEPS = 4
+LARGEST_NORM = 0.2  # which every step is above
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What `Sharded` knows of a World."""
+
+    rank: int = 0
+    size: int = 1
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Odd(nn.Module):
+    """Tied weights, one unused, one frozen, one of one element, and sizes that two processes can't divide evenly."""
+
+    def __init__(self, width: int = 7) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, width)
+        self.blocks = nn.ModuleList([Residual(width), nn.Linear(width, width), Residual(width)])
+        self.blocks[1].weight = self.first_again = nn.Parameter(torch.randn(width, width))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.unused = nn.Linear(3, 3)
+        self.frozen = nn.Linear(width, 5)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        return self.frozen(x @ self.first_again)
+
+
+def convolutions() -> nn.Module:
+    def block(inputs: int, outputs: int) -> nn.Module:
+        layers = (nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+        return nn.Sequential(OrderedDict(zip("abc", layers, strict=True)))
+
+    return nn.Sequential(block(3, 6), block(6, 6), nn.Flatten(), nn.Dropout(0.2), nn.Linear(24, 5))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(12, 12)])
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.last(self.blocks[0](self.blocks[0](x.flatten(1))))
+
+
+class ByRank(nn.Module):
+    """Another parameter on every process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 5), nn.Linear(12, 5), nn.Linear(12, 5, bias=False)
+
+    def forward(self, x):
+        return (self.c if dist.is_initialized() and dist.get_rank() else self.a)(x.flatten(1))
+
+
+NETS = {"odd": Odd, "convolutions": convolutions, "twice": Twice, "by rank": ByRank}
+
+
+@dataclass(frozen=True)
+class Case:
+    net: str
+    optimizer: Any = field(default_factory=lambda: optim.SGD(lr=0.1))
+    replicas: int = 2
+    exact: bool = True
+    precision: str = "float32"
+    first: int = 0
+    last: int = STEPS
+
+
+ADAMW = optim.AdamW(lr=0.01, groups=[{"match": ["*bias"], "lr_scale": 2.0}], decay_norms_and_biases=False)
+EXACT = {
+    "momentum": Case("odd"),
+    "batch norm, adamw": Case("convolutions", ADAMW),
+    "adamw, four replicas": Case("odd", ADAMW, replicas=4),
+    "batch norm, four replicas": Case("convolutions", replicas=4),
+    "a block that is used twice": Case("twice", ADAMW),
+    "bf16": Case("odd", ADAMW, precision="bf16"),
+    "other optimizer": Case("odd", optim.Other(name="RMSprop", lr=0.01)),
+}
+CLOSE = {
+    "not exact": Case("odd", exact=False),
+    "not exact, batch norm": Case("convolutions", replicas=4, exact=False),
+}
+ROUGH = {
+    "not exact, bf16": Case("odd", exact=False, precision="bf16"),
+    "not exact, bf16, batch norm": Case("convolutions", exact=False, precision="bf16"),
+}
+BY_FOUR = {
+    "four processes": Case("odd", ADAMW, replicas=4),
+    "four processes, eight replicas": Case("convolutions", replicas=8),
+}
+BY_TWO = EXACT | CLOSE | ROUGH
+RESUMED = ("momentum", "batch norm, adamw")
+
+
+def none() -> torch.Tensor:
+    raise AssertionError("no process is without samples")
+
+
+def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step; that of the last one is smaller than four replicas."""
+    rows = 3 if step == STEPS - 1 else 13
+    made = torch.Generator().manual_seed(100 + step)
+    return torch.randn(rows, 3, 2, 2, generator=made), torch.randint(5, (rows,), generator=made)
+
+
+def train(case: Case, processes: Processes, start: Any = None) -> dict[str, Any] | None:
+    """Train as the trainer does; return all there is to compare, on rank 0."""
+    torch.manual_seed(0)
+    model = NETS[case.net]()
+    device = set_up(DeviceSettings(name="cpu", precision=case.precision), exact=case.exact)
+
+    def stand_in() -> torch.Tensor:  # whose gradient may be anything
+        return float("nan") * forward(data(0)[0][:2]).sum()
+
+    forward = Sharded(model, processes, device, exact=case.exact, stand_in=stand_in)
+    optimizer = case.optimizer(model)
+    check_optimizer(optimizer, case.exact)
+    if start is not None:
+        load_full_state(model, optimizer, *start)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    buffers, norms = Buffers(model), []
+    for step in range(case.first, case.last):
+        inputs, targets = data(step)
+        sizes = blocks(len(inputs), case.replicas)
+        parts = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
+        each = case.replicas // processes.size
+        tree, mine = GradientTree(), range(processes.rank * each, (processes.rank + 1) * each)
+        buffers.keep()
+        for replica in reversed(mine):
+            empty, last = not sizes[replica], replica == mine[0]
+            with forward.send(tree, empty=empty) if last else forward.keep_here(empty=empty):
+                buffers.restore()
+                torch.manual_seed(1000 * step + replica)
+                if not empty:
+                    with device.autocast():
+                        outputs = forward(parts[replica][0])
+                        loss = nn.functional.cross_entropy(outputs, parts[replica][1], reduction="sum") / len(targets)
+                    loss.backward()
+            if not last:
+                tree.add(take_gradients(list(model.parameters())))
+        norms.append(forward.clip(parameters, LARGEST_NORM))
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad(), device.autocast():
+        outputs = forward(data(0)[0])
+    state = full_state(model, optimizer, processes)
+    return state and {"state": state, "norms": torch.stack(norms), "outputs": outputs}
+
+
+def alone(case: Case, start: Any = None) -> dict[str, Any]:
+    """The same in plain PyTorch: one process, one tree."""
+    torch.manual_seed(0)
+    model = NETS[case.net]()
+    device = set_up(DeviceSettings(name="cpu", precision=case.precision), exact=case.exact)
+    optimizer = case.optimizer(model)
+    if start is not None:
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(start[1])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    buffers, norms = Buffers(model), []
+    for step in range(case.first, case.last):
+        inputs, targets = data(step)
+        sizes = blocks(len(inputs), case.replicas)
+        tree = GradientTree()
+        buffers.keep()
+        for replica in reversed(range(case.replicas)):
+            buffers.restore()
+            torch.manual_seed(1000 * step + replica)
+            if sizes[replica]:
+                x, y = inputs.split(sizes)[replica], targets.split(sizes)[replica]
+                with device.autocast():
+                    loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / len(targets)
+                loss.backward()
+            tree.add(take_gradients(parameters))
+        give_gradients(parameters, tree.total())
+        norms.append(nn.utils.clip_grad_norm_(parameters, LARGEST_NORM))
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad(), device.autocast():
+        outputs = model(data(0)[0])
+    return {"state": (model.state_dict(), optimizer.state_dict()), "norms": torch.stack(norms), "outputs": outputs}
+
+
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a tree by their places, in the tree's order."""
+    if isinstance(tree, dict | list | tuple):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {key: leaf for name, node in items for key, leaf in flat(node, f"{path}/{name!r}").items()}
+    return {path: tree}
+
+
+def compare(found: Any, wanted: Any, tolerance: float = 0.0) -> None:
+    """Same names in the same order, same types and shapes, and the same bytes where there is no tolerance."""
+    found, wanted = flat(found), flat(wanted)
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            assert type(found[name]) in (torch.Tensor, nn.Parameter), name
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m)
+            if not tolerance:  # a negative zero is not a positive one
+                assert torch.equal(found[name].reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8)), name
+        else:
+            assert found[name] == value, name
+
+
+# ------------------------------------------------------------------------------------------------ the processes
+
+
+def raised(case: Case, processes: Processes) -> str:
+    try:
+        train(case, processes)
+    except RelayError as error:
+        return str(error)
+    return "nothing"
+
+
+def averages(processes: Processes) -> bool:
+    """Gather a moving average, divide it, and see whether this process has its part again."""
+    torch.manual_seed(0)
+    model = Odd()
+    Sharded(model, processes, set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+    live = {name: value.detach().clone() for name, value in model.named_parameters()}
+    torch._foreach_lerp_(list(live.values()), list(model.parameters()), 0.5)
+    box = [gather(live, processes)]
+    dist.broadcast_object_list(box)
+    back = divide(box[0], live)
+    return all(torch.equal(back[name].to_local(), value.to_local()) for name, value in live.items())
+
+
+def process(rank: int, size: int, folder: Path) -> None:
+    """Run all cases of so many processes, and leave rank 0's results."""
+    torch.set_num_threads(1)
+    sharded.SMALLEST = 30
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
+    processes = Processes(rank, size)
+    results: dict[str, Any] = {}
+    for name, case in (BY_TWO if size == 2 else BY_FOUR).items():
+        results[name] = train(case, processes)
+    if size == 2:
+        for name in RESUMED:
+            half = replace(BY_TWO[name], last=STEPS // 2)
+            results[f"{name}, half"] = train(half, processes)
+            start = torch.load(folder / f"{name}.pt", weights_only=True)
+            results[f"{name}, resumed"] = train(replace(BY_TWO[name], first=STEPS // 2), processes, start)
+        results["averages"] = averages(processes)
+        results["error"] = raised(Case("by rank"), processes)
+    if rank == 0:
+        torch.save(results, folder / f"results-{size}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fork(folder: Path) -> None:
+    """Run two processes, then four; forked, they import PyTorch once."""
+    warnings.simplefilter("error")
+    for size in (2, 4):
+        started = []
+        for rank in range(size):
+            if (child := os.fork()) == 0:
+                code = 1
+                try:
+                    process(rank, size, folder)
+                    code = 0
+                except BaseException:  # noqa: BLE001 - a test's child must not go on
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            started.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
+        if any(codes):
+            sys.exit(f"of {size} processes, the exit codes were {codes}")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    """What rank 0 of two and of four processes left."""
+    folder = tmp_path_factory.mktemp("processes")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in RESUMED:
+        torch.save(alone(replace(BY_TWO[name], last=STEPS // 2))["state"], folder / f"{name}.pt")
+    torch.set_num_threads(threads)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return {k: v for size in (2, 4) for k, v in torch.load(folder / f"results-{size}.pt", weights_only=True).items()}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("name", EXACT | BY_FOUR)
+def test_two_and_four_processes_have_the_bytes_of_one(results, name):
+    found = results[name]
+    assert all(norm > LARGEST_NORM for norm in found["norms"])  # or clipping wasn't tested
+    compare(found, alone((EXACT | BY_FOUR)[name]))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_one_process_shards_nothing(name):
+    compare(train(EXACT[name], Processes()), alone(EXACT[name]))
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [*((name, 1e-5) for name in CLOSE), *((name, 0.05) for name in ROUGH)])
+def test_without_exactness_two_processes_are_close_to_one(results, name, tolerance):
+    compare(results[name], alone(BY_TWO[name]), tolerance)
+
+
+def test_the_order_of_the_sum_matters_here():
+    """So that the tests above can fail: other divisions of the same batches give other bytes."""
+    with pytest.raises(AssertionError):
+        compare(alone(EXACT["adamw, four replicas"]), alone(replace(EXACT["adamw, four replicas"], replicas=2)))
+
+
+# ------------------------------------------------------------------------------------------------ states
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_sharded_run_goes_on_unsharded_to_the_same_bytes(results, name, tmp_path):
+    model_state, optimizer_state = results[f"{name}, half"]["state"]
+    save_file({key: value.clone() for key, value in model_state.items()}, tmp_path / "model.safetensors")
+    start = (load_file(tmp_path / "model.safetensors"), optimizer_state)
+    wanted = alone(BY_TWO[name])
+    found = alone(replace(BY_TWO[name], first=STEPS // 2), start)
+    compare(found["state"], wanted["state"])
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_unsharded_run_goes_on_sharded_to_the_same_bytes(results, name):
+    compare(results[f"{name}, resumed"]["state"], alone(BY_TWO[name])["state"])
+
+
+def test_tied_weights_stay_tied(results):
+    state, _ = results["momentum"]["state"]
+    assert torch.equal(state["first_again"], state["blocks.1.weight"])
+    assert state["first_again"].data_ptr() == state["blocks.1.weight"].data_ptr()
+
+
+def test_moving_averages_are_gathered_and_divided(results):
+    assert results["averages"]
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_other_parameters_on_another_process_are_refused(results):
+    assert "other parameters" in results["error"]
+
+
+def test_a_parameter_that_is_one_number_is_refused():
+    model = Odd()
+    model.number = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UsageError, match=r"'number'.*single number"):
+        Sharded(model, Processes(0, 2), set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+
+
+def test_other_memory_formats_are_refused_in_exact_runs():
+    model = convolutions().to(memory_format=torch.channels_last)
+    with pytest.raises(UsageError, match=r"'0\.a\.weight' isn't contiguous.*run\.exact=false"):
+        Sharded(model, Processes(0, 2), set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact", "text"),
+    [
+        (optim.Muon(), False, "'muon' needs whole matrices"),
+        (optim.Other(name="Adafactor"), False, "'adafactor' needs whole matrices"),
+        (lambda model: type("Lamb", (torch.optim.SGD,), {})(model.parameters()), True, "nobody knows.*Lamb"),
+    ],
+)
+def test_optimizers_that_need_more_than_parts_are_refused(settings, exact, text):
+    with pytest.raises(UsageError, match=text):
+        check_optimizer(settings(Odd()), exact)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("settings", [optim.SGD(), optim.AdamW(), optim.Other(name="NAdam")])
+def test_elementwise_optimizers_are_taken(settings, exact):
+    check_optimizer(settings(Odd()), exact)
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+
+
+@pytest.fixture
+def _small(monkeypatch):
+    monkeypatch.setattr(sharded, "SMALLEST", 30)
+
+
+@pytest.mark.usefixtures("_small")
+def test_blocks_are_the_large_children_of_lists():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(9, 9), nn.Linear(2, 2)]), "head": nn.Linear(9, 9)})
+    assert sharded.blocks(model) == [model["layers"][0]]
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_block_that_shares_weights_with_others_isnt_divided_alone():
+    model = Odd()
+    assert sharded.blocks(model) == [model.blocks[0], model.blocks[2]]
+    own = nn.Sequential(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), *(nn.Linear(9, 9) for _ in range(8)))
+    own[0][0].weight = own[0][1].weight
+    assert sharded.blocks(own)[0] is own[0]
+
+
+@pytest.mark.usefixtures("_small")
+def test_blocks_of_a_block_count_only_where_it_is_most_of_the_model():
+    def layer() -> nn.Module:
+        return nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
+
+    deep = nn.Sequential(*(layer() for _ in range(4)))
+    assert sharded.blocks(deep) == list(deep)
+    wrapped = nn.Sequential(deep, nn.Linear(9, 2))
+    assert sharded.blocks(wrapped) == list(deep)
+
+
+@pytest.mark.usefixtures("_small")
+def test_the_same_block_in_two_places_is_one():
+    block = nn.Linear(9, 9)
+    assert sharded.blocks(nn.ModuleList([block, nn.Sequential(block), nn.Linear(9, 9)])).count(block) == 1
+
+
+# ------------------------------------------------------------------------------------------------ DataParallel
+
+
+def test_dp_on_the_cpu_says_that_it_does_nothing():
+    said: list[str] = []
+    model = Odd()
+    assert data_parallel(model, torch.device("cpu"), said.append, exact=False) is model
+    assert len(said) == 1
+    assert "does nothing on cpu" in said[0]
+
+
+def test_dp_is_refused_in_exact_runs_and_names_ddp():
+    with pytest.raises(UsageError, match="'ddp'"):
+        data_parallel(Odd(), torch.device("cpu"), print, exact=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dp_trains_on_the_gpus_there_are():
+    said: list[str] = []
+    device = torch.device("cuda")
+    model = convolutions().to(device)
+    forward = data_parallel(model, device, said.append, exact=False)
+    assert isinstance(forward, nn.DataParallel) == (torch.cuda.device_count() > 1) == (not said)
+    inputs, targets = data(0)
+    nn.functional.cross_entropy(forward(inputs.to(device)), targets.to(device)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_gpu_shards_and_puts_together(tmp_path):
+    device = set_up(DeviceSettings(name="cuda"), exact=False)
+    torch.manual_seed(0)
+    model, plain = Odd(), Odd()
+    plain.load_state_dict(model.state_dict())
+    plain.to(device.device)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        forward = Sharded(
+            model, Processes(), device, exact=False, stand_in=none
+        )  # which shards nothing for one process
+        mesh = sharded.init_device_mesh("cuda", (1,))
+        for block in (*model.blocks[::2], model):
+            forward._shard(block, mesh, sharded.MixedPrecisionPolicy())
+        optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in (model, plain)]
+        for step in range(STEPS):
+            inputs, targets = (tensor.to(device.device) for tensor in data(step))
+            for net, optimizer in zip((forward, plain), optimizers, strict=True):
+                nn.functional.cross_entropy(net(inputs), targets).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        wanted = gather([plain.state_dict(), optimizers[1].state_dict()], Processes())
+        compare(list(full_state(model, optimizers[0], Processes())), wanted, 1e-5)
+        load_full_state(model, optimizers[0], *wanted)
+        compare(list(full_state(model, optimizers[0], Processes())), wanted)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork(Path(sys.argv[1]))
