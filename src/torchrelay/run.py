@@ -47,8 +47,7 @@ class RunSettings(Settings):
     log_every: int = Field(default=50, ge=1)
     """Steps between two lines of metrics inside an epoch."""
     on_spike: Literal["stop", "rollback"] = "stop"
-    """When a loss isn't finite, or above `spike_threshold`: stop; or go back to the last checkpoint before it, leave
-    that batch out, and go on. Which samples were left out stands in the run's folder and in its checkpoints."""
+    """On a spike of the loss: stop; or go back to the checkpoint before it, leave its batch out (on record), go on."""
     spike_threshold: float | None = Field(default=None, gt=1)
     """A loss above this many times the median of the 50 steps before is a spike. Unset: only one that isn't finite."""
     max_skipped: int = Field(default=20, ge=1)
