@@ -250,5 +250,5 @@ def predict(
     if world.size == 1:
         return torch.cat(found)
     together = safetensors.torch.save({"all": torch.cat(found)}) if world.main else None
-    parts: dict[str, Tensor] = safetensors.torch.load(world.broadcast_bytes(together))
-    return parts["all"]
+    predicted_by_all: Tensor = safetensors.torch.load(world.broadcast_bytes(together))["all"]
+    return predicted_by_all

@@ -5,7 +5,7 @@ Under `fsdp` every process keeps a part of each parameter, of its gradient and o
 again, while backward runs.
 
 In an exact run the sum has the bits of one process: each process first adds its own replicas in the tree, then each
-part is added over the processes in the same tree. So a process with several replicas holds as much as log2(replicas) + 1
+part is added over the processes in the same tree. So a process with several replicas holds up to log2(replicas) + 1
 whole gradients meanwhile. Without exactness it never holds more than its part: every replica's is added at once.
 
 Checkpoints know nothing of all this: see unsharded.py. Importing this module costs a third of what PyTorch costs: the
@@ -109,7 +109,7 @@ class Sharded:
         """Go forward and backward through the last replica: after it `.grad` has this process's part of the whole sum.
 
         Args:
-            tree: has what the replicas before left in `.grad` (which is all zeros where their gradients are kept whole).
+            tree: has what the replicas before left in `.grad` (zeros where gradients are kept whole).
             empty: the replica has no samples, and nothing is done in this context.
         """
         with self._replica(empty, keeps=False):
