@@ -99,7 +99,7 @@ def trainer(
         terminal=terminal,
         record={**recipe.model_dump(mode="json", exclude_none=True), "environment": environment(code)},
     )
-    built.notes = notes
+    built.notes = [*notes, *built.notes]
     return built
 
 

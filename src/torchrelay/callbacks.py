@@ -151,6 +151,9 @@ class Pictures(Callback):
         batch = next(trainer.batches.epoch(0))
         pipeline = trainer.batches.pipeline
         trainer.run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        if trainer.exchange.together:  # the other processes would have to go through the model, too
+            trainer.say("no graph and no summary of the model: its weights are divided over several processes")
+            return
         trainer.run.tensorboard.graph(trainer.model, batch.inputs)
         self._summarise(trainer, batch)
 

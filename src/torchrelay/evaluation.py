@@ -123,6 +123,7 @@ def evaluate(
     forward: Forward,
     world: World | None = None,
     check: Callable[[], None] = lambda: None,
+    together: bool = False,
 ) -> Evaluation:
     """Run a model over data, in evaluation mode, and return its loss and metrics; the mode it had is set again.
 
@@ -137,6 +138,7 @@ def evaluate(
         forward: the model, or the same compiled.
         world: the processes; None: this one alone.
         check: called before each batch; may raise.
+        together: whether every process must go through the model as often as the others.
     """
     world = world or World(0, 1, device.device)
     was_training = model.training
@@ -154,7 +156,7 @@ def evaluate(
             raise
         return outputs
 
-    for outputs, targets in _shared(batches, world, compute, check):
+    for outputs, targets in _shared(batches, world, compute, check, together):
         with device.autocast():
             loss = task.loss(outputs, targets)
         weight = task.weight(targets)
@@ -173,7 +175,7 @@ def evaluate(
 
 
 def _shared(
-    batches: Batches, world: World, compute: Callable[[Batch], Any], check: Callable[[], None]
+    batches: Batches, world: World, compute: Callable[[Batch], Any], check: Callable[[], None], together: bool
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield, in the first process, outputs and targets of all batches in their order; each process computes its own.
 
@@ -187,6 +189,8 @@ def _shared(
         if start + world.rank < len(batches):
             batch = next(own)
             pair = compute(batch), batch.targets
+        elif together:
+            compute(batches.some())
         if world.size == 1:
             yield pair
             continue
@@ -234,21 +238,27 @@ def _result(sums: Sums, samples: int, computed: dict[str, Tensor]) -> Evaluation
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, batches: Batches, task: Task, device: Device, forward: Forward, world: World | None = None
+    model: nn.Module,
+    batches: Batches,
+    task: Task,
+    device: Device,
+    forward: Forward,
+    world: World | None = None,
+    together: bool = False,
 ) -> Tensor:
     """Return what the task makes of the outputs for each sample, in the order of the data, on the CPU."""
     world = world or World(0, 1, device.device)
     was_training = model.training
     model.eval()
 
-    def compute(batch: Batch) -> Tensor:
+    def compute(batch: Batch) -> Any:
         with device.autocast():
             return task.predict(forward(batch.inputs))
 
-    found = [predicted.cpu() for predicted, _ in _shared(batches, world, compute, lambda: None)]
+    found = [predicted.cpu() for predicted, _ in _shared(batches, world, compute, lambda: None, together)]
     model.train(was_training)
     if world.size == 1:
         return torch.cat(found)
-    together = safetensors.torch.save({"all": torch.cat(found)}) if world.main else None
-    predicted_by_all: Tensor = safetensors.torch.load(world.broadcast_bytes(together))["all"]
+    packed = safetensors.torch.save({"all": torch.cat(found)}) if world.main else None
+    predicted_by_all: Tensor = safetensors.torch.load(world.broadcast_bytes(packed))["all"]
     return predicted_by_all

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from torchrelay.models import EMA
 from torchrelay.parallel import Gradients, GradientTree, give_gradients, take_gradients
 from torchrelay.world import ManyProcesses, World
 
@@ -26,11 +28,17 @@ class Exchange:
         world: the processes.
         exact: whether to add in the fixed tree, or as the backend likes to.
         forward: the model, or the same compiled.
+
+    Attributes:
+        together: whether every process must go as often through the model as the others, in evaluations, too.
     """
+
+    together = False
 
     def __init__(
         self, model: nn.Module, world: World, *, exact: bool, forward: Callable[[Any], Any] | None = None
     ) -> None:
+        self.model = model
         self.world = world
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -56,6 +64,29 @@ class Exchange:
             with self.world.named("added gradients"):
                 gradients = self._everywhere(gradients)
         give_gradients(self.parameters, gradients)
+
+    def start_alike(self) -> None:
+        """Give all processes the first one's weights."""
+        self.world.broadcast([tensor for _, tensor in sorted(self.model.state_dict().items())])
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't work on what this process has of the parameters; here that is all."""
+
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm of the whole gradient."""
+        return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+        """Scale the gradient down to a largest norm; return its norm before."""
+        return nn.utils.clip_grad_norm_(parameters, largest)
+
+    def whole(self, state: Any) -> Any:
+        """Return a state as a checkpoint has it, in the first process; all of them ask together."""
+        return state
+
+    def load(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
+        """Load a state of a checkpoint into a model, its optimizer or its moving average."""
+        target.load_state_dict(state)
 
     def add(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over the processes, in the tree."""

@@ -16,7 +16,7 @@ from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.models import InitFromData
+from torchrelay.models import EMA, InitFromData
 from torchrelay.run import Run
 from torchrelay.signals import Interrupted, StopNow, StopSignal
 from torchrelay.spikes import SpikeError
@@ -141,9 +141,9 @@ def _begin(trainer: "Trainer") -> None:
     """Initialise from the data, take the first process's weights, write down what runs, save what it starts from."""
     if isinstance(trainer.model, InitFromData):
         trainer.model.init_from(_initial_images(trainer))
-        if trainer.ema is not None:
-            trainer.ema.load_state_dict(trainer.model.state_dict())
-    trainer.world.broadcast([tensor for _, tensor in sorted(trainer.model.state_dict().items())])
+    trainer.exchange.start_alike()
+    if trainer.ema is not None:
+        trainer.ema = EMA(trainer.model, trainer.ema.decay)  # which begins with the initial weights
     if trainer.run is not None:
         trainer.run.write_files(_files(trainer))
         trainer.run.write_recipe(trainer.record)

@@ -1,4 +1,4 @@
-"""Step 4: models larger than a device (`fsdp`), and several GPUs in one process (`dp`).
+"""Step 4: models larger than a device: `parallel.kind = "fsdp"`.
 
 Under `fsdp` every process keeps a part of each parameter, of its gradient and of the optimizer's state (PyTorch's
 `fully_shard`); a block's weights are whole only while it computes. Gradients are added over the processes, and divided
@@ -15,7 +15,7 @@ trainer does so where it is needed.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,11 +26,11 @@ from torch.optim import Optimizer
 
 from torchrelay.device import Device
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.exchange import Exchange
+from torchrelay.models import EMA, InitFromData
 from torchrelay.parallel import GradientTree, give_gradients, take_gradients
-from torchrelay.unsharded import whole
-
-if TYPE_CHECKING:
-    from torchrelay.world import World
+from torchrelay.unsharded import gather, load_part, whole
+from torchrelay.world import ManyProcesses, World
 
 SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a message
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -41,48 +41,44 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "
 _WHOLE_MATRICES = ("Muon", "Adafactor")
 
 
-class Sharded:
-    """Shards a model over the processes, and adds the gradients of their replicas.
+class Sharded(Exchange):
+    """Shards a model over several processes, and adds the gradients of their replicas.
 
-    It is used as `Exchange` is. Make it after the model has its initial weights, the same on every process, and before
-    its optimizer, its moving average and anything else that holds its parameters. The model may stand on the CPU: its
-    blocks are moved to the device one after another. With one process nothing is sharded.
+    Make it before the optimizer, the moving average and anything else that holds the model's parameters. The model may
+    stand on the CPU: its blocks are moved to the device one after another.
 
     Every process must go as often through the model as the others, in evaluations, too: each time they exchange
-    weights. Where one has no samples left, it calls `stand_in`.
+    weights. For a replica without samples `stand_in` does.
 
     Args:
-        model: is changed in place: its parameters become sharded ones.
+        model: is changed in place: its parameters become parts of the first process's.
         world: the processes.
         device: where and how this process computes. Unless the run is exact, blocks compute wholly in its 16-bit type,
             which halves what is sent; a model with running statistics, and an exact run, keep to autocast's choice.
         exact: whether the sum of gradients follows the fixed tree.
         stand_in: goes through this object with any samples, and returns their loss.
-        forward: what computes the outputs, if not the model itself.
 
     Raises:
         UsageError: the model can't be sharded.
     """
 
+    together = True
+
     def __init__(
-        self,
-        model: nn.Module,
-        world: "World",
-        device: Device,
-        *,
-        exact: bool,
-        stand_in: Callable[[], Tensor],
-        forward: Callable[[Any], Any] | None = None,
+        self, model: nn.Module, world: World, device: Device, *, exact: bool, stand_in: Callable[[], Tensor]
     ) -> None:
-        self.world, self.exact, self.stand_in = world, exact, stand_in
+        _check(model, device, exact)
+        super().__init__(model, world, exact=exact)
+        self._stand_in = stand_in
         self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
-        self._forward = forward or model
-        if world.size > 1:
-            _prepare(model, exact)
-            mesh = init_device_mesh(device.device.type, (world.size,))
-            for block in (*blocks(model), model):
-                self._shard(block, mesh, _policy(model, device, exact))
-        self._parameters = list(model.parameters())
+        for _, tensor in sorted(model.state_dict().items()):
+            world.broadcast([tensor])  # one by one: a model may be as large as the memory
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()  # FSDP takes no other
+        mesh = init_device_mesh(device.device.type, (world.size,))
+        for block in (*blocks(model), model):
+            self._shard(block, mesh, _policy(model, device, exact))
+        self.parameters = list(model.parameters())
 
     def _shard(self, block: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
@@ -92,38 +88,62 @@ class Sharded:
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
-        return self._forward(inputs)
+        self.empty = False
+        with self._explained("put weights together"):
+            return super().__call__(inputs)
 
     @contextmanager
-    def keep_here(self, *, empty: bool = False) -> Iterator[None]:
-        """Go forward and backward through a replica that isn't this process's last one.
+    def keep_here(self, tree: GradientTree) -> Iterator[None]:
+        """A context for a replica's passes; in an exact run its gradients wait whole in this process, beside the tree.
 
-        Args:
-            empty: the replica has no samples, and nothing is done in this context.
+        Where nobody goes through the model in this context, the replica has no samples.
         """
-        with self._replica(empty, keeps=self.exact):
+        with self._replica(keeps=self.exact):
             yield
+        gradients = take_gradients(self.parameters)
+        if not self.exact:
+            tree.add(gradients)
 
     @contextmanager
-    def send(self, tree: GradientTree, *, empty: bool = False) -> Iterator[None]:
-        """Go forward and backward through the last replica: after it `.grad` has this process's part of the whole sum.
+    def send(self, tree: GradientTree) -> Iterator[None]:
+        """A context for the last replica's passes; after it, `.grad` has this process's part of all replicas' sum."""
+        with self._replica(keeps=False):
+            yield
+        if not self.exact:
+            tree.add(take_gradients(self.parameters))
+            give_gradients(self.parameters, tree.total())
 
-        Args:
-            tree: has what the replicas before left in `.grad` (zeros where gradients are kept whole).
-            empty: the replica has no samples, and nothing is done in this context.
+    @contextmanager
+    def _replica(self, keeps: bool) -> Iterator[None]:
+        self.empty, self.keeps = True, keeps
+        with self._explained("added gradients"):
+            yield
+            if self.empty:
+                loss = self._stand_in()
+                self.empty = True
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say which exchange failed, if that is what PyTorch raises from inside the model."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(self.world, ManyProcesses) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                with self.world.named(what):
+                    raise
+            raise
+
+    def start_alike(self) -> None:
+        """Do nothing: the weights were the first process's before they were divided."""
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that can't work on parts of parameters.
+
+        Raises:
+            UsageError: it needs whole matrices, or the run is exact and nobody knows.
         """
-        with self._replica(empty, keeps=False):
-            yield
-        if self.world.size == 1 or not self.exact:
-            tree.add(take_gradients(self._parameters))
-            give_gradients(self._parameters, tree.total())
-
-    @contextmanager
-    def _replica(self, empty: bool, keeps: bool) -> Iterator[None]:
-        self.empty, self.keeps = empty, keeps
-        yield
-        if empty and self.world.size > 1:
-            self.stand_in().backward()  # type: ignore[no-untyped-call]
+        check_optimizer(optimizer, self.exact)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm of the whole gradient, the same on every process.
@@ -139,10 +159,18 @@ class Sharded:
         return norm
 
     def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-        """Scale the gradient down to a largest norm, as `nn.utils.clip_grad_norm_` does; return its norm before."""
+        """Scale the gradient down to a largest norm; return its norm before."""
         norm = self.norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return norm
+
+    def whole(self, state: Any) -> Any:
+        """Return a state put together, in the first process; None in the others."""
+        return gather(state, self.world)
+
+    def load(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
+        """Load this process's part of a state."""
+        load_part(target, state)
 
 
 class _ReduceScatter:
@@ -240,21 +268,35 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _prepare(model: nn.Module, exact: bool) -> None:
-    """Refuse what can't be sharded, and lay parameters out as FSDP wants them."""
+def _check(model: nn.Module, device: Device, exact: bool) -> None:
+    """Refuse what can't be sharded.
+
+    Raises:
+        UsageError: the text says what, and what to do.
+    """
+    if device.settings.compile:
+        raise UsageError("device.compile and parallel.kind 'fsdp' don't go together: leave one out, or use 'ddp'")
+    if isinstance(model, InitFromData):
+        raise UsageError(
+            f"{type(model).__name__} initialises itself from the data, which parallel.kind 'fsdp' can't do with parts "
+            "of it: use 'ddp'"
+        )
+    if exact and device.settings.channels_last:  # the norm of a gradient in another memory format has other bits
+        raise UsageError(
+            "device.channels_last and parallel.kind 'fsdp' aren't exact together: leave one out, or "
+            "--set run.exact=false"
+        )
     for name, parameter in model.named_parameters():
         if parameter.ndim == 0:
             raise UsageError(
                 f"parallel.kind 'fsdp' can't divide the parameter '{name}', which is a single number: "
                 "give it the shape (1,), or use 'ddp'"
             )
-        if not parameter.is_contiguous():
-            if exact:  # the norm of a gradient in another memory format has other bits
-                raise UsageError(
-                    f"the parameter '{name}' isn't contiguous, and parallel.kind 'fsdp' is exact only for those that "
-                    "are: set device.channels_last=false, or --set run.exact=false"
-                )
-            parameter.data = parameter.data.contiguous()
+        if exact and not parameter.is_contiguous():
+            raise UsageError(
+                f"the parameter '{name}' isn't contiguous, and parallel.kind 'fsdp' is exact only for those that are: "
+                "call contiguous() on it, or --set run.exact=false"
+            )
 
 
 def _policy(model: nn.Module, device: Device, exact: bool) -> MixedPrecisionPolicy:
@@ -283,31 +325,3 @@ def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
             f"nobody knows whether optimizer '{name}' gives the same bits on parts of parameters: use one of "
             f"{', '.join(_ELEMENTWISE)}, or parallel.kind 'ddp', or --set run.exact=false"
         )
-
-
-def data_parallel(
-    model: nn.Module, device: torch.device, say: Callable[[str], None], *, exact: bool
-) -> Callable[[Any], Any]:
-    """Return PyTorch's DataParallel over all visible CUDA devices, or the model itself where it would do nothing.
-
-    Args:
-        model: stands on `device`, and stays where parameters and gradients are.
-        device: the first of the devices; outputs come back to it.
-        say: told where it does nothing.
-        exact: whether the run is.
-
-    Raises:
-        UsageError: the run is exact.
-    """
-    if exact:
-        raise UsageError(
-            "parallel.kind 'dp' adds gradients in an order that depends on the number of devices, and this run is "
-            "exact: use 'ddp', or --set run.exact=false"
-        )
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if count < 2:
-        where = "with one device" if count else f"on {device.type}"
-        say(f"parallel.kind 'dp' does nothing {where}: the model runs as with 'none'")
-        return model
-    first = torch.cuda.current_device() if device.index is None else device.index
-    return nn.DataParallel(model, [first, *(other for other in range(count) if other != first)])

@@ -34,13 +34,13 @@ from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
-from torchrelay.exchange import Exchange
 from torchrelay.faults import explain
 from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, replicas_of
 from torchrelay.run import Run, RunSettings, SaveTimes, Stopwatch
 from torchrelay.session import recovery, session
+from torchrelay.sharing import share
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
 from torchrelay.task import Classification, Task
@@ -129,13 +129,15 @@ class Trainer:
         self.terminal = terminal or Terminal()
         self.folder = Path(run) if run is not None else None
         self.run: Run | None = None
+        self.notes: list[str] = []  # what was said before there was a run, for its log
         seed = self.settings.seed
 
         # 4. The device comes before the data, which is augmented there
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
         self.device = set_up(chosen, self.settings.exact)
         self.world = join(self.device.device)
-        self.replicas = replicas_of(parallel or ParallelSettings(), self.world.size, self.settings.exact)
+        sharing = parallel or ParallelSettings()
+        self.replicas = replicas_of(sharing, self.world.size, self.settings.exact)
         if not self.world.main:
             self.terminal = Terminal(quiet=True)  # one speaks for all
 
@@ -171,13 +173,21 @@ class Trainer:
         self.selects_on = next(iter(self.evaluated), "train")
 
         # 3. Model
-        self.model = self.device.place(model)
-        self.forward: Callable[[Any], Any] = torch.compile(model, dynamic=False) if chosen.compile else model
-        self.exchange = Exchange(self.model, self.world, exact=self.settings.exact, forward=self.forward)
+        self.model = model
+        self.exchange = share(
+            model,
+            sharing.kind,
+            self.world,
+            self.device,
+            exact=self.settings.exact,
+            stand_in=self._some_loss,
+            say=self._note,
+        )
         self.ema = EMA(self.model, ema) if ema else None
 
         # 5. Optimizer and schedule
         self.optimizer = (optimizer or SGD())(self.model)
+        self.exchange.check(self.optimizer)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -194,12 +204,11 @@ class Trainer:
             part.check_targets(self.task.check)
 
         if self.world.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
-            self._some_weight = self.task.weight(self.batches.some_targets())
+            self._some_weight = self.task.weight(self.batches.some().targets)
 
         # 7. Where the run stands
         self.record = record or _own_record(self)
-        self.record["parallel"] = {**self.record.get("parallel", {}), "replicas": self.replicas}
-        self.notes: Sequence[str] = ()  # what was said while data and model were made, for the run's log
+        self.record["parallel"] = sharing.model_dump() | {"replicas": self.replicas}
         self.step = 0  # optimizer steps done; the place within the epoch follows from this
         self.epochs_done = 0  # epochs trained and evaluated
         self.best: Best | None = None
@@ -304,6 +313,12 @@ class Trainer:
         self.sums.add_measures({}, 0)
         return torch.zeros((), device=self.device.device)
 
+    def _some_loss(self) -> Tensor:
+        """Go forward through any samples, where a process has none and the others wait for it."""
+        batch = self.batches.some()
+        with self.device.autocast():
+            return self.task.loss(self.exchange(batch.inputs), batch.targets)
+
     def _weight(self, batch: Batch) -> Tensor | float:
         """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
         weights: list[Any] = [self.task.weight(targets) for _, targets in batch.parts() if len(targets)]
@@ -331,10 +346,9 @@ class Trainer:
         """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
         watched = self.settings.on_spike == "rollback" and not self.scaler.is_enabled()  # which overflows on purpose
         if self.clip_norm is None:
-            gradients = [p.grad for p in self.parameters if p.grad is not None] if watched else []
-            return nn.utils.get_total_norm(gradients) if watched else None
+            return self.exchange.norm(self.parameters) if watched else None
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        norm = self.exchange.clip(self.parameters, self.clip_norm)
         return norm if watched else None
 
     # ------------------------------------------------------------------------------------------------ around a step
@@ -377,6 +391,11 @@ class Trainer:
     def say(self, text: str) -> None:
         """Write a line to the terminal and to the run's log."""
         (self.run or self.terminal).say(text)
+
+    def _note(self, text: str) -> None:
+        """Say something before there is a run."""
+        self.terminal.say(text)
+        self.notes.append(text)
 
     def record_line(self, split: str, values: dict[str, Any]) -> None:
         """Append a line to the run's metrics, if there is a run."""
@@ -458,9 +477,10 @@ class Trainer:
                 self.evaluated[split],
                 self.task,
                 self.device,
-                self.forward,
+                self.exchange,
                 self.world,
                 check=self._stop_if_asked,
+                together=self.exchange.together,
             )
         if split == self.selects_on:
             self.last_evaluation, self._evaluated_at = found, self.step
@@ -483,7 +503,9 @@ class Trainer:
             ranks=self.world.size,
         )
         with self._averaged(), self.device.explained(self.batches.batch_size):
-            return predict(self.model, batches, self.task, self.device, self.forward, self.world)
+            return predict(
+                self.model, batches, self.task, self.device, self.exchange, self.world, self.exchange.together
+            )
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
@@ -528,7 +550,7 @@ class Trainer:
         self._guard.load_state_dict(state["guard"])
         self.skipped = dict(state["skipped"])
         self._evaluated_at = -1
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.exchange.load(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
@@ -570,9 +592,9 @@ class Trainer:
         values = self.last_evaluation.values if self.last_evaluation and self._evaluated_at == self.step else {}
         contents = Contents(
             step=self.step,
-            model=self.model.state_dict(),
-            state=self.state_dict(),
-            ema=self.ema.state_dict() if self.ema is not None else None,
+            model=self.exchange.whole(self.model.state_dict()),
+            state=self.exchange.whole(self.state_dict()),
+            ema=self.exchange.whole(self.ema.state_dict()) if self.ema is not None else None,
             score=self._score(values) if values else None,
             metrics=values,
             trained=tuple(name for name, _ in self.model.named_parameters()),
@@ -602,14 +624,14 @@ class Trainer:
     def load_weights(self, contents: Contents) -> None:
         """Take over a checkpoint's weights, the averaged ones included."""
         try:
-            self.model.load_state_dict(contents.model)
+            self.exchange.load(self.model, contents.model)
         except RuntimeError as error:
             name = type(self.model).__name__
             raise RelayError(
                 f"the checkpoint's weights don't fit {name}: {str(error).splitlines()[-1].strip()}"
             ) from error
         if self.ema is not None and contents.ema is not None:
-            self.ema.load_state_dict(contents.ema)
+            self.exchange.load(self.ema, contents.ema)
 
 
 def _epoch_line(trainer: Trainer, epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:

@@ -4,14 +4,14 @@ So `model.safetensors` opens with plain safetensors, a run saved under `fsdp` go
 round. One tensor after another is put together: no device holds more than its part and the largest tensor.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from torchrelay.world import World
+from torchrelay.models import EMA
+from torchrelay.world import World
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -19,22 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state(
-    model: nn.Module, optimizer: Optimizer, world: "World"
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the states of an unsharded model and of its optimizer, on the CPU. All processes call it together.
-
-    Tensors that weren't sharded may share their memory with the model's, as in its `state_dict()`.
-
-    Returns:
-        What the two `state_dict()` would be without sharding, on rank 0; None on the others.
-    """
-    weights = gather(dict(model.state_dict(keep_vars=True)), world)  # whose tied weights are one tensor
-    state = gather(optimizer.state_dict(), world)
-    return (weights, state) if world.rank == 0 else None
-
-
-def gather(tree: Any, world: "World") -> Any:
+def gather(tree: Any, world: World) -> Any:
     """Return a tree of dicts, lists and tuples with every sharded tensor put together, on the CPU, one after another.
 
     Returns:
@@ -56,24 +41,29 @@ def gather(tree: Any, world: "World") -> Any:
     return found if world.rank == 0 else None
 
 
-def load_full_state(
-    model: nn.Module, optimizer: Optimizer, model_state: dict[str, Tensor], optimizer_state: dict[str, Any]
-) -> None:
-    """Load what `full_state`, or an unsharded run, saved. Every process has all of it, and takes its part.
+def load_part(target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
+    """Load what `gather` or an unsharded run saved. Every process has all of it, and takes its part.
 
     Raises:
         RuntimeError: as `nn.Module.load_state_dict` does, names or shapes are another model's.
+        RelayError: as `EMA.load_state_dict` does.
         ValueError: as `Optimizer.load_state_dict` does.
     """
-    model.load_state_dict(divide(model_state, dict(model.state_dict(keep_vars=True))))
+    target.load_state_dict(
+        _of_optimizer(target, state) if isinstance(target, Optimizer) else divide(state, target.state_dict())
+    )
+
+
+def _of_optimizer(optimizer: Optimizer, full: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with each tensor that belongs to a sharded parameter divided as that is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
+    numbers = [number for group in full["param_groups"] for number in group["params"]]
     of = dict(zip(numbers, parameters, strict=False))  # the optimizer refuses other lengths
     state = {
         number: {key: _part(value, of.get(number)) for key, value in values.items()}
-        for number, values in optimizer_state["state"].items()
+        for number, values in full["state"].items()
     }
-    optimizer.load_state_dict({**optimizer_state, "state": state})
+    return {**full, "state": state}
 
 
 def divide(full: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:

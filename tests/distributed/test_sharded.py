@@ -20,19 +20,15 @@ from torchrelay import optim, sharded
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import Buffers, GradientTree, blocks, give_gradients, take_gradients
-from torchrelay.sharded import Sharded, check_optimizer, data_parallel
-from torchrelay.unsharded import divide, full_state, gather, load_full_state
+from torchrelay.sharded import Sharded, check_optimizer
+from torchrelay.unsharded import divide, gather
+from torchrelay.world import ManyProcesses, World
 
 STEPS = 4
 LARGEST_NORM = 0.2  # which every step is above
 
 
-@dataclass(frozen=True)
-class Processes:
-    """What `Sharded` knows of a World."""
-
-    rank: int = 0
-    size: int = 1
+CPU = torch.device("cpu")
 
 
 class Residual(nn.Module):
@@ -137,6 +133,11 @@ def none() -> torch.Tensor:
     raise AssertionError("no process is without samples")
 
 
+def divided(model: nn.Module, processes: World, exact: bool = True, **settings: Any) -> Sharded:
+    device = set_up(DeviceSettings(name="cpu", **settings), exact=exact)
+    return Sharded(model, processes, device, exact=exact, stand_in=none)
+
+
 def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The global batch of a step; that of the last one is smaller than four replicas."""
     rows = 3 if step == STEPS - 1 else 13
@@ -144,9 +145,9 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, 3, 2, 2, generator=made), torch.randint(5, (rows,), generator=made)
 
 
-def train(case: Case, processes: Processes, start: Any = None) -> dict[str, Any] | None:
+def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | None:
     """Train as the trainer does; return all there is to compare, on rank 0."""
-    torch.manual_seed(0)
+    torch.manual_seed(processes.rank)  # the first process's weights count
     model = NETS[case.net]()
     device = set_up(DeviceSettings(name="cpu", precision=case.precision), exact=case.exact)
 
@@ -155,9 +156,10 @@ def train(case: Case, processes: Processes, start: Any = None) -> dict[str, Any]
 
     forward = Sharded(model, processes, device, exact=case.exact, stand_in=stand_in)
     optimizer = case.optimizer(model)
-    check_optimizer(optimizer, case.exact)
+    forward.check(optimizer)
     if start is not None:
-        load_full_state(model, optimizer, *start)
+        forward.load(model, start[0])
+        forward.load(optimizer, start[1])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     buffers, norms = Buffers(model), []
     for step in range(case.first, case.last):
@@ -169,7 +171,7 @@ def train(case: Case, processes: Processes, start: Any = None) -> dict[str, Any]
         buffers.keep()
         for replica in reversed(mine):
             empty, last = not sizes[replica], replica == mine[0]
-            with forward.send(tree, empty=empty) if last else forward.keep_here(empty=empty):
+            with forward.send(tree) if last else forward.keep_here(tree):
                 buffers.restore()
                 torch.manual_seed(1000 * step + replica)
                 if not empty:
@@ -177,15 +179,13 @@ def train(case: Case, processes: Processes, start: Any = None) -> dict[str, Any]
                         outputs = forward(parts[replica][0])
                         loss = nn.functional.cross_entropy(outputs, parts[replica][1], reduction="sum") / len(targets)
                     loss.backward()
-            if not last:
-                tree.add(take_gradients(list(model.parameters())))
         norms.append(forward.clip(parameters, LARGEST_NORM))
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad(), device.autocast():
         outputs = forward(data(0)[0])
-    state = full_state(model, optimizer, processes)
+    state = forward.whole((model.state_dict(keep_vars=True), optimizer.state_dict()))
     return state and {"state": state, "norms": torch.stack(norms), "outputs": outputs}
 
 
@@ -249,7 +249,7 @@ def compare(found: Any, wanted: Any, tolerance: float = 0.0) -> None:
 # ------------------------------------------------------------------------------------------------ the processes
 
 
-def raised(case: Case, processes: Processes) -> str:
+def raised(case: Case, processes: World) -> str:
     try:
         train(case, processes)
     except RelayError as error:
@@ -257,11 +257,11 @@ def raised(case: Case, processes: Processes) -> str:
     return "nothing"
 
 
-def averages(processes: Processes) -> bool:
+def averages(processes: World) -> bool:
     """Gather a moving average, divide it, and see whether this process has its part again."""
     torch.manual_seed(0)
     model = Odd()
-    Sharded(model, processes, set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+    divided(model, processes)
     live = {name: value.detach().clone() for name, value in model.named_parameters()}
     torch._foreach_lerp_(list(live.values()), list(model.parameters()), 0.5)
     box = [gather(live, processes)]
@@ -275,7 +275,7 @@ def process(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     sharded.SMALLEST = 30
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
-    processes = Processes(rank, size)
+    processes = ManyProcesses(rank, size, CPU, 60)
     results: dict[str, Any] = {}
     for name, case in (BY_TWO if size == 2 else BY_FOUR).items():
         results[name] = train(case, processes)
@@ -342,11 +342,6 @@ def test_two_and_four_processes_have_the_bytes_of_one(results, name):
     compare(found, alone((EXACT | BY_FOUR)[name]))
 
 
-@pytest.mark.parametrize("name", EXACT)
-def test_one_process_shards_nothing(name):
-    compare(train(EXACT[name], Processes()), alone(EXACT[name]))
-
-
 @pytest.mark.parametrize(("name", "tolerance"), [*((name, 1e-5) for name in CLOSE), *((name, 0.05) for name in ROUGH)])
 def test_without_exactness_two_processes_are_close_to_one(results, name, tolerance):
     compare(results[name], alone(BY_TWO[name]), tolerance)
@@ -397,13 +392,30 @@ def test_a_parameter_that_is_one_number_is_refused():
     model = Odd()
     model.number = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UsageError, match=r"'number'.*single number"):
-        Sharded(model, Processes(0, 2), set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+        divided(model, World(0, 2, CPU))
 
 
 def test_other_memory_formats_are_refused_in_exact_runs():
     model = convolutions().to(memory_format=torch.channels_last)
     with pytest.raises(UsageError, match=r"'0\.a\.weight' isn't contiguous.*run\.exact=false"):
-        Sharded(model, Processes(0, 2), set_up(DeviceSettings(name="cpu"), exact=True), exact=True, stand_in=none)
+        divided(model, World(0, 2, CPU))
+    with pytest.raises(UsageError, match=r"device\.channels_last .* aren't exact together: .* run\.exact=false"):
+        divided(convolutions(), World(0, 2, CPU), channels_last=True)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_compiled_models_are_refused(exact):
+    with pytest.raises(UsageError, match=r"device\.compile .* don't go together: leave one out, or use 'ddp'"):
+        divided(Odd(), World(0, 2, CPU), exact, compile=True)
+
+
+def test_a_model_that_looks_at_the_data_first_is_refused():
+    class Looks(Odd):
+        def init_from(self, images: torch.Tensor) -> None:
+            """Never called."""
+
+    with pytest.raises(UsageError, match=r"Looks initialises itself from the data.*use 'ddp'"):
+        divided(Looks(), World(0, 2, CPU), exact=False)
 
 
 @pytest.mark.parametrize(
@@ -463,66 +475,6 @@ def test_blocks_of_a_block_count_only_where_it_is_most_of_the_model():
 def test_the_same_block_in_two_places_is_one():
     block = nn.Linear(9, 9)
     assert sharded.blocks(nn.ModuleList([block, nn.Sequential(block), nn.Linear(9, 9)])).count(block) == 1
-
-
-# ------------------------------------------------------------------------------------------------ DataParallel
-
-
-def test_dp_on_the_cpu_says_that_it_does_nothing():
-    said: list[str] = []
-    model = Odd()
-    assert data_parallel(model, torch.device("cpu"), said.append, exact=False) is model
-    assert len(said) == 1
-    assert "does nothing on cpu" in said[0]
-
-
-def test_dp_is_refused_in_exact_runs_and_names_ddp():
-    with pytest.raises(UsageError, match="'ddp'"):
-        data_parallel(Odd(), torch.device("cpu"), print, exact=True)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_dp_trains_on_the_gpus_there_are():
-    said: list[str] = []
-    device = torch.device("cuda")
-    model = convolutions().to(device)
-    forward = data_parallel(model, device, said.append, exact=False)
-    assert isinstance(forward, nn.DataParallel) == (torch.cuda.device_count() > 1) == (not said)
-    inputs, targets = data(0)
-    nn.functional.cross_entropy(forward(inputs.to(device)), targets.to(device)).backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_gpu_shards_and_puts_together(tmp_path):
-    device = set_up(DeviceSettings(name="cuda"), exact=False)
-    torch.manual_seed(0)
-    model, plain = Odd(), Odd()
-    plain.load_state_dict(model.state_dict())
-    plain.to(device.device)
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        forward = Sharded(
-            model, Processes(), device, exact=False, stand_in=none
-        )  # which shards nothing for one process
-        mesh = sharded.init_device_mesh("cuda", (1,))
-        for block in (*model.blocks[::2], model):
-            forward._shard(block, mesh, sharded.MixedPrecisionPolicy())
-        optimizers = [torch.optim.AdamW(net.parameters(), lr=0.01) for net in (model, plain)]
-        for step in range(STEPS):
-            inputs, targets = (tensor.to(device.device) for tensor in data(step))
-            for net, optimizer in zip((forward, plain), optimizers, strict=True):
-                nn.functional.cross_entropy(net(inputs), targets).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        wanted = gather([plain.state_dict(), optimizers[1].state_dict()], Processes())
-        compare(list(full_state(model, optimizers[0], Processes())), wanted, 1e-5)
-        load_full_state(model, optimizers[0], *wanted)
-        compare(list(full_state(model, optimizers[0], Processes())), wanted)
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -148,12 +148,15 @@ class Batches:
             except TargetError as error:
                 raise error.of(self.name, self.source.targets, range(self.samples)) from None
 
-    def some_targets(self) -> Tensor:
-        """Return the target of the first sample, as a batch of one, on the device."""
+    def some(self) -> Batch:
+        """Return the first sample, twice, as a batch: for a process that has no samples, and whom the others need."""
+        indices = np.zeros(2, dtype=np.int64)
         if isinstance(self.source, ArraySource):
-            return self.device.move(self._targets[:1])  # type: ignore[no-any-return]
-        collate = self.source.collate or default_collate
-        return self.device.move(collate([self.source.dataset[0]])[1])  # type: ignore[no-any-return]
+            inputs, targets = (values[:1].repeat_interleave(2, 0) for values in (self._inputs, self._targets))
+        else:
+            inputs, targets = (self.source.collate or default_collate)([self.source.dataset[0]] * 2)
+        inputs, targets = self.device.move(inputs), self.device.move(targets)
+        return self._batch(inputs, targets, _Own(indices, 0, (2,), 0, 2), 0)
 
     def close(self) -> None:
         """End the worker processes, if there are any; a later epoch starts new ones."""
@@ -165,19 +168,23 @@ class Batches:
         # To keep this method in `self` would close a cycle: see `Loader`.
         read = self._read_arrays if isinstance(self.source, ArraySource) else self._read_dataset
         for inputs, targets, own in read(epoch, start):
-            if self.train and len(own.indices):
-                inputs, targets = self.pipeline.train(
-                    inputs,
-                    targets,
-                    seed=self.seed,
-                    epoch=epoch,
-                    place=own.place,
-                    indices=own.indices,
-                    blocks=own.blocks,
-                )
-            elif len(own.indices):
-                inputs = self.pipeline.evaluate(inputs)
-            yield Batch(self.device.arrange(inputs), targets, own.indices, own.blocks, self.name, own.first, own.size)
+            yield self._batch(inputs, targets, own, epoch)
+
+    def _batch(self, inputs: Any, targets: Tensor, own: "_Own", epoch: int) -> Batch:
+        """Return what was read as the batch that the model sees."""
+        if self.train and len(own.indices):
+            inputs, targets = self.pipeline.train(
+                inputs,
+                targets,
+                seed=self.seed,
+                epoch=epoch,
+                place=own.place,
+                indices=own.indices,
+                blocks=own.blocks,
+            )
+        elif len(own.indices):
+            inputs = self.pipeline.evaluate(inputs)
+        return Batch(self.device.arrange(inputs), targets, own.indices, own.blocks, self.name, own.first, own.size)
 
     def indices(self, epoch: int, batch: int) -> Places:
         """Return which samples of the source an epoch's batch has, counted from 0; nothing is read for it."""
