@@ -18,10 +18,10 @@ SOURCE = ROOT / "src"
 
 # A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours.
 LAYERS = (
-    ("errors", "settings", "rng", "terminal", "trackers"),  # know nothing of each other
-    ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults"),
-    ("checkpoint", "data", "optim", "task"),
-    ("evaluation", "spikes", "writer", "callbacks", "doctor"),
+    ("errors", "settings", "rng", "terminal", "trackers", "slurm"),  # know nothing of each other
+    ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
+    ("checkpoint", "data", "optim", "task", "exchange", "unsharded", "reports"),
+    ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "launch"),
     ("run",),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
@@ -42,18 +42,17 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 580,
+    "trainer": 620,
     "report": 450,
     "checkpoint": 430,
     "data.folder": 400,
-    "data.batches": 420,
     "task": 350,
     "terminal": 340,
     "trackers": 320,
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.
-FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 120}
+FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 130}
 
 
 def modules() -> dict[str, Path]:

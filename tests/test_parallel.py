@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torchrelay.errors import UsageError
-from torchrelay.parallel import GradientTree, blocks, check_replicas
+from torchrelay.parallel import GradientTree, ParallelSettings, blocks, check_replicas, replicas_of
 
 
 def tree_of(leaves: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -66,7 +66,25 @@ def test_blocks_are_contiguous_and_earlier_ones_larger(samples, replicas, sizes)
 
 
 def test_an_exact_run_needs_a_power_of_two():
-    check_replicas(8, exact=True)
-    check_replicas(6, exact=False)
+    check_replicas(8, 1, exact=True)
+    check_replicas(6, 1, exact=False)
     with pytest.raises(UsageError, match=r"parallel\.replicas is 6: .* such as 4 or 8; or --set run\.exact=false"):
-        check_replicas(6, exact=True)
+        check_replicas(6, 1, exact=True)
+
+
+def test_devices_that_cannot_share_the_replicas_are_told_which_can():
+    check_replicas(8, 4, exact=True)
+    with pytest.raises(
+        UsageError,
+        match=r"3 devices can't share a run of 8 replicas: go on with 1, 2, 4 or 8, start one with "
+        r"--set parallel\.replicas=4, or give exactness up by --set run\.exact=false",
+    ):
+        check_replicas(8, 3, exact=True)
+    with pytest.raises(UsageError, match="2 devices can't share a run of 1 replica: go on with 1, start"):
+        check_replicas(1, 2, exact=True)
+
+
+def test_replicas_are_the_devices_unless_they_are_said():
+    assert replicas_of(ParallelSettings(), 4, exact=True) == 4
+    assert replicas_of(ParallelSettings(replicas=8), 4, exact=True) == 8
+    assert replicas_of(ParallelSettings(replicas=8), 3, exact=False) == 3

@@ -20,11 +20,11 @@ from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report import read_metrics
-from torchrelay.run import Run, Stopwatch, free_folder
+from torchrelay.run import Run, SaveTimes, Stopwatch, free_folder
 
 
-def opened(folder: Path, quiet, resume: bool = False, every: str = "1 epoch") -> Run:
-    return Run(folder, quiet, CheckpointSettings(every=Duration(every)), 10, 30, resume=resume)
+def opened(folder: Path, quiet, resume: bool = False) -> Run:
+    return Run(folder, quiet, CheckpointSettings(), resume=resume)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.run import Run
 from torchrelay.terminal import Terminal
 
-run = Run(Path(sys.argv[1]), Terminal(quiet=True), CheckpointSettings(), 10, 30)
+run = Run(Path(sys.argv[1]), Terminal(quiet=True), CheckpointSettings())
 run.write_recipe({})
 child = os.fork()  # as a loader's worker is
 if child == 0:
@@ -139,18 +139,20 @@ def test_metrics_are_cut_back_to_a_checkpoint(run):
     assert [line["loss"] for line in read_metrics(run.folder)] == [1.0, 0.25]
 
 
-def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, quiet):
-    run = opened(tmp_path / "a", quiet, every="4 steps")
-    assert [step for step in range(1, 13) if run.save_is_due(step)] == [4, 8, 12]
-    run.close()
-    run = opened(tmp_path / "b", quiet, every="50%")
-    assert [step for step in range(1, 31) if run.save_is_due(step)] == [15, 30]
-    run.close()
-    run = opened(tmp_path / "c", quiet, every="1 h")
-    assert not any(run.save_is_due(step) for step in range(1, 100))
-    run._saved_at -= 3601
-    assert run.save_is_due(1)
-    run.close()
+def test_a_checkpoint_is_due_by_steps_or_by_the_clock():
+    def times(every: str) -> SaveTimes:
+        return SaveTimes(CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
+
+    assert [step for step in range(1, 13) if times("4 steps").after_step(step)] == [4, 8, 12]
+    assert [step for step in range(1, 31) if times("50%").after_step(step)] == [15, 30]
+    assert not times("4 steps").by_clock()
+    hourly = times("1 h")
+    assert not hourly.by_clock()
+    assert not any(hourly.after_step(step) for step in range(1, 100))
+    hourly._saved_at -= 3601
+    assert hourly.by_clock()
+    hourly.saved()
+    assert not hourly.by_clock()
 
 
 def test_a_stopwatch_tells_samples_of_each_second():

@@ -145,6 +145,8 @@ def evaluate(
     model.eval()
     sums, samples = Sums(), 0
     metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
+    for metric in metrics.values():
+        metric.sync_on_compute = False  # only the first process has them
 
     def compute(batch: Batch) -> Any:
         try:
