@@ -12,7 +12,6 @@ Checkpoints know nothing of all this: see unsharded.py. Importing this module co
 trainer does so where it is needed.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,20 +24,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from torchrelay.device import Device
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.errors import RelayError
 from torchrelay.exchange import Exchange
-from torchrelay.models import EMA, InitFromData
+from torchrelay.models import EMA
 from torchrelay.parallel import GradientTree, give_gradients, take_gradients
+from torchrelay.shardable import blocks, check_model, check_optimizer
 from torchrelay.unsharded import gather, load_part, whole
 from torchrelay.world import ManyProcesses, World
-
-SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a message
-_LISTS = (nn.ModuleList, nn.ModuleDict)
-_LARGEST_SHARE = 0.25  # of the model that a block may be before its own blocks are looked for
-
-# What these do with an element depends on that element alone, so that a part is updated as the whole is.
-_ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
-_WHOLE_MATRICES = ("Muon", "Adafactor")
 
 
 class Sharded(Exchange):
@@ -67,7 +59,7 @@ class Sharded(Exchange):
     def __init__(
         self, model: nn.Module, world: World, device: Device, *, exact: bool, stand_in: Callable[[], Tensor]
     ) -> None:
-        _check(model, device, exact)
+        check_model(model, device, exact)
         super().__init__(model, world, exact=exact)
         self._stand_in = stand_in
         self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
@@ -238,90 +230,9 @@ class _ReduceScatter:
             )
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of a model that are gathered each on its own: large children of its lists and sequences.
-
-    A block that shares a parameter with anything outside it isn't among them: it is gathered with the whole model.
-    """
-    total, holders = _size(model), _holders(model)
-
-    def inside(module: nn.Module) -> list[nn.Module]:
-        found: list[nn.Module] = []
-        for child in module.children():
-            inner = inside(child)
-            # Lists have no forward pass, before which their parameters would be gathered.
-            listed = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, _LISTS)
-            fits = _size(child) >= SMALLEST and (not inner or _size(child) <= _LARGEST_SHARE * total)
-            alone = all(holders[parameter] == count for parameter, count in _holders(child).items())
-            found += [child] if listed and fits and alone else inner
-        return found
-
-    return list(dict.fromkeys(inside(model)))  # a block may stand in two places
-
-
-def _holders(module: nn.Module) -> Counter[nn.Parameter]:
-    """Return by how many modules, this one and those inside it, each parameter is held."""
-    return Counter(parameter for part in module.modules() for parameter in part.parameters(recurse=False))
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _check(model: nn.Module, device: Device, exact: bool) -> None:
-    """Refuse what can't be sharded.
-
-    Raises:
-        UsageError: the text says what, and what to do.
-    """
-    if device.settings.compile:
-        raise UsageError("device.compile and parallel.kind 'fsdp' don't go together: leave one out, or use 'ddp'")
-    if isinstance(model, InitFromData):
-        raise UsageError(
-            f"{type(model).__name__} initialises itself from the data, which parallel.kind 'fsdp' can't do with parts "
-            "of it: use 'ddp'"
-        )
-    if exact and device.settings.channels_last:  # the norm of a gradient in another memory format has other bits
-        raise UsageError(
-            "device.channels_last and parallel.kind 'fsdp' aren't exact together: leave one out, or "
-            "--set run.exact=false"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 0:
-            raise UsageError(
-                f"parallel.kind 'fsdp' can't divide the parameter '{name}', which is a single number: "
-                "give it the shape (1,), or use 'ddp'"
-            )
-        if exact and not parameter.is_contiguous():
-            raise UsageError(
-                f"the parameter '{name}' isn't contiguous, and parallel.kind 'fsdp' is exact only for those that are: "
-                "call contiguous() on it, or --set run.exact=false"
-            )
-
-
 def _policy(model: nn.Module, device: Device, exact: bool) -> MixedPrecisionPolicy:
     """Return in which types blocks compute and add; autocast alone would keep 16-bit copies of all weights."""
     running = any(name.endswith("running_mean") for name, _ in model.named_buffers())  # which stays float32
     if exact or running or device.settings.precision == "float32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32)
-
-
-def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
-    """Refuse an optimizer that can't work on parts of parameters.
-
-    Raises:
-        UsageError: it needs whole matrices, or the run is exact and nobody knows.
-    """
-    name = type(optimizer).__name__
-    rules = {group["rule"] for group in optimizer.param_groups if "rule" in group}  # of our Muon, SGD and AdamW in one
-    if name in _WHOLE_MATRICES or "muon" in rules:
-        raise UsageError(
-            f"optimizer '{name.removesuffix('Optimizer').lower()}' needs whole matrices, of which parallel.kind 'fsdp' "
-            "keeps parts: use 'adamw' or 'sgd', or parallel.kind 'ddp'"
-        )
-    if exact and name not in _ELEMENTWISE and not rules:
-        raise UsageError(
-            f"nobody knows whether optimizer '{name}' gives the same bits on parts of parameters: use one of "
-            f"{', '.join(_ELEMENTWISE)}, or parallel.kind 'ddp', or --set run.exact=false"
-        )

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import traceback
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -13,14 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from torchrelay import optim, sharded
+from torchrelay import optim, shardable
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import Buffers, GradientTree, blocks, give_gradients, take_gradients
-from torchrelay.sharded import Sharded, check_optimizer
+from torchrelay.shardable import check_optimizer
+from torchrelay.sharded import Sharded
 from torchrelay.unsharded import divide, gather
 from torchrelay.world import ManyProcesses, World
 
@@ -273,7 +274,7 @@ def averages(processes: World) -> bool:
 def process(rank: int, size: int, folder: Path) -> None:
     """Run all cases of so many processes, and leave rank 0's results."""
     torch.set_num_threads(1)
-    sharded.SMALLEST = 30
+    shardable.SMALLEST = 30
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
     processes = ManyProcesses(rank, size, CPU, 60)
     results: dict[str, Any] = {}
@@ -293,26 +294,11 @@ def process(rank: int, size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def fork(folder: Path) -> None:
-    """Run two processes, then four; forked, they import PyTorch once."""
+def main(folder: Path) -> None:
+    """Run two processes, then four."""
     warnings.simplefilter("error")
     for size in (2, 4):
-        started = []
-        for rank in range(size):
-            if (child := os.fork()) == 0:
-                code = 1
-                try:
-                    process(rank, size, folder)
-                    code = 0
-                except BaseException:  # noqa: BLE001 - a test's child must not go on
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            started.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
-        if any(codes):
-            sys.exit(f"of {size} processes, the exit codes were {codes}")
+        fork(size, lambda rank, size=size: process(rank, size, folder))
 
 
 @pytest.fixture(scope="module")
@@ -442,22 +428,22 @@ def test_elementwise_optimizers_are_taken(settings, exact):
 
 @pytest.fixture
 def _small(monkeypatch):
-    monkeypatch.setattr(sharded, "SMALLEST", 30)
+    monkeypatch.setattr(shardable, "SMALLEST", 30)
 
 
 @pytest.mark.usefixtures("_small")
 def test_blocks_are_the_large_children_of_lists():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(9, 9), nn.Linear(2, 2)]), "head": nn.Linear(9, 9)})
-    assert sharded.blocks(model) == [model["layers"][0]]
+    assert shardable.blocks(model) == [model["layers"][0]]
 
 
 @pytest.mark.usefixtures("_small")
 def test_a_block_that_shares_weights_with_others_isnt_divided_alone():
     model = Odd()
-    assert sharded.blocks(model) == [model.blocks[0], model.blocks[2]]
+    assert shardable.blocks(model) == [model.blocks[0], model.blocks[2]]
     own = nn.Sequential(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), *(nn.Linear(9, 9) for _ in range(8)))
     own[0][0].weight = own[0][1].weight
-    assert sharded.blocks(own)[0] is own[0]
+    assert shardable.blocks(own)[0] is own[0]
 
 
 @pytest.mark.usefixtures("_small")
@@ -466,16 +452,16 @@ def test_blocks_of_a_block_count_only_where_it_is_most_of_the_model():
         return nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
 
     deep = nn.Sequential(*(layer() for _ in range(4)))
-    assert sharded.blocks(deep) == list(deep)
+    assert shardable.blocks(deep) == list(deep)
     wrapped = nn.Sequential(deep, nn.Linear(9, 2))
-    assert sharded.blocks(wrapped) == list(deep)
+    assert shardable.blocks(wrapped) == list(deep)
 
 
 @pytest.mark.usefixtures("_small")
 def test_the_same_block_in_two_places_is_one():
     block = nn.Linear(9, 9)
-    assert sharded.blocks(nn.ModuleList([block, nn.Sequential(block), nn.Linear(9, 9)])).count(block) == 1
+    assert shardable.blocks(nn.ModuleList([block, nn.Sequential(block), nn.Linear(9, 9)])).count(block) == 1
 
 
 if __name__ == "__main__":
-    fork(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -1,0 +1,26 @@
+"""Several processes that import PyTorch once: they are forked by one that has done so."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+def fork(size: int, run: Callable[[int], None]) -> None:
+    """Run `run(rank)` in so many processes, and leave if one of them fails."""
+    started = []
+    for rank in range(size):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                run(rank)
+                code = 0
+            except BaseException:  # noqa: BLE001 - a test's child must not go on
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        started.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]
+    if any(codes):
+        sys.exit(f"of {size} processes, the exit codes were {codes}")
