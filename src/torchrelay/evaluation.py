@@ -146,7 +146,7 @@ def evaluate(
     sums, samples = Sums(), 0
     metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for metric in metrics.values():
-        metric.sync_on_compute = False  # only the first process has them
+        metric.distributed_available_fn = lambda: False  # it would wait for the others, who have none
 
     def compute(batch: Batch) -> Any:
         try:
