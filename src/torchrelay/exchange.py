@@ -39,6 +39,7 @@ class Exchange:
         self, model: nn.Module, world: World, *, exact: bool, forward: Callable[[Any], Any] | None = None
     ) -> None:
         self.model = model
+        self.model_name = type(model).__name__  # as its author calls it: what is divided gets another class
         self.world = world
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

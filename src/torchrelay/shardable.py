@@ -15,6 +15,7 @@ _LARGEST_SHARE = 0.25  # of the model that a block may be before its own blocks 
 
 # What these do with an element depends on that element alone, so that a part is updated as the whole is.
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
+_FUSED = ("Adam", "AdamW")  # which PyTorch can fuse for parts
 _WHOLE_MATRICES = ("Muon", "Adafactor")
 
 
@@ -96,4 +97,10 @@ def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
         raise UsageError(
             f"nobody knows whether optimizer '{name}' gives the same bits on parts of parameters: use one of "
             f"{', '.join(_ELEMENTWISE)}, or parallel.kind 'ddp', or --set run.exact=false"
+        )
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    if fused and (exact or name not in _FUSED):  # the last elements of a part are rounded otherwise than in the middle
+        raise UsageError(
+            f"a fused '{name.lower()}' {'gives other bits' if exact else 'does not work'} on parts of parameters, of "
+            "which parallel.kind 'fsdp' is made: leave fused out, or use 'ddp'"
         )

@@ -626,7 +626,7 @@ class Trainer:
         try:
             self.exchange.load(self.model, contents.model)
         except RuntimeError as error:
-            name = type(self.model).__name__
+            name = self.exchange.model_name
             raise RelayError(
                 f"the checkpoint's weights don't fit {name}: {str(error).splitlines()[-1].strip()}"
             ) from error
@@ -652,7 +652,7 @@ def _own_record(trainer: Trainer) -> dict[str, Any]:
     return {
         "run": trainer.settings.model_dump(mode="json", exclude_none=True),
         "data": {"name": trainer.batches.source.name, "batch_size": trainer.batches.batch_size},
-        "model": {"name": type(trainer.model).__name__},
+        "model": {"name": trainer.exchange.model_name},
         "device": trainer.device.settings.model_dump(mode="json", exclude_none=True),
         "environment": {"started_from": "python", "torch": torch.__version__},
     }

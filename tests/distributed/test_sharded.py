@@ -105,6 +105,7 @@ class Case:
 
 
 ADAMW = optim.AdamW(lr=0.01, groups=[{"match": ["*bias"], "lr_scale": 2.0}], decay_norms_and_biases=False)
+OTHERS = ("Adam", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
 EXACT = {
     "momentum": Case("odd"),
     "batch norm, adamw": Case("convolutions", ADAMW),
@@ -112,7 +113,8 @@ EXACT = {
     "batch norm, four replicas": Case("convolutions", replicas=4),
     "a block that is used twice": Case("twice", ADAMW),
     "bf16": Case("odd", ADAMW, precision="bf16"),
-    "other optimizer": Case("odd", optim.Other(name="RMSprop", lr=0.01)),
+    "foreach": Case("odd", lambda model: torch.optim.Adam(model.parameters(), lr=0.01, foreach=True, amsgrad=True)),
+    **{name: Case("odd", optim.Other(name=name)) for name in OTHERS},
 }
 CLOSE = {
     "not exact": Case("odd", exact=False),
@@ -410,6 +412,8 @@ def test_a_model_that_looks_at_the_data_first_is_refused():
         (optim.Muon(), False, "'muon' needs whole matrices"),
         (optim.Other(name="Adafactor"), False, "'adafactor' needs whole matrices"),
         (lambda model: type("Lamb", (torch.optim.SGD,), {})(model.parameters()), True, "nobody knows.*Lamb"),
+        (lambda model: torch.optim.AdamW(model.parameters(), fused=True), True, "a fused 'adamw' gives other bits"),
+        (lambda model: torch.optim.SGD(model.parameters(), fused=True), False, "a fused 'sgd' does not work"),
     ],
 )
 def test_optimizers_that_need_more_than_parts_are_refused(settings, exact, text):

@@ -73,5 +73,6 @@ class EMA:
 
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    # One by one: PyTorch's call for all of them takes no sharded ones.
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
