@@ -1,0 +1,292 @@
+"""Whole runs under `parallel.kind = "fsdp"` and "dp": as a script, this file is two processes that train."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import fork
+from safetensors.torch import load_file
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import cli, shardable
+from torchrelay.device import DeviceSettings
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.parallel import ParallelSettings
+from torchrelay.run import RunSettings
+from torchrelay.signals import Interrupted
+from torchrelay.terminal import Terminal
+
+SAMPLES, BATCH = 402, 100  # the last batch has two samples for four replicas: none for the second process
+STEPS = 5  # of an epoch
+TESTED = 250  # in three batches: the second process has none of the last
+
+
+class Net(nn.Module):
+    """BatchNorm, dropout, tied, frozen and unused weights, and sizes that two processes can't divide evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2d(1, 7, 3, padding=1), nn.BatchNorm2d(7), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Conv2d(7, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()),
+        )
+        self.wide, self.tied = nn.Linear(80, 80, bias=False), nn.Linear(80, 80)
+        self.tied.weight = self.wide.weight
+        self.unused = nn.Linear(3, 3)
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(80, 10))
+
+    def forward(self, images):
+        return self.head(self.tied(torch.relu(self.wide(self.blocks(images).flatten(1)))))
+
+
+ADAMW = tr.optim.AdamW(lr=0.01, clip_norm=0.5, groups=[{"match": ["blocks.0.0.*"], "freeze": True}])
+SGD = tr.optim.SGD(lr=0.05, nesterov=True)
+KINDS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": ADAMW, "ema": 0.99},
+    "bf16": {"optimizer": SGD, "device": DeviceSettings(name="cpu", precision="bf16"), "epochs": 1},
+    "rollback": {"optimizer": SGD, "settings": RunSettings(on_spike="rollback", log_every=2), "epochs": 1},
+}
+
+
+def build(kind: str, name: str, run: Path | None = None, seed: int = 0, **changes: Any) -> tr.Trainer:
+    torch.manual_seed(seed)
+    train, test = tr.data.digits()
+    arguments = {
+        "schedule": tr.optim.OneCycle(),
+        "epochs": 3,
+        "batch_size": BATCH,
+        "device": "cpu",
+        "parallel": ParallelSettings(kind=kind, replicas=4),
+        "terminal": Terminal(quiet=True),
+        "run": run,
+    }
+    net = changes.pop("net", Net)
+    parts = train.take(torch.arange(SAMPLES)), test.take(torch.arange(TESTED))
+    return tr.Trainer(net(), *parts, **(arguments | KINDS[name] | changes))
+
+
+class StopAt(tr.Callback):
+    """Sends a real signal to the process that calls it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(trainer: tr.Trainer, by: bool = True) -> None:
+    """Train until a signal comes, in the middle of the second epoch."""
+    trainer.callbacks += [StopAt(STEPS + 2)] * by
+    try:
+        trainer.fit()
+    except Interrupted:
+        return
+    raise AssertionError("the signal did not stop the run")
+
+
+def message(kind: type[RelayError], call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "nothing"
+
+
+def command(name: str, kind: str, folder: Path) -> list[str]:
+    settings = (
+        "run.epochs=1",
+        "device.threads=1",
+        "parallel.replicas=2",
+        "data.batch_size=250",
+        f"parallel.kind={kind}",
+    )
+    return [name, *(["digits", "--run"] if name == "train" else []), str(folder), "--quiet"] + [
+        argument for setting in settings if name == "train" for argument in ("--set", setting)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ two processes
+
+
+def in_two(rank: int, folder: Path, port: int) -> None:
+    """All that two processes do together; rank 0 leaves what it found."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    shardable.SMALLEST = 300
+    found: dict[str, Any] = {}
+    for name in KINDS:
+        trainer = build("fsdp", name, folder / name, seed=rank)  # the first process's weights count
+        trainer.fit()
+        found[name] = trainer.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255)
+    for kind in ("none", "ddp"):
+        interrupted(build("fsdp", "adamw", folder / f"fsdp, {kind}"), by=rank == 1)
+    found["weights"] = len(build("fsdp", "adamw").model.blocks[0][0].weight.to_local())
+    build("ddp", "adamw", folder / "fsdp, ddp", seed=rank).resume()
+    build("fsdp", "adamw", folder / "none, fsdp", seed=rank).resume()
+    again = build("fsdp", "adamw", folder / "adamw")
+    again.load("last")
+    found["evaluated"] = again.evaluate("test").values["loss"]
+    build("fsdp", "rollback", folder / "close", settings=RunSettings(exact=False, log_every=2)).fit()
+    found["shape"] = message(RelayError, lambda: build("fsdp", "adamw", folder / "adamw", net=other).load())
+    for name, changes in REFUSED.items():
+        found[name] = message(UsageError, lambda changes=changes: build(**{"kind": "fsdp", "name": "adamw"} | changes))
+    assert cli.main(command("train", "fsdp", folder / "recipe")) == 0
+    assert cli.main([*command("resume", "fsdp", folder / "recipe"), "--set", "run.epochs=2", "--accept-changes"]) == 0
+    assert cli.main(command("evaluate", "fsdp", folder / "recipe")) == 0
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+
+
+def other() -> nn.Module:
+    net = Net()
+    net.head[1] = nn.Linear(80, 11)
+    return net
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "muon": {"optimizer": tr.optim.Muon(), "settings": RunSettings(exact=False)},
+    "dp": {"kind": "dp", "settings": RunSettings(exact=False)},
+}
+
+
+def main(folder: Path) -> None:
+    warnings.simplefilter("error")
+    tr.data.digits()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork(2, lambda rank: in_two(rank, folder, port))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with runs of two processes, and with what they were to be like."""
+    folder = tmp_path_factory.mktemp("runs")
+    with one_thread():
+        interrupted(build("none", "adamw", folder / "none, fsdp"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    with one_thread():
+        build("none", "adamw", folder / "fsdp, none").resume()
+        for name in KINDS:
+            build("none", name, folder / "alone" / name).fit()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(runs) -> dict[str, Any]:
+    return torch.load(runs / "found.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_processes_leave_the_files_of_one(runs, same_runs, name):
+    same_runs(runs / name, runs / "alone" / name)
+
+
+@pytest.mark.parametrize("name", ["none, fsdp", "fsdp, none", "fsdp, ddp"])
+def test_a_run_goes_on_in_another_way_to_the_same_files(runs, same_runs, name):
+    """Stopped in the middle of an epoch by a signal to one process; from one process to two, back, and among two."""
+    same_runs(runs / name, runs / "alone" / "adamw")
+    before, after = name.split(", ")
+    assert f"changed: parallel.kind was {before} and is {after}" in (runs / name / "log.txt").read_text()
+
+
+def test_weights_are_really_divided(found):
+    assert found["weights"] == 4  # of seven filters
+
+
+def test_a_checkpoint_opens_without_us(runs):
+    saved = max((runs / "adamw" / "checkpoints").iterdir())
+    net = Net()
+    net.load_state_dict(load_file(saved / "model.safetensors"))
+    assert (saved / "ema.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_predictions_are_those_of_one_process(runs, found, name):
+    alone = build("none", name, runs / "alone" / name)
+    alone.load("last")
+    assert torch.equal(found[name], alone.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255))
+
+
+def test_a_loaded_checkpoint_is_evaluated_like_in_one_process(runs, found):
+    alone = build("none", "adamw", runs / "alone" / "adamw")
+    alone.load("last")
+    assert found["evaluated"] == alone.evaluate("test").values["loss"]
+
+
+def test_without_exactness_a_run_is_close(runs):
+    losses = [
+        [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("close", "alone/rollback")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_recipe_trains_resumes_and_evaluates(runs, same_runs):
+    assert cli.main(command("train", "none", runs / "alone" / "recipe")) == 0
+    assert (
+        cli.main([*command("resume", "", runs / "alone" / "recipe"), "--set", "run.epochs=2", "--accept-changes"]) == 0
+    )
+    same_runs(runs / "recipe", runs / "alone" / "recipe")
+
+
+def test_the_model_of_another_shape_is_named(found):
+    assert found["shape"].startswith("the checkpoint's weights don't fit Net: size mismatch for head.1.bias")
+
+
+def test_what_cannot_be_is_refused(found):
+    assert "optimizer 'muon' needs whole matrices" in found["muon"]
+    assert found["dp"] == "parallel.kind 'dp' is one process for all devices, and 2 were started: use 'ddp'"
+
+
+# ------------------------------------------------------------------------------------------------ one process
+
+
+def test_dp_is_refused_in_exact_runs_and_names_ddp():
+    with pytest.raises(UsageError, match=r"parallel\.kind 'dp' .* exact: use 'ddp', or --set run\.exact=false"):
+        build("dp", "adamw")
+
+
+@pytest.mark.parametrize(("kind", "where"), [("dp", "on cpu"), ("fsdp", "with one process")])
+def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
+    trainer = build(kind, "bf16", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1))
+    trainer.fit()
+    said = f"parallel.kind '{kind}' does nothing {where}: the model runs as with 'none'"
+    assert said in (tmp_path / "run" / "log.txt").read_text()
+    assert f'kind = "{kind}"' in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+def test_nothing_of_fsdp_is_imported_where_nobody_asks_for_it():
+    script = "import sys, torchrelay.commands; print([name for name in sys.modules if 'fsdp' in name])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
