@@ -1,6 +1,7 @@
 """Step 4: what `parallel.kind = "fsdp"` can divide: the blocks of a model, and what is refused."""
 
 from collections import Counter
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -104,3 +105,23 @@ def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
             f"a fused '{name.lower()}' {'gives other bits' if exact else 'does not work'} on parts of parameters, of "
             "which parallel.kind 'fsdp' is made: leave fused out, or use 'ddp'"
         )
+
+
+def update_in_one_call(optimizer: Optimizer) -> None:
+    """Let an optimizer update all parts in one call, as PyTorch does with whole parameters on CUDA but not with parts.
+
+    Only while it steps: what is saved of its options stays that of an unsharded run.
+    """
+    free: list[dict[str, Any]] = []  # groups in which nobody has chosen
+
+    def before(stepping: Optimizer, *_: Any) -> None:
+        free[:] = [group for group in stepping.param_groups if group.get("foreach", False) is None]
+        for group in free:
+            group["foreach"] = True
+
+    def after(*_: Any) -> None:
+        for group in free:
+            group["foreach"] = None
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)

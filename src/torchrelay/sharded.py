@@ -28,7 +28,7 @@ from torchrelay.errors import RelayError
 from torchrelay.exchange import Exchange
 from torchrelay.models import EMA
 from torchrelay.parallel import GradientTree, give_gradients, take_gradients
-from torchrelay.shardable import blocks, check_model, check_optimizer
+from torchrelay.shardable import blocks, check_model, check_optimizer, update_in_one_call
 from torchrelay.unsharded import gather, load_part, whole
 from torchrelay.world import ManyProcesses, World
 
@@ -61,7 +61,7 @@ class Sharded(Exchange):
     ) -> None:
         check_model(model, device, exact)
         super().__init__(model, world, exact=exact)
-        self._stand_in = stand_in
+        self._stand_in, self._device = stand_in, device.device
         self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
         for _, tensor in sorted(model.state_dict().items()):
             world.broadcast([tensor])  # one by one: a model may be as large as the memory
@@ -136,6 +136,8 @@ class Sharded(Exchange):
             UsageError: it needs whole matrices, or the run is exact and nobody knows.
         """
         check_optimizer(optimizer, self.exact)
+        if self.exact and self._device.type == "cuda":
+            update_in_one_call(optimizer)
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm of the whole gradient, the same on every process.

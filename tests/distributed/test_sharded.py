@@ -20,7 +20,7 @@ from torchrelay import optim, shardable
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import Buffers, GradientTree, blocks, give_gradients, take_gradients
-from torchrelay.shardable import check_optimizer
+from torchrelay.shardable import check_optimizer, update_in_one_call
 from torchrelay.sharded import Sharded
 from torchrelay.unsharded import divide, gather
 from torchrelay.world import ManyProcesses, World
@@ -102,6 +102,7 @@ class Case:
     precision: str = "float32"
     first: int = 0
     last: int = STEPS
+    device: str = "cpu"
 
 
 ADAMW = optim.AdamW(lr=0.01, groups=[{"match": ["*bias"], "lr_scale": 2.0}], decay_norms_and_biases=False)
@@ -141,21 +142,22 @@ def divided(model: nn.Module, processes: World, exact: bool = True, **settings: 
     return Sharded(model, processes, device, exact=exact, stand_in=none)
 
 
-def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def data(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The global batch of a step; that of the last one is smaller than four replicas."""
     rows = 3 if step == STEPS - 1 else 13
     made = torch.Generator().manual_seed(100 + step)
-    return torch.randn(rows, 3, 2, 2, generator=made), torch.randint(5, (rows,), generator=made)
+    inputs, targets = torch.randn(rows, 3, 2, 2, generator=made), torch.randint(5, (rows,), generator=made)
+    return inputs.to(device), targets.to(device)
 
 
 def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | None:
     """Train as the trainer does; return all there is to compare, on rank 0."""
     torch.manual_seed(processes.rank)  # the first process's weights count
     model = NETS[case.net]()
-    device = set_up(DeviceSettings(name="cpu", precision=case.precision), exact=case.exact)
+    device = set_up(DeviceSettings(name=case.device, precision=case.precision), exact=case.exact)
 
     def stand_in() -> torch.Tensor:  # whose gradient may be anything
-        return float("nan") * forward(data(0)[0][:2]).sum()
+        return float("nan") * forward(data(0, case.device)[0][:2]).sum()
 
     forward = Sharded(model, processes, device, exact=case.exact, stand_in=stand_in)
     optimizer = case.optimizer(model)
@@ -166,7 +168,7 @@ def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | N
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     buffers, norms = Buffers(model), []
     for step in range(case.first, case.last):
-        inputs, targets = data(step)
+        inputs, targets = data(step, case.device)
         sizes = blocks(len(inputs), case.replicas)
         parts = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
         each = case.replicas // processes.size
@@ -187,7 +189,7 @@ def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | N
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad(), device.autocast():
-        outputs = forward(data(0)[0])
+        outputs = forward(data(0, case.device)[0])
     state = forward.whole((model.state_dict(keep_vars=True), optimizer.state_dict()))
     return state and {"state": state, "norms": torch.stack(norms), "outputs": outputs}
 
@@ -196,7 +198,8 @@ def alone(case: Case, start: Any = None) -> dict[str, Any]:
     """The same in plain PyTorch: one process, one tree."""
     torch.manual_seed(0)
     model = NETS[case.net]()
-    device = set_up(DeviceSettings(name="cpu", precision=case.precision), exact=case.exact)
+    device = set_up(DeviceSettings(name=case.device, precision=case.precision), exact=case.exact)
+    device.place(model)
     optimizer = case.optimizer(model)
     if start is not None:
         model.load_state_dict(start[0])
@@ -204,7 +207,7 @@ def alone(case: Case, start: Any = None) -> dict[str, Any]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     buffers, norms = Buffers(model), []
     for step in range(case.first, case.last):
-        inputs, targets = data(step)
+        inputs, targets = data(step, case.device)
         sizes = blocks(len(inputs), case.replicas)
         tree = GradientTree()
         buffers.keep()
@@ -223,7 +226,7 @@ def alone(case: Case, start: Any = None) -> dict[str, Any]:
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad(), device.autocast():
-        outputs = model(data(0)[0])
+        outputs = model(data(0, case.device)[0])
     return {"state": (model.state_dict(), optimizer.state_dict()), "norms": torch.stack(norms), "outputs": outputs}
 
 
@@ -241,6 +244,7 @@ def compare(found: Any, wanted: Any, tolerance: float = 0.0) -> None:
     assert list(found) == list(wanted)
     for name, value in wanted.items():
         if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
             assert type(found[name]) in (torch.Tensor, nn.Parameter), name
             torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m)
             if not tolerance:  # a negative zero is not a positive one
@@ -419,6 +423,21 @@ def test_a_model_that_looks_at_the_data_first_is_refused():
 def test_optimizers_that_need_more_than_parts_are_refused(settings, exact, text):
     with pytest.raises(UsageError, match=text):
         check_optimizer(settings(Odd()), exact)
+
+
+def test_parts_are_updated_in_one_call_and_saved_as_if_not():
+    model = Odd()
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in model.first.parameters()], lr=0.1)
+    optimizer.param_groups[1]["foreach"] = False
+    saved = optimizer.state_dict()["param_groups"]
+    update_in_one_call(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(group["foreach"] for group in optimizer.param_groups))
+    model(data(0, "cpu")[0]).sum().backward()
+    optimizer.step()
+    assert seen == [True, False]
+    assert optimizer.state_dict()["param_groups"] == saved
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -1,0 +1,110 @@
+"""Several processes with GPUs: what can be tried with one of them, and more where there are more."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_sharded import ADAMW, Case, alone, compare, train
+from torch import nn
+
+import torchrelay as tr
+from torchrelay.exchange import Exchange
+from torchrelay.parallel import GradientTree, ParallelSettings
+from torchrelay.run import RunSettings
+from torchrelay.world import ManyProcesses
+
+DEVICE, BACKEND = "cuda", "nccl"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.fixture
+def world(tmp_path) -> Iterator[ManyProcesses]:
+    """One process that is joined as if there were more."""
+    dist.init_process_group(BACKEND, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield ManyProcesses(0, 1, torch.device(DEVICE), 60)
+    dist.destroy_process_group()
+
+
+def trained(kind: str, run: Path | None = None, **changes) -> tr.Trainer:
+    torch.manual_seed(0)
+    train_part, test_part = tr.data.digits()
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    arguments = {
+        "optimizer": tr.optim.AdamW(lr=0.01, clip_norm=1.0),
+        "epochs": 1,
+        "device": DEVICE,
+        "ema": 0.9,
+        "parallel": ParallelSettings(kind=kind, replicas=2),
+    }
+    trainer = tr.Trainer(net, train_part, test_part, run=run, **(arguments | changes))
+    trainer.fit()
+    return trainer
+
+
+def test_messages_arrive(world):
+    values = torch.arange(3.0, device=DEVICE)
+    assert torch.equal(world.gather(values), values[None])
+    world.broadcast([values, torch.ones(2)])
+    assert world.broadcast_bytes(b"text") == b"text"
+    assert [world.agree(flags) for flags in (1, 2, 0)] == [0, 1, 2]
+    world.barrier("the test")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_gradients_are_added(world, exact):
+    model = nn.Linear(3, 2).to(DEVICE)
+    exchange = Exchange(model, world, exact=exact)
+    tree, inputs = GradientTree(), torch.randn(2, 5, 3, device=DEVICE)
+    for number, part in enumerate(inputs):
+        with exchange.send(tree) if number else exchange.keep_here(tree):
+            exchange(part).sum().backward()
+    assert torch.allclose(model.weight.grad, inputs.sum((0, 1)).expand(2, 3), atol=1e-5)
+    assert exchange.add(torch.ones((), device=DEVICE)) == 1
+
+
+@pytest.mark.parametrize("case", [Case("odd", ADAMW), Case("odd"), Case("convolutions")])
+def test_a_divided_model_has_the_bytes_of_a_whole_one(world, case):
+    case = Case(case.net, case.optimizer, replicas=1, device=DEVICE)  # PyTorch adds nothing up for one process
+    compare(train(case, world), alone(case))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_divided_model_is_close_without_exactness(world, precision):
+    case = Case("odd", exact=False, precision=precision, device=DEVICE)
+    compare(train(case, world), alone(case), 1e-4 if precision == "float32" else 0.05)
+
+
+def test_dp_trains_on_the_gpus_there_are(tmp_path):
+    inexact = RunSettings(exact=False, epochs=1)
+    found = trained("dp", tmp_path / "run", settings=inexact)
+    several = torch.cuda.device_count() > 1
+    assert isinstance(found.exchange._forward, nn.DataParallel) == several
+    assert ("does nothing with one device" in (tmp_path / "run" / "log.txt").read_text()) != several
+    wanted = trained("none", settings=inexact)
+    for mine, theirs in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=0.05)
+
+
+def test_fsdp_with_one_gpu_is_none(tmp_path, same_runs):
+    trained("fsdp", tmp_path / "fsdp")
+    trained("none", tmp_path / "none")
+    same_runs(tmp_path / "fsdp", tmp_path / "none")
+
+
+@two_gpus
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_gpus_leave_the_files_of_one(tmp_path, same_runs, kind):
+    for name, devices in (("none", 1), (kind, 2)):
+        settings = ("run.epochs=2", "parallel.replicas=2", f"parallel.kind={name}", "device.name=cuda")
+        arguments = [argument for setting in settings for argument in ("--set", setting)]
+        command = [sys.executable, "-m", "torchrelay", "train", "digits", "--run", tmp_path / name, *arguments]
+        subprocess.run([*command, "--devices", str(devices)], check=True, timeout=200)
+    same_runs(tmp_path / kind, tmp_path / "none")
