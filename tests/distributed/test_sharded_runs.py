@@ -20,6 +20,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay import cli, shardable
+from torchrelay.callbacks import Pictures
 from torchrelay.device import DeviceSettings
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.parallel import ParallelSettings
@@ -73,7 +74,9 @@ def build(kind: str, name: str, run: Path | None = None, seed: int = 0, **change
     }
     net = changes.pop("net", Net)
     parts = train.take(torch.arange(SAMPLES)), test.take(torch.arange(TESTED))
-    return tr.Trainer(net(), *parts, **(arguments | KINDS[name] | changes))
+    trainer = tr.Trainer(net(), *parts, **(arguments | KINDS[name] | changes))
+    trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Pictures)]  # most of a run's time
+    return trainer
 
 
 class StopAt(tr.Callback):
