@@ -1,32 +1,27 @@
-"""Step 4: the gradients of all processes, added in the one fixed tree.
+"""Step 4: what runs a model's replicas and adds their gradients; here in one process, elsewhere in several.
 
-Each process adds its own replicas' gradients, which gives a node of the tree. The nodes are added by sending each
-process its chunk of all of them (all_to_all), adding the chunks pairwise, and handing the sums round (all_gather): as
-many bytes as a ring all-reduce moves, and the same bits however many processes share the replicas.
+The trainer does the same with each: a replica's passes in `keep_here`, the last one's in `send`, and then `add`.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay.models import EMA
-from torchrelay.parallel import Gradients, GradientTree, give_gradients, take_gradients
-from torchrelay.world import ManyProcesses, World
+from torchrelay.parallel import GradientTree, give_gradients, pairwise, take_gradients
+from torchrelay.world import World
 
 
 class Exchange:
-    """Runs a model's replicas and adds their gradients, here and in the other processes.
+    """Runs a model's replicas and adds their gradients.
 
     Args:
         model: whose gradients are added.
         world: the processes.
-        exact: whether to add in the fixed tree, or as the backend likes to.
+        exact: whether gradients are added in the fixed tree, or as the backend likes to.
         forward: the model, or the same compiled.
 
     Attributes:
@@ -43,6 +38,7 @@ class Exchange:
         self.world = world
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.buffers = list(model.buffers())
         self._forward = forward or model
 
     def __call__(self, inputs: Any) -> Any:
@@ -57,14 +53,10 @@ class Exchange:
 
     @contextmanager
     def send(self, tree: GradientTree) -> Iterator[None]:
-        """A context for the last replica's passes; after it, each parameter's gradient is the sum of all replicas'."""
+        """A context for the last replica's passes; after it, and `add`, gradients are the sums of all replicas'."""
         yield
         tree.add(take_gradients(self.parameters))
-        gradients = tree.total()
-        if isinstance(self.world, ManyProcesses):
-            with self.world.named("added gradients"):
-                gradients = self._everywhere(gradients)
-        give_gradients(self.parameters, gradients)
+        give_gradients(self.parameters, tree.total())
 
     def start_alike(self) -> None:
         """Give all processes the first one's weights."""
@@ -89,49 +81,7 @@ class Exchange:
         """Load a state of a checkpoint into a model, its optimizer or its moving average."""
         target.load_state_dict(state)
 
-    def add(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes, in the tree."""
-        return _tree(list(self.world.gather(value).unbind()))
-
-    def _everywhere(self, own: Gradients) -> Gradients:
-        """Return the sums over the processes; None where no process has a gradient."""
-        kinds: dict[torch.dtype, list[int]] = defaultdict(list)
-        for place, parameter in enumerate(self.parameters):
-            kinds[parameter.dtype].append(place)
-        found: Gradients = [None] * len(own)
-        for places in kinds.values():
-            flat, sizes = self._flat([own[place] for place in places], places)
-            *sums, there = torch.split(self._add(flat), sizes)
-            for place, total, used in zip(places, sums, there.tolist(), strict=True):
-                if used:
-                    found[place] = total.view(self.parameters[place].shape)
-        return found
-
-    def _flat(self, gradients: Gradients, places: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return gradients as one vector, zeros where one is missing, and behind them which are there."""
-        shapes = [self.parameters[place] for place in places]
-        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, shapes, strict=True)]
-        there = torch.tensor([g is not None for g in gradients], dtype=shapes[0].dtype, device=shapes[0].device)
-        return torch.cat([*(part.reshape(-1) for part in parts), there]), [*(p.numel() for p in shapes), len(places)]
-
-    def _add(self, flat: Tensor) -> Tensor:
-        """Return the sum of a vector over the processes."""
-        if not self.exact:
-            dist.all_reduce(flat)
-            return flat
-        size = self.world.size
-        each = -(-len(flat) // size)
-        sent = torch.nn.functional.pad(flat, (0, each * size - len(flat)))
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        chunk = _tree(list(received.view(size, each).unbind()))
-        dist.all_gather_into_tensor(sent, chunk)
-        return sent[: len(flat)]
-
-
-def _tree(nodes: list[Tensor]) -> Tensor:
-    """Return the sum of a power of two of tensors, neighbours first; of another number, the rest is added last."""
-    while len(nodes) > 1:
-        pairs = [left + right for left, right in zip(nodes[::2], nodes[1::2], strict=False)]
-        nodes = pairs + nodes[2 * len(pairs) :]
-    return nodes[0]
+    def add(self, loss: Tensor) -> Tensor:
+        """Return the sum of the processes' losses; give all of them the first one's buffers."""
+        self.world.broadcast(self.buffers)
+        return pairwise(self.world.gather(loss).unbind())

@@ -102,6 +102,20 @@ class GradientTree:
             total = _sum(other, total)
         return total
 
+    def closing(self, places: Sequence[int], gradients: Gradients) -> Gradients:
+        """Return the sum of all leaves at some places, with the last leaf's gradients there; the tree isn't changed."""
+        for _, other in reversed(self._sums):
+            gradients = _sum([other[place] for place in places], gradients)
+        return gradients
+
+
+def pairwise(nodes: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors, neighbours first, as the tree adds them; where they are no power of two, somehow."""
+    while len(nodes) > 1:
+        pairs = [left + right for left, right in zip(nodes[::2], nodes[1::2], strict=False)]
+        nodes = [*pairs, *nodes[2 * len(pairs) :]]
+    return nodes[0]
+
 
 def _sum(left: Gradients, right: Gradients) -> Gradients:
     """Add two lists of gradients; a missing one counts as exact zeros, unless it is missing on both sides."""

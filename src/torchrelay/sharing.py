@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torchrelay.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.exchange import Exchange
-from torchrelay.world import World
+from torchrelay.stock_exchange import StockExchange
+from torchrelay.tree_exchange import TreeExchange
+from torchrelay.world import ManyProcesses, World
 
 
 def share(
@@ -46,7 +48,11 @@ def share(
     forward: Callable[[Any], Any] = torch.compile(model, dynamic=False) if device.settings.compile else model
     if kind == "dp":
         forward = _data_parallel(model, forward, world, device, exact, say)
-    return Exchange(model, world, exact=exact, forward=forward)
+    if not isinstance(world, ManyProcesses):
+        return Exchange(model, world, exact=exact, forward=forward)
+    if exact:
+        return TreeExchange(model, world, forward=forward)
+    return StockExchange(model, world, stand_in, forward=forward)
 
 
 def _data_parallel(

@@ -305,7 +305,6 @@ class Trainer:
             losses.add([part])
         (loss,) = losses.total()
         assert loss is not None  # noqa: S101 - each replica has one
-        self.world.broadcast(self._buffers.live)
         return self.exchange.add(loss)
 
     def _nothing(self) -> Tensor:

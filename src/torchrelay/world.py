@@ -81,11 +81,12 @@ class ManyProcesses(World):
         self._patience = timedelta(seconds=timeout)
         self._host = self.new_group("gloo")  # of tensors in the host's memory
         self._votes = self.new_group("gloo")  # so that nothing else waits for them
+        self.exchanges = self.new_group()  # of gradients, while the backward pass runs
         self._asked: tuple[Tensor, Any] | None = None
 
-    def new_group(self, backend: str | None = None) -> Any:
-        """Return a group of all processes, in which messages don't wait for those of other groups."""
-        return dist.new_group(backend=backend, timeout=self._patience)
+    def new_group(self, backend: str | None = None, ranks: Sequence[int] | None = None) -> Any:
+        """Return a group of some or all processes, in which messages don't wait for those of other groups."""
+        return dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=self._patience)
 
     def _group(self, tensor: Tensor) -> Any:
         return self._host if tensor.device.type == "cpu" else dist.group.WORLD
