@@ -171,8 +171,13 @@ def _own_folder(name: str) -> Path:
 
 def _several(options: argparse.Namespace, loaded: recipe.Recipe, folder: Path, *more: str) -> bool:
     """Run this command in as many processes as `--devices` says; return False where this process is to do it."""
-    if options.devices == 1 or launched.by_us() or loaded.parallel.kind == "dp":  # which is one process
+    if options.devices == 1 or launched.by_us():
         return False
+    if loaded.parallel.kind == "dp":
+        raise UsageError(
+            f"--devices {options.devices}: parallel.kind 'dp' is one process on all devices that it sees: leave "
+            "--devices out, and choose the devices by CUDA_VISIBLE_DEVICES"
+        )
     launch.check_devices(loaded.device.name, options.devices)
     command, *rest = options.arguments
     launch.start(

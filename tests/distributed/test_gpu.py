@@ -12,9 +12,10 @@ from test_sharded import ADAMW, Case, alone, compare, train
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.exchange import Exchange
+from torchrelay.device import DeviceSettings, set_up
 from torchrelay.parallel import GradientTree, ParallelSettings
 from torchrelay.run import RunSettings
+from torchrelay.sharing import share
 from torchrelay.world import ManyProcesses
 
 DEVICE, BACKEND = "cuda", "nccl"
@@ -60,14 +61,20 @@ def test_messages_arrive(world):
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradients_are_added(world, exact):
-    model = nn.Linear(3, 2).to(DEVICE)
-    exchange = Exchange(model, world, exact=exact)
-    tree, inputs = GradientTree(), torch.randn(2, 5, 3, device=DEVICE)
+    model, inputs = nn.Linear(3, 2), torch.randn(2, 5, 3, device=DEVICE)
+    device = set_up(DeviceSettings(name=DEVICE), exact)
+
+    def stand_in() -> torch.Tensor:
+        return exchange(inputs[0]).sum()
+
+    exchange = share(model, "ddp", world, device, exact=exact, stand_in=stand_in, say=print)
+    tree = GradientTree()
     for number, part in enumerate(inputs):
         with exchange.send(tree) if number else exchange.keep_here(tree):
-            exchange(part).sum().backward()
+            loss = exchange(part).sum()
+            loss.backward()
+    assert torch.equal(exchange.add(loss.detach()), loss)
     assert torch.allclose(model.weight.grad, inputs.sum((0, 1)).expand(2, 3), atol=1e-5)
-    assert exchange.add(torch.ones((), device=DEVICE)) == 1
 
 
 @pytest.mark.parametrize("case", [Case("odd", ADAMW), Case("odd"), Case("convolutions")])

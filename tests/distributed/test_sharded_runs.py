@@ -276,6 +276,14 @@ def test_dp_is_refused_in_exact_runs_and_names_ddp():
         build("dp", "adamw")
 
 
+def test_dp_chooses_no_number_of_devices(tmp_path, capsys):
+    arguments = [*command("train", "dp", tmp_path / "run"), "--set", "run.exact=false", "--devices", "2"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --devices 2: parallel.kind 'dp' is one process")
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(("kind", "where"), [("dp", "on cpu"), ("fsdp", "with one process")])
 def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
     trainer = build(kind, "bf16", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1))
