@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import torchrelay as tr
+from processes import _namespace, _server, cli, namespace, one_line, server, start, terminal  # noqa: F401 - fixtures
 from torchrelay import checkpoint
 from torchrelay.terminal import Terminal
 

@@ -1,4 +1,4 @@
-"""What the faults share: real processes, quick to start, and what an error looks like."""
+"""Real processes, quick to start, for the tests of faults and of several processes; and what an error looks like."""
 
 import json
 import os
