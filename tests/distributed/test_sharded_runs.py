@@ -1,5 +1,6 @@
 """Whole runs under `parallel.kind = "fsdp"` and "dp": as a script, this file is two processes that train."""
 
+import importlib
 import json
 import os
 import signal
@@ -55,8 +56,12 @@ ADAMW = tr.optim.AdamW(lr=0.01, clip_norm=0.5, groups=[{"match": ["blocks.0.0.*"
 SGD = tr.optim.SGD(lr=0.05, nesterov=True)
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": ADAMW, "ema": 0.99},
-    "bf16": {"optimizer": SGD, "device": DeviceSettings(name="cpu", precision="bf16"), "epochs": 1},
-    "rollback": {"optimizer": SGD, "settings": RunSettings(on_spike="rollback", log_every=2), "epochs": 1},
+    "sgd, bf16, rollback": {
+        "optimizer": SGD,
+        "device": DeviceSettings(name="cpu", precision="bf16"),
+        "settings": RunSettings(on_spike="rollback", log_every=2),
+        "epochs": 1,
+    },
 }
 
 
@@ -143,7 +148,7 @@ def in_two(rank: int, folder: Path, port: int) -> None:
     again = build("fsdp", "adamw", folder / "adamw")
     again.load("last")
     found["evaluated"] = again.evaluate("test").values["loss"]
-    build("fsdp", "rollback", folder / "close", settings=RunSettings(exact=False, log_every=2)).fit()
+    build("fsdp", "adamw", folder / "not exact", epochs=1, settings=RunSettings(exact=False)).fit()
     found["shape"] = message(RelayError, lambda: build("fsdp", "adamw", folder / "adamw", net=other).load())
     for name, changes in REFUSED.items():
         found[name] = message(UsageError, lambda changes=changes: build(**{"kind": "fsdp", "name": "adamw"} | changes))
@@ -169,6 +174,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     tr.data.digits()
+    importlib.import_module("torchrelay.commands")
+    imported = [name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))]
+    (folder / "imported.json").write_text(json.dumps(imported))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -244,11 +252,12 @@ def test_a_loaded_checkpoint_is_evaluated_like_in_one_process(runs, found):
 
 
 def test_without_exactness_a_run_is_close(runs):
+    build("none", "adamw", runs / "alone" / "not exact", epochs=1, settings=RunSettings(exact=False)).fit()
     losses = [
         [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("close", "alone/rollback")
+        for name in ("not exact", "alone/not exact")
     ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
 def test_a_recipe_trains_resumes_and_evaluates(runs, same_runs):
@@ -286,17 +295,17 @@ def test_dp_chooses_no_number_of_devices(tmp_path, capsys):
 
 @pytest.mark.parametrize(("kind", "where"), [("dp", "on cpu"), ("fsdp", "with one process")])
 def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
-    trainer = build(kind, "bf16", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1))
+    trainer = build(
+        kind, "sgd, bf16, rollback", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1)
+    )
     trainer.fit()
     said = f"parallel.kind '{kind}' does nothing {where}: the model runs as with 'none'"
     assert said in (tmp_path / "run" / "log.txt").read_text()
     assert f'kind = "{kind}"' in (tmp_path / "run" / "recipe.toml").read_text()
 
 
-def test_nothing_of_fsdp_is_imported_where_nobody_asks_for_it():
-    script = "import sys, torchrelay.commands; print([name for name in sys.modules if 'fsdp' in name])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_nothing_of_fsdp_is_imported_where_nobody_asks_for_it(runs):
+    assert json.loads((runs / "imported.json").read_text()) == []
 
 
 if __name__ == "__main__":
