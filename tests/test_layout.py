@@ -20,9 +20,9 @@ SOURCE = ROOT / "src"
 LAYERS = (
     ("errors", "settings", "rng", "terminal", "trackers", "slurm"),  # know nothing of each other
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
-    ("checkpoint", "data", "optim", "task", "exchange", "unsharded", "reports"),
-    ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "launch"),
-    ("run",),
+    ("checkpoint", "data", "optim", "task", "exchange", "unsharded", "shardable", "reports", "beside"),
+    ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "tree_exchange", "stock_exchange", "launch"),
+    ("run", "sharing"),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
     ("assemble",),  # from a recipe to a trainer
@@ -42,7 +42,7 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 620,
+    "trainer": 660,
     "report": 450,
     "checkpoint": 430,
     "data.folder": 400,
@@ -52,7 +52,7 @@ LINES, MORE_LINES = 300, {
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.
-FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 130}
+FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 135}
 
 
 def modules() -> dict[str, Path]:

@@ -63,7 +63,7 @@ class StockExchange(Exchange):
     @contextmanager
     def keep_here(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients add up where they are
         """A context for a replica's passes, whose gradients are added to those of this process."""
-        with self._wrapped.no_sync():
+        with self._wrapped.no_sync(), _explained():  # which DistributedDataParallel says at the next passes
             yield
 
     @contextmanager

@@ -49,7 +49,7 @@ class Batch:
         start = 0
         for size in self.blocks:
             part = slice(start, start + size)
-            yield _cut(self.inputs, part), self.targets[part]
+            yield None if self.inputs is None else _cut(self.inputs, part), self.targets[part]
             start += size
 
 

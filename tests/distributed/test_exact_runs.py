@@ -1,0 +1,257 @@
+"""Runs of one process and of several, compared byte for byte; as a script, this file is the several processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import fork
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import torchrelay as tr
+from torchrelay import report, tree_exchange
+from torchrelay.callbacks import Pictures
+from torchrelay.device import DeviceSettings
+from torchrelay.errors import RelayError
+from torchrelay.parallel import GradientTree, ParallelSettings
+from torchrelay.run import RunSettings
+from torchrelay.signals import Interrupted
+from torchrelay.task import Classification
+from torchrelay.terminal import Terminal
+
+SAMPLES, BATCH = 403, 80  # five batches, and one of three samples for eight replicas
+STEPS = 6  # of an epoch
+TESTED = 250
+
+
+class Net(nn.Module):
+    """Whatever may go wrong: BatchNorm, dropout, a buffer that counts, tied, frozen, unused and seldom used weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.wide, self.tied = nn.Linear(96, 96, bias=False), nn.Linear(96, 96)
+        self.tied.weight = self.wide.weight
+        self.unused = nn.Linear(3, 3)
+        self.seldom = nn.Linear(96, 96)
+        self.frozen = nn.Linear(96, 96).requires_grad_(False)
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(96, 10))
+        self.register_buffer("usual", torch.ones(1, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images):
+        x = torch.relu(nn.functional.max_pool2d(self.norm(self.first(images)), 2)).flatten(1)
+        x = x / self.usual.float()
+        if self.training:
+            self.steps += 1
+            self.usual.lerp_(x.detach().std().double() + 1, 0.1)
+        x = self.tied(torch.relu(self.frozen(self.wide(x))))
+        if images[0].sum() > images[-1].sum():  # some replicas use it and others don't
+            x = x + self.seldom(x)
+        return self.head(x)
+
+
+class Plain(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+WEIGHTS = [1.0, 2.0, 0.5, 1.0, 3.0, 1.0, 0.25, 1.0, 1.0, 1.5]
+ADAMW = tr.optim.AdamW(lr=0.01, clip_norm=0.5)
+CASES: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": ADAMW, "ema": 0.99, "task": Classification(class_weights=torch.tensor(WEIGHTS))},
+    "bf16": {"device": DeviceSettings(name="cpu", precision="bf16", channels_last=True), "epochs": 1},
+    "muon": {"optimizer": tr.optim.Muon(lr=0.02), "epochs": 1, "net": Plain},
+    "rollback": {"settings": RunSettings(on_spike="rollback", log_every=2), "epochs": 1},
+    "workers": {"workers": 2, "epochs": 1},
+}
+
+
+def build(name: str, run: Path | None = None, seed: int = 0, **changes: Any) -> tr.Trainer:
+    torch.manual_seed(seed)
+    train, test = (
+        part.take(torch.arange(size)) for part, size in zip(tr.data.digits(), (SAMPLES, TESTED), strict=True)
+    )
+    arguments: dict[str, Any] = {
+        "optimizer": tr.optim.SGD(lr=0.05, momentum=0.9),
+        "schedule": tr.optim.OneCycle(),
+        "epochs": 3,
+        "batch_size": BATCH,
+        "device": "cpu",
+        "parallel": ParallelSettings(replicas=8),
+        "terminal": Terminal(quiet=True),
+        "augment": [tr.augment.PaddedCrop(padding=1)],
+        "run": run,
+    } | CASES[name]
+    if "workers" in arguments:  # read a Dataset
+        train = TensorDataset(train.inputs.float() / 255, train.targets)
+        arguments["augment"] = []
+    arguments |= changes
+    trainer = tr.Trainer(arguments.pop("net", Net)(), train, test, **arguments)
+    trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Pictures)]  # most of a run's time
+    return trainer
+
+
+class StopAt(tr.Callback):
+    """Sends a real signal to the process that calls it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(trainer: tr.Trainer, step: int, by: bool = True, resume: bool = False) -> None:
+    trainer.callbacks += [StopAt(step)] * by
+    try:
+        trainer.resume() if resume else trainer.fit()
+    except Interrupted:
+        return
+    raise AssertionError("the signal did not stop the run")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def join(rank: int, size: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def in_two(rank: int, folder: Path) -> None:
+    for name in CASES:
+        trainer = build(name, folder / "2" / name, seed=rank)  # the first process's weights count
+        trainer.fit()
+    predicted = trainer.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255)
+    if rank == 0:
+        torch.save(predicted, folder / "predicted.pt")
+    build("adamw", folder / "4 to 1 to 2").resume()
+    build("rollback", folder / "close", net=Plain, settings=RunSettings(exact=False)).fit()
+    with pytest.raises(RelayError, match="was not used in a step, for which DistributedDataParallel waits"):
+        build("adamw", settings=RunSettings(exact=False)).fit()
+
+
+def in_four(rank: int, folder: Path) -> None:
+    build("adamw", folder / "4" / "adamw").fit()
+    interrupted(build("adamw", folder / "4 to 1 to 2"), STEPS + 2, by=rank == 3)
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+    hosts = build("adamw", folder / "hosts" / "adamw")
+    assert [size for _, size in hosts.exchange._levels] == [2, 2]
+    hosts.fit()
+
+
+def in_eight(rank: int, folder: Path) -> None:
+    build("adamw", folder / "8" / "adamw").fit()
+
+
+SEVERAL = {2: in_two, 4: in_four, 8: in_eight}
+
+
+def main(size: int, folder: Path) -> None:
+    warnings.simplefilter("error")
+    tr.data.digits()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(rank: int) -> None:
+        join(rank, size, port)
+        SEVERAL[size](rank, folder)
+
+    fork(size, run)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with runs of several processes, and with what they were to be like."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for size in (4, 8, 2):
+        if size == 2:  # between four and two, one
+            interrupted(build("adamw", folder / "4 to 1 to 2"), STEPS + 4, resume=True)
+        command = [sys.executable, __file__, str(size), str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    for name in CASES:
+        build(name, folder / "1" / name).fit()
+    build("rollback", folder / "alone", net=Plain).fit()
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_row_18_two_processes_leave_the_files_of_one(runs, same_runs, name):
+    same_runs(runs / "2" / name, runs / "1" / name)
+
+
+@pytest.mark.parametrize("processes", ["4", "8", "hosts"])
+def test_row_18_more_processes_leave_the_files_of_one(runs, same_runs, processes):
+    same_runs(runs / processes / "adamw", runs / "1" / "adamw")
+
+
+def test_row_18_a_run_moves_inside_an_epoch_from_four_processes_to_one_to_two(runs, same_runs):
+    same_runs(runs / "4 to 1 to 2", runs / "1" / "adamw")
+    log = (runs / "4 to 1 to 2" / "log.txt").read_text()
+    assert f"going on after step {STEPS + 3}" in log, "all have agreed on the step after the signal's"
+    assert f"going on after step {STEPS + 4}" in log
+
+
+def test_predictions_are_those_of_one_process(runs):
+    alone = build(list(CASES)[-1], runs / "1" / list(CASES)[-1])
+    alone.load("last")
+    found = torch.load(runs / "predicted.pt", weights_only=True)
+    assert torch.equal(found, alone.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255))
+
+
+def test_without_exactness_a_run_is_close(runs):
+    def last(run: Path) -> dict[str, Any]:
+        return report.read_metrics(run)[-1]
+
+    assert last(runs / "close")["loss"] == pytest.approx(last(runs / "alone")["loss"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ in one process
+
+
+def test_closing_a_tree_is_adding_its_last_leaf():
+    torch.manual_seed(0)
+    leaves = [[torch.randn(3), torch.randn(2), None] for _ in range(8)]
+    leaves[3][2] = leaves[6][2] = torch.randn(4)
+    tree, other = GradientTree(), GradientTree()
+    for leaf in leaves[:-1]:
+        tree.add(list(leaf))
+        other.add(list(leaf))
+    other.add(leaves[-1])
+    for place, total in enumerate(other.total()):
+        (found,) = tree.closing([place], [leaves[-1][place]])
+        assert torch.equal(found, total)
+
+
+def test_buckets_hold_each_parameter_once_and_one_type_each():
+    types = (torch.float32, torch.bfloat16)
+    parameters = [nn.Parameter(torch.zeros(200_000, dtype=types[place % 3 == 0])) for place in range(60)]
+    found = tree_exchange.buckets(parameters)
+    places = [place for bucket in found for place in bucket.places]
+    assert sorted(places) == list(range(60))
+    assert found[0].places[0] == 59, "the backward pass comes to the last ones first"
+    for bucket in found:
+        assert len({parameters[place].dtype for place in bucket.places}) == 1
+        assert bucket.places == sorted(bucket.places, reverse=True)
+    assert sum(parameters[place].nbytes for place in found[0].places) < 2 * 2**20
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
