@@ -94,3 +94,26 @@ def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
     for name in ("model.safetensors", "state.safetensors", "state.json"):
         one, other = (tmp_path / run / last / name for run in ("undisturbed", "killed"))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_several_devices_leaves_the_same_weights_from_one_process_and_from_two(tmp_path):
+    path = str(EXAMPLES / "several_devices.py")
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for name, command in (("one", [path]), ("two", [*several, path])):
+        (tmp_path / name).mkdir()
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path / name,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("epoch 2: loss") == 1, "one speaks for all"
+    one, two = (
+        checkpoint.whole(tmp_path / name / "runs" / "several-devices" / "checkpoints") for name in ("one", "two")
+    )
+    assert [path.name for path in one] == [path.name for path in two] == ["step-00000015", "step-00000030"]
+    for a, b in zip(one, two, strict=True):
+        assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()

@@ -57,7 +57,7 @@ class Sharded(Exchange):
     together = True
 
     def __init__(
-        self, model: nn.Module, world: World, device: Device, *, exact: bool, stand_in: Callable[[], Tensor]
+        self, model: nn.Module, world: World, device: Device, *, exact: bool, stand_in: Callable[[], Tensor] | None
     ) -> None:
         check_model(model, device, exact)
         super().__init__(model, world, exact=exact)
@@ -110,7 +110,7 @@ class Sharded(Exchange):
         self.empty, self.keeps = True, keeps
         with self._explained("added gradients"):
             yield
-            if self.empty:
+            if self.empty and self._stand_in is not None:
                 loss = self._stand_in()
                 self.empty = True
                 loss.backward()  # type: ignore[no-untyped-call]

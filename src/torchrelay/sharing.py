@@ -21,8 +21,8 @@ def share(
     device: Device,
     *,
     exact: bool,
-    stand_in: Callable[[], Tensor],
-    say: Callable[[str], None],
+    stand_in: Callable[[], Tensor] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Exchange:
     """Place a model where it computes, and return what runs its replicas and adds their gradients.
 
@@ -32,7 +32,8 @@ def share(
         world: the processes.
         device: where and how this process computes.
         exact: whether the run is.
-        stand_in: goes through the exchange with any samples and returns their loss: for a process without samples.
+        stand_in: goes through the exchange with any samples and returns their loss: for a process without samples,
+            which fsdp needs, and ddp in a run that isn't exact.
         say: told where a kind does nothing.
 
     Raises:

@@ -37,7 +37,7 @@ class StockExchange(Exchange):
         self,
         model: nn.Module,
         world: ManyProcesses,
-        stand_in: Callable[[], Tensor],
+        stand_in: Callable[[], Tensor] | None,
         *,
         forward: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -76,7 +76,9 @@ class StockExchange(Exchange):
         self._went_forward = False
         with self._several.named("added gradients"), _explained():
             yield
-            if not self._went_forward:  # no samples: the others wait for zeros all the same
+            if (
+                not self._went_forward and self._stand_in is not None
+            ):  # no samples: the others wait for zeros all the same
                 (0.0 * self._stand_in()).backward()  # type: ignore[no-untyped-call]
 
 

@@ -55,6 +55,13 @@ class Task(ABC):
         """Return what the summed loss is divided by, from the targets alone; as it stands: the number of samples."""
         return float(len(targets))
 
+    def weight_of(self, samples: int) -> float | None:
+        """Return the weight of so many samples if their number alone decides it; None if the targets do.
+
+        Then several processes needn't ask each other before each step.
+        """
+        return float(samples) if type(self).weight is Task.weight else None
+
     @abstractmethod
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the loss summed over a part of the batch, a tensor without dimensions."""
@@ -143,6 +150,11 @@ class Classification(Task):
             if (label := wrong_label(targets, len(weights))) is None:
                 raise
             raise out_of_range(label, len(weights)) from error
+
+    def weight_of(self, samples: int) -> float | None:
+        """Return the number of samples where classes have no weights."""
+        counted = self.class_weights is None and type(self).weight is Classification.weight
+        return float(samples) if counted else None
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the summed cross entropy.

@@ -320,6 +320,9 @@ class Trainer:
 
     def _weight(self, batch: Batch) -> Tensor | float:
         """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
+        counted = self.task.weight_of(batch.size)
+        if counted is not None:
+            return counted
         weights: list[Any] = [self.task.weight(targets) for _, targets in batch.parts() if len(targets)]
         if self.world.size > 1:
             weights += [0.0 * self._some_weight] * (len(batch.blocks) - len(weights))

@@ -1,0 +1,76 @@
+"""A loop of your own on several devices: the same weights, bit for bit, from one process, two or four.
+
+    python examples/several_devices.py
+    torchrun --nproc-per-node 2 examples/several_devices.py
+
+The global batch is divided into four replicas, whatever runs it; each process computes its share of them, one after
+another. Their gradients are added in one fixed tree, between processes while the backward pass still runs.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import torchrelay as tr
+from torchrelay import checkpoint, device, rng
+from torchrelay.data.augment import Pipeline
+from torchrelay.data.batches import Batch, Batches
+from torchrelay.parallel import Buffers, GradientTree
+from torchrelay.sharing import share
+from torchrelay.world import join
+
+SEED, REPLICAS = 0, 4
+
+
+def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
+    # 2. Data   4. Device, and the other processes
+    here = device.set_up(device.DeviceSettings(threads=1), exact=True)
+    world = join(here.device)
+    train, _ = tr.data.digits()
+    batches = Batches(
+        train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=world.rank, ranks=world.size
+    )  # each process reads its part
+
+    # 3. Model   5. Optimizer
+    torch.manual_seed(SEED)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    exchange = share(model, "ddp", world, here, exact=True, say=print)
+    exchange.start_alike()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    buffers = Buffers(model)
+
+    # 6. Loss   7. Train
+    def train_step(step: int, batch: Batch) -> torch.Tensor:
+        gradients, losses = GradientTree(), GradientTree()
+        buffers.keep()
+        for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
+            buffers.restore()  # each replica starts from the step's: BatchNorm's statistics become the first one's
+            with exchange.send(gradients) if replica == batch.first else exchange.keep_here(gradients):
+                loss = torch.zeros((), device=here.device)
+                if len(targets):  # the last ones of a small batch may be empty
+                    rng.reseed(rng.seed_for(SEED, "model", step, replica), here.device)
+                    loss = F.cross_entropy(exchange(inputs), targets, reduction="sum") / batch.size
+                    loss.backward()  # type: ignore[no-untyped-call]
+            losses.add([loss.detach()])
+        (own,) = losses.total()
+        assert own is not None
+        total = exchange.add(own)  # the gradients are there
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    step = 0
+    for epoch in range(epochs):
+        for batch in batches.epoch(epoch):
+            loss = train_step(step, batch)
+            step += 1
+        if world.main:
+            print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
+            checkpoint.write(Path(run) / "checkpoints", checkpoint.Contents(step, model.state_dict(), {}))
+    world.barrier("the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
