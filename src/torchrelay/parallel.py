@@ -22,13 +22,9 @@ class ParallelSettings(Settings):
     """How a global batch is divided."""
 
     kind: Literal["none", "dp", "ddp", "fsdp"] = "none"
-    """How several devices share the work. none, ddp: a process for each, gradients added in the fixed tree. dp: one
-    process for all (DataParallel), which isn't exact. fsdp: a process for each, which holds a part of the model.
-    How many there are, `--devices` or torchrun says."""
+    """How devices share the work. none, ddp: a process each; fsdp: each holds a part of the model; dp: one process."""
     replicas: int | None = Field(default=None, ge=1)
-    """Parts of a global batch, which the devices share. One device computes several one after another, which needs
-    less memory. BatchNorm sees one part. The run keeps the number, and can go on with 1, 2, 4, … up to so many devices.
-    Unset: the number of devices that it starts with."""
+    """Parts of a global batch, for the run's whole life; devices share them out. Unset: one a device at the start."""
 
 
 def check_replicas(replicas: int, devices: int, exact: bool) -> None:
