@@ -344,12 +344,23 @@ def test_a_changed_recipe_is_refused_at_a_resume_and_counts_if_accepted(tmp_path
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_another_thread_count_is_warned_of(digits, quiet, tmp_path):
+def test_a_resume_keeps_the_number_of_threads(digits, quiet, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         build(digits, quiet, run, callbacks=[StopAt(5)]).fit()
     torch.set_num_threads(2)
     build(digits, quiet, run, epochs=3).resume()
+    assert torch.get_num_threads() == 1
+    log = (run / "log.txt").read_text()
+    assert "going on with 1 thread an operation, as it began (see device.threads)" in log
+    assert "threads was" not in log
+
+
+def test_another_thread_count_that_is_asked_for_is_warned_of(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        build(digits, quiet, run, callbacks=[StopAt(5)]).fit()
+    build(digits, quiet, run, epochs=3, device=DeviceSettings(name="cpu", threads=2)).resume()
     assert "warning: threads was 1 and is 2: the result may differ" in (run / "log.txt").read_text()
 
 

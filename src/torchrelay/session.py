@@ -179,6 +179,7 @@ def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
             trainer.run.rewind(0)
         _begin(trainer)
         return
+    _keep_threads(trainer, contents)
     if trainer.run is not None:
         _compare(trainer, trainer.run, contents, accept_changes)
     options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
@@ -195,6 +196,14 @@ def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
         trainer.say(f"the run is done: {trainer.step:,} steps")
     else:
         trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
+
+
+def _keep_threads(trainer: "Trainer", contents: checkpoint.Contents) -> None:
+    """Compute with as many threads as before, unless the settings say how many: others would give other bits."""
+    before = contents.state["identity"]["threads"]
+    if trainer.device.settings.threads is None and before != torch.get_num_threads():
+        torch.set_num_threads(before)
+        trainer.say(f"going on with {before} thread{'s' * (before > 1)} an operation, as it began (see device.threads)")
 
 
 def _compare(trainer: "Trainer", run: Run, contents: checkpoint.Contents, accept_changes: bool) -> None:
