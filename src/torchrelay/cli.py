@@ -46,8 +46,9 @@ def _fail(error: Exception, text: str, exit_code: int, debug: bool) -> int:
     told = report(error, text, exit_code)
     if debug:
         raise error
-    if not told:
-        _print_error(text, stopped=exit_code == _STOPPED)
+    stopped = exit_code == _STOPPED
+    if not told and not (stopped and launched.rank() > 0):  # all stop alike, and one speaks for them
+        _print_error(text, stopped)
     return exit_code
 
 

@@ -23,15 +23,14 @@ def train(options: argparse.Namespace) -> None:
     folder = options.run or _own_folder(_run_name(options.recipe, options.overrides))
     if _several(options, loaded, folder, "--run", str(folder)):
         return
-    terminal = _terminal(options)
     again = launched.goes_on(folder)  # rank 0's answer counts for all
-    trainer = assemble.trainer(loaded, folder, code=_code(options.code), terminal=terminal, fresh=not again)
+    trainer = assemble.trainer(loaded, folder, code=_code(options.code), terminal=_terminal(options), fresh=not again)
     if again:
         trainer.resume()
     else:
         launched.mark(folder)
         trainer.fit()
-    terminal.say(f"the run is in {folder}")
+    trainer.terminal.say(f"the run is in {folder}")
 
 
 def resume(options: argparse.Namespace) -> None:

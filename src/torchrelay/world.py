@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchrelay.errors import RelayError
+from torchrelay.meeting import meet
 
 _DTYPES = (
     torch.float32,
@@ -195,7 +196,10 @@ def join(device: torch.device, timeout: float = 600.0) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group(backend, init_method="env://", timeout=timedelta(seconds=timeout))
+            store, rank, size = meet(timedelta(seconds=timeout))
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+            )
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RelayError(

@@ -1,0 +1,271 @@
+"""Several processes of which one is stopped, is killed or fails: started by torchrelay, by torchrun or by neither."""
+
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from torchrelay import checkpoint
+
+SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"')
+
+# A network that fails in one of the processes.
+CODE = """
+import os
+
+from torchrelay.models.small import small_cnn
+
+
+def tired(rank, calls, classes=10, channels=1, image_size=8):
+    model = small_cnn(classes, channels)
+
+    def count(module, inputs):
+        nonlocal calls
+        calls -= module.training
+        if calls == 0 and os.environ.get("RANK") == str(rank):
+            raise ValueError("this network\\nis tired")
+
+    model.register_forward_pre_hook(count)
+    return model
+"""
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of which there is a whole checkpoint."""
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.whole(run / "checkpoints")]
+
+
+def ranks(launcher) -> dict[int, int]:
+    """The ids of the processes that a launcher has started, by their rank."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, AttributeError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == launcher.pid:
+                words = stat.with_name("environ").read_text()
+                found[int(re.search(r"(?:^|\0)RANK=(\d+)\0", words)[1])] = int(stat.parent.name)
+    return found
+
+
+def ended(pids) -> bool:
+    """Whether all of these processes have ended, and be it only just."""
+    end = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(_server, tmp_path_factory) -> Path:
+    """A run of those settings in one process, which nobody touched."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = _server.start("train", "digits", "--run", folder / "run", folder=folder, sets=SETTINGS).done()
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def launch(start, run) -> Callable:
+    """Train with `--devices 2`, and wait until a few checkpoints are there; return it and its processes by rank."""
+
+    def launched(*arguments, **options):
+        launcher = start("train", "digits", "--devices=2", "--run", run, *arguments, sets=SETTINGS, **options)
+        launcher.until(lambda: max(steps(run), default=0) >= 6)
+        found = ranks(launcher)
+        assert sorted(found) == [0, 1]
+        return launcher, found
+
+    return launched
+
+
+@pytest.fixture
+def pair(start, run) -> Callable:
+    """Train in two processes that nobody looks after, as `srun` may start them; return them."""
+
+    def started(*arguments, sets=SETTINGS, port: int = 0):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = port or free.getsockname()[1]
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [start("train", "digits", "--run", run, *arguments, sets=sets, environment=each) for each in own]
+
+    return started
+
+
+@pytest.fixture
+def goes_on(cli, run, undisturbed, same_runs) -> Callable[[], None]:
+    """Resume in one process, and compare with a run that nobody touched."""
+
+    def check() -> None:
+        done = cli("resume", run)
+        assert done.returncode == 0, done.stderr
+        same_runs(run, undisturbed)
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------ 11: signals
+
+STOPPED = r"stopped by (?:SIGTERM|SIGINT|a signal) after step (\d+), saved; go on with: torchrelay resume {}\n"
+
+
+def check_stopped(done, run: Path, code: int = 75) -> None:
+    """It ended as a run does that a signal stops, with a line."""
+    assert done.returncode == code, done.stderr
+    found = re.fullmatch(STOPPED.format(run), done.stderr)
+    assert found, done.stderr
+    assert steps(run)[-1] == int(found[1])
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_row_11_a_signal_to_one_of_two_stops_both_after_the_same_step(pair, run, goes_on, signalled):
+    both = pair()
+    both[0].until(lambda: max(steps(run), default=0) >= 6)
+    asked = time.monotonic()
+    both[signalled].send(signal.SIGTERM)
+    first, second = (process.done() for process in both)
+    assert time.monotonic() - asked < 10
+    check_stopped(first, run)
+    assert (second.returncode, second.stdout, second.stderr) == (75, "", "")  # one speaks for both
+    goes_on()
+
+
+def test_row_11_a_signal_to_the_launcher_or_to_one_of_its_processes_stops_all(launch, cli, run, undisturbed, same_runs):
+    launcher, found = launch()
+    asked = time.monotonic()
+    os.kill(found[1], signal.SIGTERM)
+    check_stopped(launcher.done(), run)
+    assert time.monotonic() - asked < 10
+    assert ended(found.values())
+    done = cli("resume", run, "--devices=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    same_runs(run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_row_11_a_signal_to_the_launcher_stops_all(launch, run, goes_on, number):
+    launcher, found = launch()
+    asked = time.monotonic()
+    launcher.send(number)
+    check_stopped(launcher.done(), run)
+    assert time.monotonic() - asked < 10
+    assert ended(found.values())
+    goes_on()
+
+
+def test_row_11_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, goes_on):
+    launcher, found = launch()
+    os.kill(found[1], signal.SIGSTOP)  # so that the first signal takes long
+    launcher.send(signal.SIGTERM)
+    time.sleep(1)
+    assert launcher.runs()
+    launcher.send(signal.SIGTERM)
+    done = launcher.done(10)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert ended(found.values())
+    goes_on()
+
+
+# ------------------------------------------------------------------------------------------------ 14: a dead process
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_row_14_with_restarts_a_run_whose_process_is_killed_goes_on(launch, run, undisturbed, same_runs, killed):
+    launcher, found = launch("--restarts=1")
+    os.kill(found[killed], signal.SIGKILL)
+    done = launcher.done()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("going on after step") == 1
+    same_runs(run, undisturbed)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_row_14_without_restarts_a_killed_process_is_an_error(launch, one_line, run, goes_on, killed):
+    launcher, found = launch()
+    os.kill(found[killed], signal.SIGKILL)
+    asked = time.monotonic()
+    one_line(launcher.done(), f"process {killed} was ended by SIGKILL", "torchrelay resume goes on")
+    assert time.monotonic() - asked < 20
+    assert ended(found.values())
+    goes_on()
+
+
+def test_row_14_nobody_outlives_a_killed_launcher(launch, goes_on):
+    launcher, found = launch()
+    launcher.send(signal.SIGKILL)
+    assert launcher.wait() == -signal.SIGKILL
+    assert ended(found.values())
+    goes_on()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_row_14_a_process_whose_other_is_killed_says_so(pair, run, goes_on, one_line, killed):
+    """Where nobody looks after them."""
+    both = pair()
+    both[0].until(lambda: max(steps(run), default=0) >= 6)
+    both[killed].send(signal.SIGKILL)
+    asked = time.monotonic()
+    one_line(both[1 - killed].done(), f"process {1 - killed} of 2 lost another process while it ")
+    assert time.monotonic() - asked < 20
+    goes_on()
+
+
+# ------------------------------------------------------------------------------------------------ 16: an error in one
+
+
+def failing(tmp_path: Path, rank: int) -> tuple[list[str], tuple[str, ...]]:
+    """Arguments and settings of a run that fails in one process."""
+    (tmp_path / "own.py").write_text(CODE)
+    options = f"model.options={{rank={rank},calls=30}}"
+    return ["--code", str(tmp_path / "own.py")], (*SETTINGS, "model.name=tired", options)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_16_an_exception_in_one_process_ends_all_with_that_cause(cli, one_line, tmp_path, run, rank):
+    arguments, settings = failing(tmp_path, rank)
+    done = cli("train", "digits", "--devices=2", "--run", run, *arguments, sets=settings)
+    line = one_line(done, r"ValueError: this network\nis tired")
+    assert line.count("error") == 1
+    assert steps(run)[-1] == 27
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_row_16_without_a_launcher_the_process_with_the_exception_says_why(pair, one_line, tmp_path, rank):
+    arguments, settings = failing(tmp_path, rank)
+    both = [process.done(20) for process in pair(*arguments, sets=settings)]
+    one_line(both[rank], r"ValueError: this network\nis tired")
+    one_line(both[1 - rank], f"process {1 - rank} of 2 lost another process while it ", "look for the first error")
+
+
+# ------------------------------------------------------------------------------------------------ 17: the port
+
+
+def test_row_17_a_port_that_is_taken_is_named(cli, start, one_line, tmp_path, run):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = cli("train", "digits", "--devices=2", f"--port={port}", "--run", run, sets=SETTINGS)
+        one_line(done, f"port {port} can't be used", "choose another by --port, or leave it out")
+        assert not run.exists()
+        meeting = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = cli("train", "digits", "--run", run, sets=SETTINGS, environment=meeting)
+        one_line(done, f"process 0 of 2 can't meet the others at 127.0.0.1:{port}", "choose another port")
+
+
+def test_row_17_two_launches_at_once_get_ports_of_their_own(start, tmp_path):
+    short = (*SETTINGS, "run.max_steps=3")
+    both = [start("train", "digits", "--devices=2", "--run", name, sets=short) for name in ("one", "other")]
+    for process, name in zip(both, ("one", "other"), strict=True):
+        done = process.done()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert steps(tmp_path / name)[-1] == 3
