@@ -148,19 +148,16 @@ def evaluate(
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # it would wait for the others, who have none
 
-    def compute(batch: Batch) -> Any:
+    def compute(batch: Batch) -> tuple[Any, ...]:
         try:
             with device.autocast():
                 outputs = forward(batch.inputs)
-                task.loss(outputs, batch.targets)  # which says what is wrong with them, where their sample is known
+                return outputs, task.loss(outputs, batch.targets), batch.targets
         except Exception as error:
             explain(error, batch, model)
             raise
-        return outputs
 
-    for outputs, targets in _shared(batches, world, compute, check, together):
-        with device.autocast():
-            loss = task.loss(outputs, targets)
+    for outputs, loss, targets in _shared(batches, world, compute, check, together):
         weight = task.weight(targets)
         sums.add_loss(loss / weight, weight)
         sums.add_measures(task.measure(outputs, targets), task.count(targets))
@@ -177,9 +174,13 @@ def evaluate(
 
 
 def _shared(
-    batches: Batches, world: World, compute: Callable[[Batch], Any], check: Callable[[], None], together: bool
-) -> Iterator[tuple[Any, Tensor]]:
-    """Yield, in the first process, outputs and targets of all batches in their order; each process computes its own.
+    batches: Batches,
+    world: World,
+    compute: Callable[[Batch], tuple[Any, ...]],
+    check: Callable[[], None],
+    together: bool,
+) -> Iterator[tuple[Any, ...]]:
+    """Yield, in the first process, what was computed of all batches in their order; each process computes its own.
 
     Raises:
         UsageError: there are several processes, and the model gives more than a tensor.
@@ -187,22 +188,20 @@ def _shared(
     own = batches.epoch()
     for start in range(0, len(batches), world.size):  # a round: a batch for each process
         check()
-        pair: tuple[Any, Any] = (None, None)
+        results: tuple[Any, ...] = ()  # the first process has some in every round
         if start + world.rank < len(batches):
-            batch = next(own)
-            pair = compute(batch), batch.targets
+            results = compute(next(own))
         elif together:
             compute(batches.some())
         if world.size == 1:
-            yield pair
+            yield results
             continue
-        if pair[0] is not None and not isinstance(pair[0], Tensor):
+        if not all(isinstance(result, Tensor) for result in results):
             raise UsageError("several processes can't share an evaluation of a model that gives more than a tensor")
         for source in range(min(world.size, len(batches) - start)):
-            mine = pair if world.rank == source else (None, None)
-            outputs, targets = (world.send_to_main(part, source) for part in mine)
-            if outputs is not None and targets is not None and world.main:
-                yield outputs, targets
+            found = [world.send_to_main(each if world.rank == source else None, source) for each in results]
+            if world.main:
+                yield tuple(found)
 
 
 def _to_all(found: Evaluation, world: World) -> Evaluation:
@@ -253,11 +252,11 @@ def predict(
     was_training = model.training
     model.eval()
 
-    def compute(batch: Batch) -> Any:
+    def compute(batch: Batch) -> tuple[Any, ...]:
         with device.autocast():
-            return task.predict(forward(batch.inputs))
+            return (task.predict(forward(batch.inputs)),)
 
-    found = [predicted.cpu() for predicted, _ in _shared(batches, world, compute, lambda: None, together)]
+    found = [predicted.cpu() for (predicted,) in _shared(batches, world, compute, lambda: None, together)]
     model.train(was_training)
     if world.size == 1:
         return torch.cat(found)
