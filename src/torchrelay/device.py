@@ -154,7 +154,8 @@ def _choose(name: str) -> str:
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set for each process of several
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        own_alone = torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ  # a task may see no other's
+        name = f"cuda:{0 if own_alone else os.environ['LOCAL_RANK']}"
     kind, _, number = name.partition(":")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")
