@@ -2,6 +2,9 @@
 
 A process of it has a session, streams, an environment and signals of its own, and ends as any other Python does; only
 its imports are done already. Run as `fork_server.py SOCKET`; a request and its answer are a line of JSON each.
+
+A process that starts others through PyTorch's launcher may have them forked likewise. They are its children as they
+should be: whose parent ends is given to the next ancestor that has asked for it.
 """
 
 import ctypes
@@ -14,11 +17,13 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def preload() -> None:
@@ -29,6 +34,7 @@ def preload() -> None:
     import tensorboard.compat.proto.summary_pb2
     import torch
     import torch._inductor
+    import torch.distributed.launcher.api
     import torch.utils.tensorboard
     import torchmetrics
 
@@ -95,11 +101,70 @@ def become(request: dict[str, Any]) -> None:
     os.closerange(3, 1024)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = request["argv"]
+    if request["forks"]:
+        fork_children()
     sys.path[0] = request["folder"]
     if request["script"]:
         runpy.run_path(request["script"], run_name="__main__")
     else:
         runpy.run_module("torchrelay", run_name="__main__", alter_sys=True)
+
+
+def fork_children() -> None:
+    """Let PyTorch's launcher in this process fork `python -m torchrelay …` instead of starting it."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    parent = os.getpid()
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    mine, others = socket.socketpair()
+    if os.fork() == 0:  # this one has no threads, now and later
+        mine.close()
+        serve_parent(others.makefile("rw", encoding="utf-8"), parent)
+        return
+    others.close()
+    lines = mine.makefile("rw", encoding="utf-8")
+
+    def popen(handler: Any, args: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen:
+        assert args[1:3] == ("-m", "torchrelay"), args
+        lines.write(json.dumps([args[3:], environment]) + "\n")
+        lines.flush()
+        return Forked(int(lines.readline()))
+
+    subprocess_handler.SubprocessHandler._popen = popen
+
+
+def serve_parent(lines: Any, parent: int) -> None:
+    """Fork until the parent has ended; return in the forked processes."""
+    for line in lines:
+        argv, environment = json.loads(line)
+        between, also_between = os.pipe()
+        if (middle := os.fork()) == 0:
+            if (pid := os.fork()) > 0:
+                os.write(also_between, str(pid).encode())
+                os._exit(0)
+            while os.getppid() != parent:
+                time.sleep(0.001)
+            os.setsid()
+            os.closerange(3, 1024)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv[1:] = argv
+            return
+        os.waitpid(middle, 0)
+        lines.write(os.read(between, 100).decode() + "\n")
+        lines.flush()
+        os.close(between)
+        os.close(also_between)
+    os._exit(0)
+
+
+class Forked(subprocess.Popen):
+    """A process that was forked, as who started it wants to see it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.args, self.returncode = pid, (), None
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._waitpid_lock = True, threading.Lock()
 
 
 def divide() -> None:

@@ -139,6 +139,7 @@ class Server:
         script: Path | None = None,
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
+        forks: bool = True,
     ) -> Process:
         """Start `python -m torchrelay …`, or a script.
 
@@ -149,6 +150,7 @@ class Server:
             script: run this instead of torchrelay.
             terminal: the device of a terminal to run in, as `pty.openpty` gives it.
             environment: variables beside those of every test.
+            forks: whether the processes that it starts through PyTorch's launcher are forked, too.
         """
         self._count += 1
         streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
@@ -163,6 +165,7 @@ class Server:
             stderr=str(streams[1]),
             terminal=terminal,
             environment=clean_environment(self.folder) | (environment or {}),
+            forks=forks and any(str(argument).startswith("--devices") for argument in arguments),
         )
         self.started.append(Process(self, pid, None if terminal else streams))
         return self.started[-1]
