@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 EVERY = 10  # steps between two checkpoints
+IN_TRAINING = 0.75  # of the kills that wait for the first step
 CLOCK = ("time", "seconds", "samples_per_second")  # what the clock decides of a line of metrics
 
 
@@ -125,6 +126,9 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
     while True:
         process = start(root, run, epochs)
         spared = deaths.kills == kills
+        if chance.random() < IN_TRAINING and not spared:  # the others die at any moment, most while they start
+            while process.poll() is None and _place(run)[1] != process.pid:
+                time.sleep(0.01)
         try:
             code = process.wait(None if spared else chance.uniform(0, longest))
         except subprocess.TimeoutExpired:
@@ -136,8 +140,7 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
             return deaths
         deaths.kills += 1
         deaths.left_behind += not _session_ended(process.pid)
-        place = run.with_suffix(".place")
-        step, pid = struct.unpack("qq", place.read_bytes()) if place.exists() else (0, 0)
+        step, pid = _place(run)
         if pid != process.pid:
             deaths.before_training += 1
             continue
@@ -147,6 +150,13 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
         deaths.resumed_at.add(saved)
         if deaths.kills % 10 == 0:
             print(f"{deaths.kills} kills, at step {step:,}", flush=True)
+
+
+def _place(run: Path) -> tuple[int, int]:
+    """Return the step that a run has done last, and the process that did it."""
+    path = run.with_suffix(".place")
+    step, pid = struct.unpack("qq", path.read_bytes()) if path.exists() else (0, 0)
+    return step, pid
 
 
 def _session_ended(session: int, patience: float = 10.0) -> bool:
@@ -240,7 +250,12 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="an image folder with parts train and test")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--longest", type=float, default=10.0, help="seconds after its start that a run lives at most")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=10.0,
+        help="seconds that a run lives at most, after its start or its first step",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, help="where to write the table")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from torchrelay.data.files import Files
 from torchrelay.data.sources import (
     ArraySource,
     DatasetSource,
@@ -86,7 +87,8 @@ def test_inputs_that_need_gradients_are_taken_without():
 def test_a_label_out_of_range_is_named_with_its_sample_and_file(label, shown):
     targets = torch.tensor([0, 1, 2, label, 0])
     with pytest.raises(RelayError, match=rf"sample 3 \(d/3.png\) has {shown}, but the 3 classes are 0 to 2"):
-        ArraySource(torch.zeros(5, 1), targets, ("a", "b", "c"), paths=tuple(f"d/{i}.png" for i in range(5)))
+        files = Files("d", tuple(f"{i}.png" for i in range(5)), ("",) * 5)
+        ArraySource(torch.zeros(5, 1), targets, ("a", "b", "c"), files=files)
 
 
 def test_labels_up_to_the_last_class_are_accepted():
