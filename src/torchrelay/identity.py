@@ -30,7 +30,7 @@ _MAY_CHANGE = {
     *("run.on_spike", "run.spike_threshold", "run.max_skipped"),
     *("data.root", "data.workers", "data.download", "data.cache", "data.cache_dir", "model.pretrained"),
     *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
-    "parallel.kind",
+    *("parallel.kind", "parallel.timeout"),
 }
 
 

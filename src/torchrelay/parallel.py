@@ -25,6 +25,8 @@ class ParallelSettings(Settings):
     """How devices share the work. none, ddp: a process each; fsdp: each holds a part of the model; dp: one process."""
     replicas: int | None = Field(default=None, ge=1)
     """Parts of a global batch, for the run's whole life; devices share them out. Unset: one a device at the start."""
+    timeout: float = Field(default=300.0, gt=0)
+    """Seconds that a process waits for the others in a step, the first one aside, before the run ends with an error."""
 
 
 def check_replicas(replicas: int, devices: int, exact: bool) -> None:

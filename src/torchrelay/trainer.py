@@ -135,8 +135,8 @@ class Trainer:
         # 4. The device comes before the data, which is augmented there
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
         self.device = set_up(chosen, self.settings.exact)
-        self.world = join(self.device.device)
         sharing = parallel or ParallelSettings()
+        self.world = join(self.device.device, sharing.timeout)
         self.replicas = replicas_of(sharing, self.world.size, self.settings.exact)
         if not self.world.main:
             self.terminal = Terminal(quiet=True)  # one speaks for all

@@ -6,6 +6,7 @@ pickles.
 """
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import _get_default_store
 
 from torchrelay.errors import RelayError
 from torchrelay.meeting import meet
 
+# Newer releases of PyTorch have a public name for it.
+_set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 _DTYPES = (
     torch.float32,
     torch.float64,
@@ -29,6 +34,8 @@ _DTYPES = (
     torch.uint8,
     torch.bool,
 )
+_GRACE = 3.0  # seconds within which processes that wait for the same one notice it
+_FIRST_CALLS = 3  # of `agree`: a step has been made then
 _DIMENSIONS = 8  # of a tensor that is sent with its shape, at most
 
 
@@ -79,7 +86,10 @@ class ManyProcesses(World):
 
     def __init__(self, rank: int, size: int, device: torch.device, timeout: float) -> None:
         super().__init__(rank, size, device)
-        self._patience = timedelta(seconds=timeout)
+        self._timeout = timeout
+        self._patience = first_patience(timeout)
+        self._groups: list[Any] = [dist.group.WORLD]
+        self._agreed = 0  # how often
         self._host = self.new_group("gloo")  # of tensors in the host's memory
         self._votes = self.new_group("gloo")  # so that nothing else waits for them
         self.exchanges = self.new_group()  # of gradients, while the backward pass runs
@@ -87,7 +97,15 @@ class ManyProcesses(World):
 
     def new_group(self, backend: str | None = None, ranks: Sequence[int] | None = None) -> Any:
         """Return a group of some or all processes, in which messages don't wait for those of other groups."""
-        return dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=self._patience)
+        group = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=self._patience)
+        self._groups += [] if group is dist.GroupMember.NON_GROUP_MEMBER else [group]
+        return group
+
+    def _hasten(self) -> None:
+        """Wait less from now on: what a first step takes long for, such as compiling, is done."""
+        self._patience = timedelta(seconds=self._timeout)
+        for group in self._groups:
+            _set_timeout(self._patience, group)
 
     def _group(self, tensor: Tensor) -> Any:
         return self._host if tensor.device.type == "cpu" else dist.group.WORLD
@@ -103,12 +121,37 @@ class ManyProcesses(World):
             yield
         except RuntimeError as error:
             text = str(error).lower()
-            late = "timed out" in text or "timeout" in text
-            cause = f"waited {self._patience.seconds} s for another" if late else "lost another process"
+            if "timed out" in text or "timeout" in text:
+                raise RelayError(self._who_is_late(what)) from error
             raise RelayError(
-                f"process {self.rank} of {self.size} {cause} while it {what}: look for the first error in the logs of "
-                "the others, then resume the run"
+                f"process {self.rank} of {self.size} lost another process while it {what}: look for the first error in "
+                "the logs of the others, then resume the run"
             ) from error
+
+    def _who_is_late(self, what: str) -> str:
+        """Say which process didn't come: the one that doesn't say so itself within a while."""
+        waited = f"process {self.rank} of {self.size} {what} and waited {self._patience.total_seconds():g} s"
+        try:
+            store = dist.PrefixStore("late", _get_default_store())  # type: ignore[attr-defined]
+            store.set(str(self.rank), what)
+            time.sleep(_GRACE)
+            others = [rank for rank in range(self.size) if rank != self.rank and not store.check([str(rank)])]
+        except RuntimeError:
+            return (
+                f"{waited}, and can't reach the store of process 0 either: this host may be cut off from the network; "
+                "resume the run when it is back"
+            )
+        if not others:
+            return (
+                f"{waited} for the others, which waited, too: the network between them may be cut; then resume the run"
+            )
+        if len(others) == 1:
+            names, verbs, logs = f"process {others[0]}", "hangs or needs", "its log"
+        else:
+            names, verbs, logs = f"processes {', '.join(map(str, others))}", "hang or need", "their logs"
+        return (
+            f"{waited} for {names}, which {verbs} longer than parallel.timeout: look into {logs}, then resume the run"
+        )
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (size, …) the values of all processes in their order."""
@@ -162,6 +205,9 @@ class ManyProcesses(World):
     def agree(self, flags: int) -> int:
         """Hand in bits, and return those of all processes at the call before; nobody waits for an answer at once."""
         before = 0
+        self._agreed += 1
+        if self._agreed == _FIRST_CALLS:
+            self._hasten()
         if self._asked is not None:
             votes, work = self._asked
             with self.named("agreed on what comes next"):
@@ -178,12 +224,17 @@ class ManyProcesses(World):
             dist.all_reduce(torch.zeros(1), group=self._host)
 
 
-def join(device: torch.device, timeout: float = 600.0) -> World:
+def first_patience(timeout: float) -> timedelta:
+    """Return how long processes wait for each other until they have made a step."""
+    return timedelta(seconds=max(timeout, 600.0))
+
+
+def join(device: torch.device, timeout: float = 300.0) -> World:
     """Return the processes that the environment speaks of, joined; alone if it speaks of none.
 
     Args:
         device: where this process computes.
-        timeout: seconds that one waits for another.
+        timeout: seconds that one waits for another once they train; before that it is ten minutes at least.
 
     Raises:
         RelayError: the others can't be found.
@@ -196,10 +247,9 @@ def join(device: torch.device, timeout: float = 600.0) -> World:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            store, rank, size = meet(timedelta(seconds=timeout))
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-            )
+            patience = first_patience(timeout)
+            store, rank, size = meet(patience)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RelayError(
