@@ -9,6 +9,7 @@ should be: whose parent ends is given to the next ancestor that has asked for it
 
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -44,6 +45,7 @@ def preload() -> None:
 
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
+    gc.freeze()  # a fork that ends need not look at, and so copy, all that was imported
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
     assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay))
 

@@ -62,7 +62,7 @@ def start(
         )
     if port is not None:
         _check_port(port)
-    was_there = folder.exists()
+    was_there, refused = folder.exists(), False
     with tempfile.TemporaryDirectory(prefix="torchrelay-") as name:
         reports = Path(name)
         logs = _logs(folder, reports)
@@ -73,8 +73,11 @@ def start(
         try:
             with _environment(environment), _Signals(reports, shutdown_timeout) as signals:
                 _run_agent(arguments, devices, restarts, port, reports, signals)
+        except LaunchError as error:
+            refused = error.exit_code == UsageError.exit_code
+            raise
         finally:
-            _remove_empty(logs, None if was_there else folder)
+            _clean_up(logs, None if was_there else folder, refused)
 
 
 def _run_agent(
@@ -143,11 +146,7 @@ def check_devices(name: str, devices: int) -> None:
 
 
 def _check_port(port: int) -> None:
-    """Refuse a port that is taken.
-
-    Raises:
-        RelayError: it is.
-    """
+    """Raise an error if a port is taken."""
     if not 0 < port < 65536:
         raise UsageError(f"--port {port}: a port is a number from 1 to 65535")
     with socket.socket() as test:
@@ -171,15 +170,15 @@ def _logs(folder: Path, otherwise: Path) -> Path:
     return logs.resolve()
 
 
-def _remove_empty(logs: Path, folder: Path | None) -> None:
-    """Remove logs that nobody wrote to, and the run's folder if no run came of it."""
+def _clean_up(logs: Path, new: Path | None, refused: bool) -> None:
+    """Remove logs that nobody wrote to, and a new folder if no run came of it; refused, all ranks said the same."""
     with contextlib.suppress(OSError):
         for log in logs.glob("rank-*.log"):
-            if not log.stat().st_size:
+            if (refused and new) or not log.stat().st_size:
                 log.unlink()
         logs.rmdir()
-        if folder is not None:
-            folder.rmdir()
+        if new is not None:
+            new.rmdir()
 
 
 @contextlib.contextmanager

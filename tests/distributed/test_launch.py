@@ -1,0 +1,266 @@
+"""Processes that torchrelay and torchrun start: who speaks, where the others write, what is refused, what is left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from processes import clean_environment
+from torchrelay import checkpoint, launch, launched
+from torchrelay.errors import UsageError
+
+TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2")
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+CODE = """
+import os
+import sys
+
+from torchrelay.models.small import small_cnn
+
+
+def own(classes, channels=1, image_size=8):
+    return small_cnn(classes, channels)
+
+
+print("rank", os.environ.get("RANK", "none"), "speaks")
+print("and is heard", file=sys.stderr)
+"""
+
+SCRIPT = """
+import sys
+
+import torch
+
+import torchrelay as tr
+from torchrelay.parallel import ParallelSettings
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Dropout(0.1))
+train, test = tr.data.digits()
+found = tr.Trainer(
+    net, train, test, epochs=2, device="cpu", parallel=ParallelSettings(replicas=2), run=sys.argv[1]
+).fit()
+assert set(found) >= {"loss", "accuracy"}
+"""
+
+
+def launches() -> set[Path]:
+    """What launchers keep while they run."""
+    return set(Path(tempfile.gettempdir()).glob("torchrelay-*"))
+
+
+@pytest.fixture(scope="module")
+def alone(_server, tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = _server.start("train", "digits", "--run", folder / "run", folder=folder, sets=TWO).done()
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def pair(start, *arguments, **options) -> list:
+    """Two processes that find each other by the environment, as any launcher may start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    own = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    return [start(*arguments, environment=each, **options) for each in own]
+
+
+# ------------------------------------------------------------------------------------------------ --devices
+
+
+def test_two_processes_train_as_one_and_one_speaks(cli, tmp_path, alone, same_runs):
+    """In a folder of the launcher's choosing, whose name is one for the shell; nothing is left behind."""
+    before = launches()
+    sets = (*TWO, "data.root=a ${rank} $HOME")  # torch would fill in such names
+    done = cli("train", "digits", "--devices=2", sets=sets, forks=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if "train accuracy" in line] == [
+        "epoch 1",
+        "epoch 2",
+    ]
+    assert done.stdout.count("the run is in") == 1
+    assert not (run / "logs").exists()  # nobody had anything to say
+    same_runs(run, alone)
+    assert launches() <= before
+
+
+def test_the_others_write_to_files_and_one_goes_on_and_evaluates(cli, tmp_path, alone, same_runs):
+    (tmp_path / "own.py").write_text(CODE)
+    sets = ("device.name=cpu", "parallel.replicas=2", "model.name=own", "run.epochs=2", "run.max_steps=30")
+    command = ("--code=own.py", "--devices=2")
+    done = cli("train", "digits", "--run=run", *command, sets=sets)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout.count("speaks"), done.stderr) == (1, "and is heard\n")
+    assert done.stdout.startswith("rank 0 speaks\n")
+    assert sorted(path.name for path in (tmp_path / "run/logs").iterdir()) == ["rank-1.log"]
+    assert sorted((tmp_path / "run/logs/rank-1.log").read_text().splitlines()) == ["and is heard", "rank 1 speaks"]
+
+    done = cli("resume", "run", *command, sets=["run.max_steps=46"])
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 30 of 46" in done.stdout
+    weights = [checkpoint.find(run / "checkpoints", "last") / "model.safetensors" for run in (tmp_path / "run", alone)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    found = [cli("evaluate", "run", "--code=own.py", "--json", *more) for more in ((), ("--devices=2",))]
+    assert [done.returncode for done in found] == [0, 0], found[1].stderr
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in found)
+    assert one == two
+    assert one["test"]["samples"] == 359
+
+
+def test_quiet_is_quiet_and_a_long_stop_is_cut_short(start, tmp_path, one_line):
+    run = tmp_path / "run"
+    more = ("--quiet", "--shutdown-timeout=0.5")
+    launcher = start("train", "digits", "--run", run, "--devices=2", *more, sets=(*TWO, "run.epochs=400"))
+    launcher.until(lambda: len(checkpoint.whole(run / "checkpoints")) > 1)
+    children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+    os.kill(max(children), signal.SIGSTOP)
+    launcher.send(signal.SIGTERM)
+    asked = time.monotonic()
+    done = launcher.done(20)
+    assert time.monotonic() - asked < 10
+    assert done.stdout == ""
+    one_line(done, "had not ended 0.5 s after SIGTERM and were killed", "--shutdown-timeout gives them longer")
+
+
+def test_a_traceback_is_shown_on_request(cli, tmp_path):
+    sets = ("device.name=cpu", "parallel.replicas=2", "model.name=vit_b_16", "model.pretrained=true")
+    done = cli("train", "digits", "--run=run", "--devices=2", "--debug", sets=sets)
+    assert done.returncode in (1, 2)
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("error: ")
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "environment", "says"),
+    [
+        (["--devices=2"], TWO, {"RANK": "0", "WORLD_SIZE": "4"}, "--devices 2: this is one of 4 processes already"),
+        (["--devices=0"], TWO, {}, "'0' is no whole number from 1 on"),
+        (["--devices=two"], TWO, {}, "'two' is no whole number from 1 on"),
+        (["--devices=2", "--restarts=-1"], TWO, {}, "'-1' is no whole number from 0 on"),
+        (["--devices=2", "--port=70000"], TWO, {}, "--port 70000: a port is a number from 1 to 65535"),
+        (["--devices=3"], TWO, {}, "3 devices can't share a run of 2 replicas: go on with 1 or 2"),
+        (["--devices=2"], ["device.name=mps"], {}, "--devices 2: device.name 'mps' is one device"),
+    ],
+)
+def test_what_cant_be_started_is_refused(cli, tmp_path, one_line, arguments, settings, environment, says):
+    done = cli("train", "digits", "--run=run", *arguments, sets=settings, environment=environment)
+    one_line(done, says, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "visible"), [("cuda", 2), ("auto", 2), ("cuda", 0)])
+def test_there_must_be_as_many_devices_as_are_asked_for(monkeypatch, name, visible):
+    """PyTorch counts those that CUDA_VISIBLE_DEVICES leaves."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    if visible:
+        launch.check_devices(name, 2)
+    with pytest.raises(UsageError, match=f"--devices 4: PyTorch sees {visible} CUDA devices here: ask for fewer, or"):
+        launch.check_devices(name, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_hidden_devices_dont_count(cli, one_line):
+    done = cli("train", "digits", "--devices=1000", environment={"CUDA_VISIBLE_DEVICES": "0"})
+    one_line(done, "PyTorch sees 1 CUDA device here", code=2)
+    done = cli("train", "digits", "--devices=2", environment={"CUDA_VISIBLE_DEVICES": ""}, sets=["device.name=cuda"])
+    one_line(done, "PyTorch sees 0 CUDA devices here", code=2)
+
+
+# ------------------------------------------------------------------------------------------------ other launchers
+
+
+def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
+    script = tmp_path / "own.py"
+    script.write_text(SCRIPT)
+    assert start("one", script=script).done().returncode == 0
+    first, second = (process.done() for process in pair(start, "two", script=script))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "epoch 2" in first.stdout
+    assert (second.stdout, second.stderr) == ("", "")
+    same_runs(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("which", ["module", "script"])
+def test_torchrun_starts_either(tmp_path, alone, same_runs, which):
+    """Not with `--run`, which torchrun takes for one of its own options, unless `--` stands before torchrelay."""
+    script = tmp_path / "own.py"
+    script.write_text(SCRIPT)
+    sets = [f"--set={setting}" for setting in TWO]
+    what = ["-m", "torchrelay", "train", "digits", *sets] if which == "module" else [str(script), "run"]
+    environment = clean_environment(tmp_path)
+    command = [sys.executable, "-m", *TORCHRUN, *what]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train accuracy") == 2
+    assert done.stderr == ""
+    if which == "module":
+        (run,) = (tmp_path / "runs").iterdir()
+        same_runs(run, alone)
+
+
+# ------------------------------------------------------------------------------------------------ started again
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what a launcher says, and nothing else of its kind."""
+    for name in [*os.environ]:
+        if name.startswith(("TORCHELASTIC", "SLURM", "RANK", "TORCHRELAY")):
+            monkeypatch.delenv(name)
+
+    def change(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "other"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "mine"}, {}, {"TORCHELASTIC_RUN_ID": "other"}),
+        ({"TORCHELASTIC_RUN_ID": "none"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, {"TORCHELASTIC_RESTART_COUNT": "0"}),
+        ({"SLURM_JOB_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "0"}),
+        ({"SLURM_JOB_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "2", "SLURM_RESTART_COUNT": "1"}),
+    ],
+)
+def test_a_launch_knows_its_own_run_again(environment, tmp_path, first, again, other):
+    environment(**first)
+    assert not launched.goes_on(tmp_path)
+    launched.mark(tmp_path)
+    assert not launched.goes_on(tmp_path)  # there is no run yet
+    (tmp_path / "recipe.toml").touch()
+    environment(**again)
+    assert launched.goes_on(tmp_path)
+    environment(**other)
+    assert not launched.goes_on(tmp_path)
+
+
+def test_a_run_that_nobody_launched_is_nobodys(environment, tmp_path):
+    launched.mark(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "recipe.toml").touch()
+    environment(TORCHELASTIC_RUN_ID="mine")
+    launched.mark(tmp_path)  # too late: the folder holds a run
+    assert not launched.goes_on(tmp_path)
+    for text in ("", "no JSON", '{"run_id": 3}'):
+        (tmp_path / "elastic.json").write_text(text)
+        assert not launched.goes_on(tmp_path)
