@@ -1,5 +1,7 @@
 """The cost model's formulas say what is really sent."""
 
+import os
+import subprocess
 import sys
 from math import prod
 from pathlib import Path
@@ -7,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks are no part of the package
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
-from benchmarks import scale_count, scale_model
-from benchmarks.scale_model import leaving, messages, sent
+from benchmarks.scale import check, count, model  # noqa: E402
+from benchmarks.scale.model import leaving, messages, sent  # noqa: E402
 
-from torchrelay.parallel import pairwise
+from torchrelay.parallel import pairwise  # noqa: E402
 
 ELEMENTS = 67  # a multiple of no number of processes here but 1 and 67
 
@@ -22,7 +25,7 @@ def rows(processes):
     return torch.randn(processes, ELEMENTS, generator=generator) * 10.0 ** torch.arange(ELEMENTS).remainder(7)
 
 
-def check(wire, phases, on_host):
+def check_counts(wire, phases, on_host):
     """What each simulated process really sent, and what left the busiest host."""
     for rank in range(wire.size):
         assert sum(wire.messages[rank].values()) == messages(phases)
@@ -40,22 +43,22 @@ def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_
     for processes in range(first, first + 8):
         values = rows(processes)
         expected = pairwise(list(values.unbind()))
-        wire, totals = scale_count.simulate_tree(values, (processes,))
+        wire, totals = count.simulate_tree(values, (processes,))
         for on_host in {1, processes, *hosts(processes)}:
-            check(wire, scale_model.tree(ELEMENTS, (processes,), on_host), on_host)
+            check_counts(wire, model.tree(ELEMENTS, (processes,), on_host), on_host)
         assert all(torch.equal(total[:ELEMENTS], expected) for total in totals)
         for on_host in hosts(processes):
             levels = (on_host, processes // on_host)
-            wire, totals = scale_count.simulate_tree(values, levels)
-            check(wire, scale_model.tree(ELEMENTS, levels, on_host), on_host)
+            wire, totals = count.simulate_tree(values, levels)
+            check_counts(wire, model.tree(ELEMENTS, levels, on_host), on_host)
             assert all(torch.equal(total[:ELEMENTS], expected) for total in totals)
 
 
 @pytest.mark.parametrize("levels", [(2, 2, 2), (4, 2, 4), (2, 8, 4), (8, 2, 3)])
 def test_three_levels_are_the_same_tree(levels):
     values = rows(prod(levels))
-    wire, totals = scale_count.simulate_tree(values, levels)
-    check(wire, scale_model.tree(ELEMENTS, levels, levels[0]), levels[0])
+    wire, totals = count.simulate_tree(values, levels)
+    check_counts(wire, model.tree(ELEMENTS, levels, levels[0]), levels[0])
     assert all(torch.equal(total[:ELEMENTS], pairwise(list(values.unbind()))) for total in totals)
 
 
@@ -63,16 +66,41 @@ def test_three_levels_are_the_same_tree(levels):
 def test_formulas_of_rings_are_what_the_simulation_counts(processes):
     values = rows(processes)
     for on_host in [*hosts(processes), processes]:
-        wire, totals = scale_count.simulate_rings(values, (processes,))
-        check(wire, scale_model.ring(ELEMENTS, processes, on_host), on_host)
+        wire, totals = count.simulate_rings(values, (processes,))
+        check_counts(wire, model.ring(ELEMENTS, processes, on_host), on_host)
         torch.testing.assert_close(totals[0][:ELEMENTS], values.sum(0), rtol=1e-4, atol=1.0)
-        wire, totals = scale_count.simulate_rings(values, (on_host, processes // on_host))
-        check(wire, scale_model.hierarchical(ELEMENTS, on_host, processes // on_host), on_host)
+        wire, totals = count.simulate_rings(values, (on_host, processes // on_host))
+        check_counts(wire, model.hierarchical(ELEMENTS, on_host, processes // on_host), on_host)
         torch.testing.assert_close(totals[0][:ELEMENTS], values.sum(0), rtol=1e-4, atol=1.0)
 
 
 def test_another_order_has_other_bits():
     """The comparison of bits above can fail: a ring adds in an order of its own."""
     values = rows(8)
-    _, totals = scale_count.simulate_rings(values, (8,))
+    _, totals = count.simulate_rings(values, (8,))
     assert not torch.equal(totals[0][:ELEMENTS], pairwise(list(values.unbind())))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what connections carry")
+def test_the_kernel_counts_what_formulas_say_of_real_processes(tmp_path):
+    """Two processes, forked by one that has threads of no other test: each byte of an exchange, link by link."""
+    script = f"""
+import pathlib
+from benchmarks.scale import check, count, measure
+found = {{size: count.fork(size, measure.collectives, pathlib.Path({str(tmp_path)!r})) for size in (1, 2)}}
+counts = check.Counts()
+print(check.links_table(counts, found))
+assert counts.compared == 3 and not counts.wrong, counts.wrong
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "| 2 | flat | 2 | 4,194,320 | 4,194,320 | 6 | " in done.stdout
+
+
+def test_a_wrong_formula_is_told_of():
+    counts = check.Counts()
+    wire, _ = count.simulate_tree(rows(4), (4,))
+    check.compare(counts, "tree", wire, model.ring(ELEMENTS + 4, 4, 4), 4)
+    assert len(counts.wrong) == 4  # the bytes of each process; as many messages as a ring

@@ -8,7 +8,9 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ from torchrelay import tree_exchange
 from torchrelay.tree_exchange import Levels
 
 Link = tuple[int, int]  # from, to
-_SENT_AT, _RECEIVED_AT = 200, 128  # where struct tcp_info has bytes_sent and bytes_received
+# Where Linux's struct tcp_info has bytes_sent, of which what was sent again is no message, and bytes_received.
+_SENT_AT, _AGAIN_AT, _RECEIVED_AT = 200, 208, 128
 _TCP_INFO_SIZE = 256
 
 
@@ -181,9 +184,11 @@ def connections() -> dict[Ports, tuple[int, int]]:
     found = {}
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - a name is all that is needed
         try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):  # noqa: PTH115
+                continue
             copy = os.dup(int(name))
         except OSError:
-            continue  # the folder's own, which is closed by now
+            continue  # closed by now, as the folder's own is
         try:
             with socket.socket(fileno=copy) as one:
                 if one.family not in (socket.AF_INET, socket.AF_INET6) or one.type != socket.SOCK_STREAM:
@@ -191,9 +196,9 @@ def connections() -> dict[Ports, tuple[int, int]]:
                 here, there = one.getsockname()[1], one.getpeername()[1]
                 facts = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_SIZE)
         except OSError:
-            continue  # no socket, or one that listens
-        sent, received = (struct.unpack_from("Q", facts, at)[0] for at in (_SENT_AT, _RECEIVED_AT))
-        found[here, there] = (sent, received)
+            continue  # it listens
+        sent, again, received = (struct.unpack_from("Q", facts, at)[0] for at in (_SENT_AT, _AGAIN_AT, _RECEIVED_AT))
+        found[here, there] = (sent - again, received)
     return found
 
 
@@ -238,7 +243,10 @@ def fork(size: int, run: Callable[[int], object], folder: Path) -> list[object]:
                 os.environ |= {name: str(value) for name, value in places.items()}
                 (folder / f"{size}-{rank}.json").write_text(json.dumps(run(rank)))
                 code = 0
+            except BaseException:  # noqa: BLE001 - a child must not go on with what its parent does
+                traceback.print_exc()
             finally:
+                sys.stderr.flush()
                 os._exit(code)
         started.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started]

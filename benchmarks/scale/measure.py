@@ -1,0 +1,210 @@
+"""What real processes send, by the kernel's count; and what one process's own work grows by."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from math import fsum
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import torchrelay as tr
+from benchmarks.scale.count import Link, Ports, by_link, connections, since
+from torchrelay import checkpoint
+from torchrelay.data.order import order
+from torchrelay.evaluation import Sums
+from torchrelay.parallel import ParallelSettings
+from torchrelay.terminal import Terminal
+from torchrelay.tree_exchange import Levels, add, levels
+from torchrelay.world import ManyProcesses, World, join
+from torchrelay.writer import in_memory
+
+ELEMENTS = 2**20 + 4  # of a vector, four bytes each: no multiple of 8
+BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
+
+
+def collectives(rank: int) -> dict[str, Any]:
+    """Return, from inside one of several processes, what each form of exchange makes its connections carry."""
+    torch.set_num_threads(1)
+    world = join(torch.device("cpu"))
+    found: dict[str, Any] = {"sockets": len(connections())}
+    if not isinstance(world, ManyProcesses):
+        return found
+    values = torch.full((ELEMENTS,), float(rank))
+    flat = torch.nn.functional.pad(values, (0, -ELEMENTS % world.size))
+    for on_host in [world.size, *(1 << k for k in range(1, 3) if 1 << k < world.size)]:
+        before = set(connections())
+        groups = levels(world, on_host) if on_host < world.size else [(world.new_group(), world.size)]
+        own = set(connections()) - before
+        name = f"{on_host} x {world.size // on_host}" if on_host < world.size else "flat"
+        found[name] = _measured(world, partial(_add, flat, groups), own)
+        if on_host == world.size:
+            found["all_reduce"] = _measured(world, partial(_all_reduce, flat, groups), own)
+    found["agree"] = _times(world, lambda: _agreed(world), 50)
+    found["gather"] = _times(world, lambda: world.gather(torch.zeros(1)), 50)
+    return found
+
+
+def _add(flat: Tensor, groups: Levels) -> None:
+    add(flat.clone(), groups)
+
+
+def _all_reduce(flat: Tensor, groups: Levels) -> None:
+    dist.all_reduce(flat.clone(), group=groups[0][0])
+
+
+def _agreed(world: World) -> None:
+    world.agree(0)
+
+
+def _measured(world: World, collective: Callable[[], object], own: set[Ports]) -> dict[str, Any]:
+    """Return the bytes of one collective on its connections, and the median of its seconds."""
+    collective()  # warm
+    world.barrier("a look")
+    before = connections()
+    collective()
+    world.barrier("a look")
+    carried = [[*ports, *counts] for ports, counts in since(before, own).items()]
+    return {"carried": carried, "seconds": _times(world, collective, 5)}
+
+
+def _times(world: World, work: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        world.barrier("the others")
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def _of_store(found: dict[Ports, tuple[int, int]]) -> int:
+    """Return the bytes to and from the store, whose port all know."""
+    port = int(os.environ["MASTER_PORT"])
+    return sum(sent + received for (_, there), (sent, received) in found.items() if there == port)
+
+
+class Carried(tr.Callback):
+    """Looks at what this process has sent, after each step."""
+
+    def __init__(self) -> None:
+        self.at: list[int] = []
+
+    def on_step(self, trainer: tr.Trainer, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
+        trainer.world.barrier("a look")
+        self.at.append(_totals()[0])
+
+
+def _totals() -> tuple[int, int]:
+    found = connections().values()
+    return sum(sent for sent, _ in found), sum(received for _, received in found)
+
+
+def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
+    """Return, from inside one of several processes, what a whole training step and an evaluation send."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.BatchNorm1d(1024), nn.ReLU())
+    model.append(nn.Linear(1024, CLASSES))
+    samples = BATCH * BATCHES
+    data = (torch.randn(samples, 256), torch.arange(samples) % CLASSES)
+    carried = Carried()
+    trainer = tr.Trainer(
+        model,
+        data,
+        data,
+        epochs=1,
+        batch_size=BATCH,
+        normalise=False,
+        parallel=ParallelSettings(kind="ddp", replicas=8),
+        callbacks=[carried],
+        terminal=Terminal(quiet=True),
+    )
+    trainer.fit()
+    trainer.world.barrier("a look")
+    _, before = _totals()
+    trainer.evaluate()
+    trainer.world.barrier("a look")
+    each = [after - earlier for earlier, after in zip(carried.at, carried.at[1:], strict=False)]
+    return {
+        "step": median(each),
+        "evaluation": _totals()[1] - before,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "buffers": sum(b.nbytes for b in model.buffers()),
+    }
+
+
+def meeting(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
+    """Return, from inside one of several processes, what it takes that they know each other."""
+    began = time.perf_counter()
+    world = join(torch.device("cpu"))
+    found = {"seconds": time.perf_counter() - began}
+    found |= {"sockets": len(connections()), "store": _of_store(connections())}
+    world.barrier("a look")  # the first one has the store, and must not leave before the others
+    return found
+
+
+def links_of(found: list[Any], name: str) -> dict[Link, int]:
+    """Return the bytes that a form of exchange made each process send to each other one."""
+    return by_link([{(here, there): (s, r) for here, there, s, r in one[name]["carried"]} for one in found])
+
+
+# -------------------------------------------------------------------------------- one process's own work
+
+
+class Many(World):
+    """As one of very many processes, all of which say what this one says."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the values so many times."""
+        return values.expand(self.size, *values.shape)
+
+
+def _seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def order_seconds(samples: int) -> float:
+    """Return how long it takes to know which samples a batch has, of a billion."""
+    places = np.arange(10**8, 10**8 + samples)
+    return _seconds(lambda: order(0, 1, places, 10**9))
+
+
+def weights_seconds(replicas: int) -> float:
+    """Return how long it takes to add the replicas' weights, once they are there."""
+    gathered = torch.full((replicas, 1), 32.0, dtype=torch.float64)
+    return _seconds(lambda: fsum(gathered.flatten().tolist()))
+
+
+def measures_seconds(replicas: int, steps: int) -> float:
+    """Return how long it takes to add up all replicas' measures of some steps."""
+
+    def work() -> None:
+        sums = Sums(Many(0, replicas, torch.device("cpu")))
+        for _ in range(steps):
+            sums.add_measures({"accuracy": torch.ones(())}, 32)
+        sums.fetch()
+
+    return _seconds(work, 3)
+
+
+def copying_and_writing(megabytes: int, folder: Path) -> tuple[float, float]:
+    """Return bytes a second of the copy that holds training up, and of the writing behind its back."""
+    tensors = {f"{i}": torch.randn(2**18) for i in range(megabytes)}
+    contents = checkpoint.Contents(1, tensors, {"step": 1})
+    size = 2**20 * megabytes
+    memory: dict[str, Tensor] = {}
+    in_memory(contents, memory)
+    copying = _seconds(lambda: in_memory(contents, memory))
+    return size / copying, size / _seconds(lambda: checkpoint.write(folder, contents), 3)
