@@ -4,13 +4,16 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from processes import clean_environment
 from torchrelay import checkpoint
 
 SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"')
@@ -177,6 +180,28 @@ def test_row_11_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, go
     goes_on()
 
 
+def test_row_40_ctrl_c_in_a_terminal_stops_all(launch, run, terminal):
+    """Only the launcher has the terminal; rank 0's bar is in it, and one line when all have ended."""
+    person, device = terminal
+    os.set_blocking(person, False)
+    launcher, found = launch(terminal=device)
+    os.write(person, b"\x03")
+    shown, ended_by = b"", time.monotonic() + 30
+    while launcher.runs() and time.monotonic() < ended_by:
+        with suppress(BlockingIOError):
+            shown += os.read(person, 65536)
+        time.sleep(0.01)
+    with suppress(BlockingIOError):
+        shown += os.read(person, 65536)
+    assert launcher.done().returncode == 75
+    assert ended(found)
+    assert re.findall(r"stopped by SIGINT after step (\d+), saved; go on with: torchrelay resume", shown.decode()) == [
+        str(steps(run)[-1])
+    ]
+    assert b"epoch 1/6" in shown  # the bar
+    assert b"rror" not in shown
+
+
 # ------------------------------------------------------------------------------------------------ 14: a dead process
 
 
@@ -219,6 +244,52 @@ def test_row_14_a_process_whose_other_is_killed_says_so(pair, run, goes_on, one_
     one_line(both[1 - killed].done(), f"process {1 - killed} of 2 lost another process while it ")
     assert time.monotonic() - asked < 20
     goes_on()
+
+
+# ------------------------------------------------------------------------------------------------ 11, 14: torchrun
+
+
+@pytest.fixture
+def torchrun(run) -> Iterator[Callable]:
+    """Train by torchrun until a few checkpoints are there; return it and its processes."""
+    agents = []
+
+    def started(*options: str) -> tuple[subprocess.Popen, list[int]]:
+        what = ["-m", "--", "torchrelay", "train", "digits", "--run", run, *(f"--set={each}" for each in SETTINGS)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, *what]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        agents.append(subprocess.Popen(command, cwd=run.parent, env=clean_environment(run.parent), **pipes))
+        while max(steps(run), default=0) < 6:
+            assert agents[-1].poll() is None, agents[-1].communicate()
+            time.sleep(0.002)
+        return agents[-1], ranks(agents[-1])
+
+    yield started
+    for agent in agents:
+        agent.kill()
+        agent.communicate()
+
+
+@pytest.mark.slow
+def test_row_11_sigterm_to_torchrun_stops_all(torchrun, run, goes_on):
+    agent, found = torchrun()
+    agent.send_signal(signal.SIGTERM)
+    _, errors = agent.communicate(timeout=30)
+    assert agent.returncode == 1  # torchrun's
+    assert len(re.findall(r"^stopped by SIGTERM after step \d+, saved", errors, re.MULTILINE)) == 1
+    assert ended(found)
+    goes_on()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_row_14_torchrun_starts_all_again_and_the_run_goes_on(torchrun, run, undisturbed, same_runs, killed):
+    agent, found = torchrun("--max-restarts=1")
+    os.kill(found[killed], signal.SIGKILL)
+    output, errors = agent.communicate(timeout=120)
+    assert agent.returncode == 0, errors
+    assert output.count("going on after step") == 1
+    same_runs(run, undisturbed)
 
 
 # ------------------------------------------------------------------------------------------------ 16: an error in one
