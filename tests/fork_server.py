@@ -7,6 +7,8 @@ A process that starts others through PyTorch's launcher may have them forked lik
 should be: whose parent ends is given to the next ancestor that has asked for it.
 """
 
+import atexit
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -106,10 +108,30 @@ def become(request: dict[str, Any]) -> None:
     if request["forks"]:
         fork_children()
     sys.path[0] = request["folder"]
-    if request["script"]:
-        runpy.run_path(request["script"], run_name="__main__")
-    else:
-        runpy.run_module("torchrelay", run_name="__main__", alter_sys=True)
+    try:
+        if request["script"]:
+            runpy.run_path(request["script"], run_name="__main__")
+        else:
+            runpy.run_module("torchrelay", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        leave(end.code)
+    except BaseException:
+        gc.unfreeze()
+        raise
+    leave(0)
+
+
+def leave(code: Any) -> None:
+    """End as Python does, but for taking apart all that was imported, which would take seconds."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads any more
+            stream.flush()
+    os._exit(code or 0)
 
 
 def fork_children() -> None:

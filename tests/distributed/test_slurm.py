@@ -89,8 +89,8 @@ def test_a_step_counts_and_not_its_job():
 
 
 def test_the_users_word_on_the_meeting_counts():
-    found = from_slurm({**TASK, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"})
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
+    found = from_slurm({**TASK, "MASTER_ADDR": "head.example.org", "MASTER_PORT": "29500"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("head.example.org", "29500")
 
 
 @pytest.mark.parametrize(
