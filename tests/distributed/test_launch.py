@@ -198,7 +198,7 @@ def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
     same_runs(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("which", ["module", "script"])
+@pytest.mark.parametrize("which", ["module", pytest.param("script", marks=pytest.mark.slow)])
 def test_torchrun_starts_either(tmp_path, alone, same_runs, which):
     """Not with `--run`, which torchrun takes for one of its own options, unless `--` stands before torchrelay."""
     script = tmp_path / "own.py"

@@ -16,7 +16,8 @@ import pytest
 from processes import clean_environment
 from torchrelay import checkpoint
 
-SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"')
+SLOW = pytest.mark.slow  # as well, where it may be
+SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"')
 
 # A network that fails in one of the processes.
 CODE = """
@@ -156,7 +157,7 @@ def test_row_11_a_signal_to_the_launcher_or_to_one_of_its_processes_stops_all(la
     same_runs(run, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
 def test_row_11_a_signal_to_the_launcher_stops_all(launch, run, goes_on, number):
     launcher, found = launch()
     asked = time.monotonic()
@@ -198,14 +199,14 @@ def test_row_40_ctrl_c_in_a_terminal_stops_all(launch, run, terminal):
     assert re.findall(r"stopped by SIGINT after step (\d+), saved; go on with: torchrelay resume", shown.decode()) == [
         str(steps(run)[-1])
     ]
-    assert b"epoch 1/6" in shown  # the bar
+    assert b"epoch 1/4" in shown  # the bar
     assert b"rror" not in shown
 
 
 # ------------------------------------------------------------------------------------------------ 14: a dead process
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
 def test_row_14_with_restarts_a_run_whose_process_is_killed_goes_on(launch, run, undisturbed, same_runs, killed):
     launcher, found = launch("--restarts=1")
     os.kill(found[killed], signal.SIGKILL)
@@ -215,7 +216,7 @@ def test_row_14_with_restarts_a_run_whose_process_is_killed_goes_on(launch, run,
     same_runs(run, undisturbed)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
 def test_row_14_without_restarts_a_killed_process_is_an_error(launch, one_line, run, goes_on, killed):
     launcher, found = launch()
     os.kill(found[killed], signal.SIGKILL)
@@ -234,7 +235,7 @@ def test_row_14_nobody_outlives_a_killed_launcher(launch, goes_on):
     goes_on()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
 def test_row_14_a_process_whose_other_is_killed_says_so(pair, run, goes_on, one_line, killed):
     """Where nobody looks after them."""
     both = pair()
