@@ -6,10 +6,11 @@ pickles.
 """
 
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -131,12 +132,8 @@ class ManyProcesses(World):
     def _who_is_late(self, what: str) -> str:
         """Say which process didn't come: the one that doesn't say so itself within a while."""
         waited = f"process {self.rank} of {self.size} {what} and waited {self._patience.total_seconds():g} s"
-        try:
-            store = dist.PrefixStore("late", _get_default_store())  # type: ignore[attr-defined]
-            store.set(str(self.rank), what)
-            time.sleep(_GRACE)
-            others = [rank for rank in range(self.size) if rank != self.rank and not store.check([str(rank)])]
-        except RuntimeError:
+        others = self._silent_ones(what)
+        if others is None:
             return (
                 f"{waited}, and can't reach the store of process 0 either: this host may be cut off from the network; "
                 "resume the run when it is back"
@@ -152,6 +149,22 @@ class ManyProcesses(World):
         return (
             f"{waited} for {names}, which {verbs} longer than parallel.timeout: look into {logs}, then resume the run"
         )
+
+    def _silent_ones(self, what: str) -> list[int] | None:
+        """Return the processes that don't say that they wait, too; None if the store can't be reached."""
+        found: list[list[int]] = []
+
+        def ask() -> None:  # in a thread: a store doesn't give up on a dead network
+            with suppress(RuntimeError):
+                store = dist.PrefixStore("late", _get_default_store())  # type: ignore[attr-defined]
+                store.set(str(self.rank), what)
+                time.sleep(_GRACE)
+                found.append([r for r in range(self.size) if r != self.rank and not store.check([str(r)])])
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(3 * _GRACE)
+        return found[0] if found else None
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (size, …) the values of all processes in their order."""
@@ -192,15 +205,19 @@ class ManyProcesses(World):
         with self.named("shared an evaluation"):
             if tensor is not None and self.rank == source:
                 head = [_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape]
-                dist.send(torch.tensor(head + [0] * (2 + _DIMENSIONS - len(head))), 0, group=self._host)
-                dist.send(tensor.detach().cpu().contiguous(), 0, group=self._host)
+                self._end(dist.isend(torch.tensor(head + [0] * (2 + _DIMENSIONS - len(head))), 0, group=self._host))
+                self._end(dist.isend(tensor.detach().cpu().contiguous(), 0, group=self._host))
                 return None
             received = torch.empty(2 + _DIMENSIONS, dtype=torch.int64)
-            dist.recv(received, source, group=self._host)
+            self._end(dist.irecv(received, source, group=self._host))
             dtype, dimensions, *shape = received.tolist()
             content = torch.empty(shape[:dimensions], dtype=_DTYPES[dtype])
-            dist.recv(content, source, group=self._host)
+            self._end(dist.irecv(content, source, group=self._host))
         return content.to(self.device)
+
+    def _end(self, work: Any) -> None:
+        """Wait for a message; gloo's own patience with these is that of its beginning."""
+        work.wait(self._patience)
 
     def agree(self, flags: int) -> int:
         """Hand in bits, and return those of all processes at the call before; nobody waits for an answer at once."""

@@ -86,8 +86,8 @@ def test_inputs_that_need_gradients_are_taken_without():
 @pytest.mark.parametrize(("label", "shown"), [(7, "label 7"), (-1, "label -1")])
 def test_a_label_out_of_range_is_named_with_its_sample_and_file(label, shown):
     targets = torch.tensor([0, 1, 2, label, 0])
+    files = Files("d", tuple(f"{i}.png" for i in range(5)), ("",) * 5)
     with pytest.raises(RelayError, match=rf"sample 3 \(d/3.png\) has {shown}, but the 3 classes are 0 to 2"):
-        files = Files("d", tuple(f"{i}.png" for i in range(5)), ("",) * 5)
         ArraySource(torch.zeros(5, 1), targets, ("a", "b", "c"), files=files)
 
 

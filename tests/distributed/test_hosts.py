@@ -1,0 +1,112 @@
+"""Two and three hosts: a run on them, and what follows if one dies, is cut off, or is far away."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmarks.hosts import hosts, why_not
+
+from torchrelay import checkpoint
+
+REASON = why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+
+SETTINGS = (
+    *("parallel.replicas=2", "parallel.timeout=4", "run.epochs=6", 'checkpoint.every="5 steps"', "checkpoint.keep=3"),
+    *("device.name=cpu", "device.threads=1", "data.batch_size=250"),
+)
+STEPS = 36
+
+
+def train(run: Path) -> list[str]:
+    return ["train", "digits", "--run", str(run), *(part for each in SETTINGS for part in ("--set", each))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The run of one process on one host."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torchrelay", *train(run), "--quiet"], env=environment, check=True)
+    return run
+
+
+def until(happened: Callable[[], object], what: str, timeout: float = 90) -> None:
+    end = time.monotonic() + timeout
+    while not happened():
+        assert time.monotonic() < end, f"waited {timeout} s until {what}"
+        time.sleep(0.02)
+
+
+def saved(run: Path, step: int) -> bool:
+    """Whether the run has come so far."""
+    return any(int(path.name[5:]) >= step for path in checkpoint.whole(run / "checkpoints"))
+
+
+def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, same_runs, undisturbed):
+    run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
+    with hosts(2) as (first, second):
+        second.slow(megabits=20)
+        both = [
+            host.torchrun(*train(run), log=log, nodes="2", meeting=first.address)
+            for host, log in zip((first, second), logs, strict=True)
+        ]
+        codes = [process.wait(120) for process in both]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    same_runs(run, undisturbed)
+
+
+def test_row_14_a_host_dies_and_the_other_goes_on_to_the_same_bytes(tmp_path, same_runs, undisturbed):
+    """It dies as from a power cut: the other one isn't told."""
+    run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
+    with hosts(2) as (first, second):
+        left = first.torchrun(*train(run), log=logs[0], nodes="1:2", meeting=first.address)
+        second.torchrun(*train(run), log=logs[1], nodes="1:2", meeting=first.address)
+        until(lambda: saved(run, 10), "there was a checkpoint")
+        second.cut()
+        second.kill()
+        assert left.wait(150) == 0, logs[0].read_text()
+    same_runs(run, undisturbed)
+    assert "going on after step" in (run / "log.txt").read_text()
+
+
+def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
+    run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
+    command = [*train(run), "--set", "run.epochs=2000"]
+    with hosts(2) as (first, second):
+        alone = {"WORLD_SIZE": "2", "MASTER_ADDR": first.address, "MASTER_PORT": "29500"}
+        both = [
+            host.start(sys.executable, "-m", "torchrelay", *command, log=log, RANK=str(rank), **alone)
+            for rank, (host, log) in enumerate(zip((first, second), logs, strict=True))
+        ]
+        until(lambda: saved(run, 10), "there was a checkpoint")
+        second.cut()
+        began = time.monotonic()
+        assert [process.wait(60) for process in both] == [1, 1]
+        assert time.monotonic() - began < 40
+    here, there = (log.read_text().splitlines()[-1] for log in logs)
+    assert "process 0 of 2 " in here, here
+    assert "and waited 4 s for process 1, which hangs" in here, here
+    assert "process 1 of 2 " in there, there
+    assert "can't reach the store of process 0 either: this host may be cut off from the network" in there, there
+    assert checkpoint.whole(run / "checkpoints")
+
+
+@pytest.mark.slow
+def test_a_spare_host_takes_over(tmp_path, same_runs, undisturbed):
+    run, logs = tmp_path / "run", [tmp_path / f"{number}.log" for number in range(3)]
+    with hosts(3) as three:
+        first, second, spare = three
+        started = [
+            host.torchrun(*train(run), log=log, nodes="2", meeting=first.address)
+            for host, log in zip((first, second), logs, strict=False)
+        ]
+        until(lambda: saved(run, 5), "there was a checkpoint")
+        last = spare.torchrun(*train(run), log=logs[2], nodes="2", meeting=first.address)
+        second.kill()
+        assert [started[0].wait(200), last.wait(60)] == [0, 0], [log.read_text() for log in logs]
+    same_runs(run, undisturbed)
