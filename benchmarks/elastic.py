@@ -108,6 +108,7 @@ def killed_at(run: Path, size: int, step: int, chance: random.Random) -> None:
     time.sleep(chance.uniform(0, 0.3))
     for process in processes:
         process.send_signal(signal.SIGKILL)
+    for process in processes:
         process.wait()
 
 

@@ -46,7 +46,7 @@ LINES, MORE_LINES = 300, {
     "report": 450,
     "checkpoint": 430,
     "data.folder": 400,
-    "task": 350,
+    "task": 370,
     "terminal": 340,
     "trackers": 320,
 }  # fmt: skip

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -74,26 +76,27 @@ class Sums:
         for loss, weight in self._losses:
             self.loss += float(loss) * float(weight)
             self.weight += float(weight)
-        for count, measures in self._in_order():
-            self.count += int(count)
-            for name, value in measures.items():
-                self.measures[name] = self.measures.get(name, 0.0) + value
+        names, rows = self._in_order()
+        if len(rows):
+            before = [float(self.count), *(self.measures.get(name, 0.0) for name in names)]
+            # One after another, as a loop would: numpy's accumulate doesn't add in pairs as its sum does.
+            count, *totals = np.add.accumulate(np.vstack([before, rows]), axis=0)[-1].tolist()
+            self.count = int(count)
+            self.measures |= dict(zip(names, totals, strict=True))
         self._losses.clear()
         self._measures.clear()
 
-    def _in_order(self) -> Iterator[tuple[float, dict[str, float]]]:
-        """Yield counts and measures, of all processes, as one process would have added them."""
-        if not self._measures:
-            return
+    def _in_order(self) -> tuple[list[str], npt.NDArray[np.float64]]:
+        """Return the measures' names, and (rows, 1 + names) counts and measures in the order of one process."""
         names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
-        rows = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
-        if self._world is None or self._world.size == 1:
-            yield from ((row[0], dict(zip(names, row[1:], strict=True))) for row in rows)
-            return
-        gathered = self._world.gather(torch.tensor(rows, dtype=torch.float64))  # (ranks, rows, 1 + names)
-        for start in range(0, len(rows), self._each):  # a step: the last replica first
-            for block in reversed(gathered[:, start : start + self._each]):
-                yield from ((row[0], dict(zip(names, row[1:], strict=True))) for row in block.tolist())
+        own = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
+        rows = np.array(own, dtype=np.float64).reshape(len(own), 1 + len(names))
+        if not own or self._world is None or self._world.size == 1:
+            return names, rows
+        gathered = self._world.gather(torch.from_numpy(rows)).numpy()
+        # Of each step, the last process's come first, as the last replica does.
+        steps = gathered.reshape(self._world.size, len(own) // self._each, self._each, 1 + len(names))
+        return names, steps[::-1].transpose(1, 0, 2, 3).reshape(-1, 1 + len(names))
 
     def means(self) -> dict[str, float]:
         """Return the mean loss and measures of all that was added."""

@@ -188,30 +188,32 @@ class Batches:
 
     def indices(self, epoch: int, batch: int) -> Places:
         """Return which samples of the source an epoch's batch has, counted from 0; nothing is read for it."""
-        return next(self._indices(epoch, batch))
-
-    def _indices(self, epoch: int, start: int) -> Iterator[Places]:
-        """Yield the sample indices of each batch from `start` on."""
-        end = min(self.steps * self.batch_size, self.samples)
-        ahead = max(1, _AHEAD // self.batch_size) * self.batch_size
-        for first in range(start * self.batch_size, end, ahead):
-            found = self._place_samples(epoch, np.arange(first, min(first + ahead, end)))
-            for offset in range(0, len(found), self.batch_size):
-                yield found[offset : offset + self.batch_size]
+        first = batch * self.batch_size
+        return self._place_samples(epoch, np.arange(first, min(first + self.batch_size, self.samples)))
 
     def _own(self, epoch: int, start: int) -> "Iterator[_Own]":
-        """Yield what this process has of each batch."""
-        place = start * self.batch_size
-        for number, indices in enumerate(self._indices(epoch, start), start):
-            size = len(indices)
-            if self.train:
-                parts, each = blocks(size, self.replicas), self.replicas // self.ranks
-                first = self.rank * each
-                begin, own = sum(parts[:first]), parts[first : first + each]
-                yield _Own(indices[begin : begin + sum(own)], place + begin, own, first, size)
-            elif number % self.ranks == self.rank:
-                yield _Own(indices, place, (size,), 0, size)
-            place += size
+        """Yield what this process has of each batch from `start` on; only the order of its own places is computed."""
+        numbers = range(start, self.steps)
+        if not self.train:  # whole batches, in turns
+            numbers = range(start + (self.rank - start) % self.ranks, self.steps, self.ranks)
+        ahead = max(1, _AHEAD // max(1, self.batch_size // (self.ranks if self.train else 1)))
+        for first in range(0, len(numbers), ahead):
+            shares = [self._share(number) for number in numbers[first : first + ahead]]
+            places = [np.arange(place, place + sum(own)) for place, own, *_ in shares]
+            found = self._place_samples(epoch, np.concatenate(places))
+            ends = np.cumsum([len(each) for each in places])
+            for (place, own, replica, size), indices in zip(shares, np.split(found, ends[:-1]), strict=True):
+                yield _Own(indices, place, own, replica, size)
+
+    def _share(self, number: int) -> tuple[int, tuple[int, ...], int, int]:
+        """Return this process's first place in a batch, its replicas' sizes, the first of them, and the batch's size."""
+        place = number * self.batch_size
+        size = min(self.batch_size, self.samples - place)
+        if not self.train:
+            return place, (size,), 0, size
+        parts, each = blocks(size, self.replicas), self.replicas // self.ranks
+        first = self.rank * each
+        return place + sum(parts[:first]), parts[first : first + each], first, size
 
     def _read_arrays(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
         for own in self._own(epoch, start):
