@@ -196,10 +196,12 @@ def main() -> None:
     from benchmarks.measure import machine
 
     one, two = (start(size, options.rounds, options.cuda) for size in (1, 2))
+    where = "GPUs, nccl" if options.cuda else "One thread a process, gloo"
     text = (
         "# What several processes cost\n\nStep times of a hand-written loop with PyTorch's DistributedDataParallel, "
-        "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, taken in turns. One thread a "
-        f"process, gloo;\n{machine()}; made by `python -m benchmarks.parallel`.\n\n{table(one, two)}"
+        "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, taken in turns. "
+        f"{where};\n{machine()}; made by `python -m benchmarks.parallel`.\n\n{table(one, two)}"
+        + ("" if options.cuda else "\n## GPUs, nccl\n\nNot measured: two of them are needed, and `--cuda`.\n")
     )
     print(text)
     if options.out is not None:

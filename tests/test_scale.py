@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 from benchmarks.scale import check, count, model  # noqa: E402
 from benchmarks.scale.model import leaving, messages, sent  # noqa: E402
 
-from torchrelay.parallel import pairwise  # noqa: E402
+from torchrelay.parallel import add_neighbours  # noqa: E402
 
 ELEMENTS = 67  # a multiple of no number of processes here but 1 and 67
 
@@ -42,7 +42,7 @@ def hosts(processes):
 def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_the_same_bits(first):
     for processes in range(first, first + 8):
         values = rows(processes)
-        expected = pairwise(list(values.unbind()))
+        expected = add_neighbours(values.clone().unbind())
         wire, totals = count.simulate_tree(values, (processes,))
         for on_host in {1, processes, *hosts(processes)}:
             check_counts(wire, model.tree(ELEMENTS, (processes,), on_host), on_host)
@@ -59,7 +59,7 @@ def test_three_levels_are_the_same_tree(levels):
     values = rows(prod(levels))
     wire, totals = count.simulate_tree(values, levels)
     check_counts(wire, model.tree(ELEMENTS, levels, levels[0]), levels[0])
-    assert all(torch.equal(total[:ELEMENTS], pairwise(list(values.unbind()))) for total in totals)
+    assert all(torch.equal(total[:ELEMENTS], add_neighbours(values.clone().unbind())) for total in totals)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 12, 24, 64])
@@ -78,7 +78,7 @@ def test_another_order_has_other_bits():
     """The comparison of bits above can fail: a ring adds in an order of its own."""
     values = rows(8)
     _, totals = count.simulate_rings(values, (8,))
-    assert not torch.equal(totals[0][:ELEMENTS], pairwise(list(values.unbind())))
+    assert not torch.equal(totals[0][:ELEMENTS], add_neighbours(values.clone().unbind()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what connections carry")

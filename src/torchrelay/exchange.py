@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay.models import EMA
-from torchrelay.parallel import GradientTree, give_gradients, pairwise, take_gradients
+from torchrelay.parallel import GradientTree, add_neighbours, give_gradients, take_gradients
 from torchrelay.world import World
 
 
@@ -84,4 +84,4 @@ class Exchange:
     def add(self, loss: Tensor) -> Tensor:
         """Return the sum of the processes' losses; give all of them the first one's buffers."""
         self.world.broadcast(self.buffers)
-        return pairwise(self.world.gather(loss).unbind())
+        return add_neighbours(self.world.gather(loss).clone().unbind())

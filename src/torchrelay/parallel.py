@@ -107,11 +107,15 @@ class GradientTree:
         return gradients
 
 
-def pairwise(nodes: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors, neighbours first, as the tree adds them; where they are no power of two, somehow."""
+def add_neighbours(nodes: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors, neighbours first, as the tree adds them, in the memory of the first one.
+
+    All of them are overwritten. Where they are no power of two, the last one waits for its turn.
+    """
     while len(nodes) > 1:
-        pairs = [left + right for left, right in zip(nodes[::2], nodes[1::2], strict=False)]
-        nodes = [*pairs, *nodes[2 * len(pairs) :]]
+        for left, right in zip(nodes[::2], nodes[1::2], strict=False):
+            left += right
+        nodes = nodes[::2]
     return nodes[0]
 
 
@@ -136,13 +140,13 @@ class Buffers:
 
     def keep(self) -> None:
         """Remember the buffers as they are."""
-        for start, live in zip(self._start, self.live, strict=True):
-            start.copy_(live)
+        if self.live:
+            torch._foreach_copy_(self._start, self.live)
 
     def restore(self) -> None:
         """Set the buffers back to what was kept."""
-        for start, live in zip(self._start, self.live, strict=True):
-            live.copy_(start)
+        if self.live:
+            torch._foreach_copy_(self.live, self._start)
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:

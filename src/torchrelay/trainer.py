@@ -296,9 +296,11 @@ class Trainer:
     def _own_replicas(self, batch: Batch, total: Tensor | float) -> Tensor:
         """Compute this process's replicas one after another; all processes' gradients and losses are added."""
         gradients, losses = GradientTree(), GradientTree()
-        self._buffers.keep()
+        if len(batch.blocks) > 1:
+            self._buffers.keep()
         for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
-            self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
+            if replica + 1 < batch.first + len(batch.blocks):
+                self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
             last = replica == batch.first
             with self.exchange.send(gradients) if last else self.exchange.keep_here(gradients):
                 part = self._replica(replica, inputs, targets, total) if len(targets) else self._nothing()

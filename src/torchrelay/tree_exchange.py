@@ -8,7 +8,7 @@ several hosts, this is done inside each host first, and then between hosts with 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchrelay.beside import Beside
 from torchrelay.exchange import Exchange
-from torchrelay.parallel import GradientTree, pairwise
+from torchrelay.parallel import GradientTree, add_neighbours
 from torchrelay.world import ManyProcesses
 
 _BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20  # bytes, as DistributedDataParallel has them: the first one leaves early
@@ -27,10 +27,12 @@ Levels = list[tuple[Any, int]]  # groups of processes and their sizes, from insi
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients travel together, and the memory in which they do."""
 
-    places: list[int] = field(default_factory=list)  # among the model's
-    missing: int = 0  # gradients that the running backward pass has not brought yet
+    places: list[int]  # among the model's
+    flat: Tensor  # (elements,) a multiple of the number of processes
+    views: list[Tensor]  # of each parameter's part, laid out as its gradient
+    tail: Tensor  # what is behind them
 
 
 class TreeExchange(Exchange):
@@ -55,16 +57,18 @@ class TreeExchange(Exchange):
         self._several = world
         self._levels = levels(world, on_host or world.local_size)
         self._beside = Beside(world.device)
-        # As the backward pass lays gradients out in memory. A norm's bits depend on it.
-        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
-        self._buckets = buckets(self.parameters)
-        self._bucket_of = {self.parameters[place]: bucket for bucket in self._buckets for place in bucket.places}
+        divided = divide(self.parameters)
+        tails = [0] * (len(divided) - 1) + [1 + len(self.parameters)]  # the loss, and which parameters are used
+        self._buckets = [self._bucket(places, tail) for places, tail in zip(divided, tails, strict=True)]
+        self._scratch: dict[torch.dtype, Tensor] = {}  # one for all buckets, which travel one after another
+        for flat in sorted((bucket.flat for bucket in self._buckets), key=len):
+            self._scratch[flat.dtype] = flat.new_empty(2 * len(flat))
         self._tree: GradientTree | None = None  # while the last replica's gradients come
         self._sums: list[Callable[[], Tensor]] = []  # of the buckets that have left
         self._used = [False] * len(self.parameters)
         self._shared_buffers: Callable[[], Tensor] | None = None
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+        for places in divided:  # the backward pass comes to a bucket's last place last, as a rule
+            self.parameters[places[-1]].register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
@@ -77,75 +81,85 @@ class TreeExchange(Exchange):
     def send(self, tree: GradientTree) -> Iterator[None]:
         """A context for the last replica's passes, whose gradients leave as soon as they are there; then call `add`."""
         self._tree, self._sums, self._shared_buffers = tree, [], None
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.places)
+        for parameter in self.parameters:
+            parameter.grad = None  # what is there from now on is the last replica's
         yield
 
     def add(self, loss: Tensor) -> Tensor:
         """Wait for the sums, after which gradients and buffers are those of one process; return the loss's sum."""
         self._send_buffers()
         while len(self._sums) < len(self._buckets) - 1:
-            self._start(self._buckets[len(self._sums)], [])
-        tail = [loss.reshape(1)]  # what all must know travels with the last bucket, if it has the same type
-        alike = loss.dtype == self.parameters[self._buckets[-1].places[0]].dtype
-        self._start(self._buckets[-1], tail if alike else [])
-        if not alike:
-            self._sums.append(self._begin(torch.cat([loss.reshape(1), self._flags(loss)])))
+            self._start(self._buckets[len(self._sums)])
+        last = self._buckets[-1]
+        self._take(last)
+        tail = torch.tensor([0.0, *map(float, self._used)], dtype=loss.dtype, device=loss.device)
+        tail[0] = loss
+        if alike := tail.dtype == last.flat.dtype:  # then it travels along
+            last.tail[: len(tail)] = tail
+        else:
+            tail = nn.functional.pad(tail, (0, -len(tail) % self.world.size))
+            self._sums.append(self._beside.run(lambda: add(tail, self._levels)))
+        self._leave(last.flat)
         self._tree = None
         with self._several.named("added gradients"):
-            *sums, last = [wait() for wait in self._sums]
+            for wait in self._sums:
+                wait()
             self._take_buffers()
-        if alike:
-            sums.append(last)
-            last = last[sum(self.parameters[place].numel() for place in self._buckets[-1].places) :]
-        self._give(sums, (last[1 : 1 + len(self.parameters)] > 0).tolist())
-        return last[0]
+        told = last.tail.clone() if alike else tail  # the bucket's memory is used again
+        self._give((told[1:] > 0).tolist())
+        return told[0]
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _arrived(self, _parameter: Tensor) -> None:
         """Send what is complete; in the one order of the buckets, lest processes wait for different ones."""
-        if self._tree is None:
-            return
-        self._bucket_of[parameter].missing -= 1  # type: ignore[index]
-        while len(self._sums) < len(self._buckets) - 1 and not self._buckets[len(self._sums)].missing:
-            self._start(self._buckets[len(self._sums)], [])
+        while self._tree is not None and len(self._sums) < len(self._buckets) - 1:
+            bucket = self._buckets[len(self._sums)]
+            if any(self.parameters[place].grad is None for place in bucket.places):
+                return
+            self._start(bucket)
 
-    def _start(self, bucket: Bucket, tail: list[Tensor]) -> None:
+    def _start(self, bucket: Bucket) -> None:
         """Begin to add a bucket's gradients over the processes."""
+        self._take(bucket)
+        self._leave(bucket.flat)
+
+    def _leave(self, flat: Tensor) -> None:
+        """Begin to add a vector over the processes."""
+        self._sums.append(self._beside.run(lambda: add(flat, self._levels, self._scratch[flat.dtype])))
+
+    def _take(self, bucket: Bucket) -> None:
+        """Move this process's sum of a bucket's gradients to where it travels."""
         assert self._tree is not None  # noqa: S101 - `send` came before
-        parameters = [self.parameters[place] for place in bucket.places]
-        gradients = self._tree.closing(bucket.places, [parameter.grad for parameter in parameters])
-        flat = []
-        for place, parameter, gradient in zip(bucket.places, parameters, gradients, strict=True):
-            parameter.grad = None
+        gradients = self._tree.closing(bucket.places, [self.parameters[place].grad for place in bucket.places])
+        there: list[tuple[Tensor, Tensor]] = []
+        for place, view, gradient in zip(bucket.places, bucket.views, gradients, strict=True):
+            self.parameters[place].grad = None
             self._used[place] = gradient is not None
-            flat.append(parameter.new_zeros(parameter.numel()) if gradient is None else self._flat(gradient, place))
-        self._sums.append(self._begin(torch.cat([*flat, *tail, *([self._flags(tail[0])] if tail else [])])))
+            if gradient is None:
+                view.zero_()
+            else:
+                there.append((view, gradient))
+        if there:
+            views, parts = zip(*there, strict=True)
+            torch._foreach_copy_(views, parts)
 
-    def _flags(self, like: Tensor) -> Tensor:
-        """Return which parameters this process has used, as numbers."""
-        return torch.tensor(self._used, dtype=like.dtype, device=like.device)
-
-    def _flat(self, gradient: Tensor, place: int) -> Tensor:
-        """Return a gradient's numbers as they lie in memory."""
-        strides = self._strides[place]
-        if gradient.stride() != strides:
-            gradient = gradient.new_empty_strided(gradient.shape, strides).copy_(gradient)
-        return gradient.as_strided((gradient.numel(),), (1,), gradient.storage_offset())
-
-    def _begin(self, flat: Tensor) -> Callable[[], Tensor]:
-        size = self.world.size
-        padded = nn.functional.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat
-        return self._beside.run(lambda: add(padded, self._levels))
-
-    def _give(self, sums: Sequence[Tensor], used: Sequence[bool]) -> None:
+    def _give(self, used: Sequence[bool]) -> None:
         """Set the gradients; None where no process has used a parameter."""
-        for bucket, total in zip(self._buckets, sums, strict=True):
-            start = 0
-            for place in bucket.places:
-                parameter = self.parameters[place]
-                if used[place]:
-                    parameter.grad = total.as_strided(parameter.shape, self._strides[place], start)
-                start += parameter.numel()
+        for bucket in self._buckets:
+            for place, view in zip(bucket.places, bucket.views, strict=True):
+                self.parameters[place].grad = view if used[place] else None
+
+    def _bucket(self, places: list[int], tail: int) -> Bucket:
+        """Return a bucket, with memory that is used again each step."""
+        parameters = [self.parameters[place] for place in places]
+        elements = sum(parameter.numel() for parameter in parameters)
+        flat = parameters[0].new_zeros(elements + tail + -(elements + tail) % self.world.size)
+        views, start = [], 0
+        for parameter in parameters:
+            # As the backward pass lays gradients out in memory. A norm's bits depend on it.
+            strides = torch.empty_like(parameter, device="meta").stride()
+            views.append(flat.as_strided(parameter.shape, strides, start))
+            start += parameter.numel()
+        return Bucket(places, flat, views, flat[elements:])
 
     def _send_buffers(self) -> None:
         """Begin to hand the first process's buffers round: they are ready when the last replica went forward."""
@@ -170,12 +184,13 @@ class TreeExchange(Exchange):
             start += buffer.nbytes
 
 
-def add(flat: Tensor, groups: Levels) -> Tensor:
+def add(flat: Tensor, groups: Levels, scratch: Tensor | None = None) -> Tensor:
     """Add a vector over all processes in the fixed tree.
 
     Args:
         flat: (elements,) of this process; a multiple of the number of processes. It is overwritten.
         groups: inside this host first, and then with the same chunks of other hosts; or all processes at once.
+        scratch: (at least twice as many elements,) memory to receive in; unset: it is made.
 
     Returns:
         (elements,) the sum, the same in all processes.
@@ -183,11 +198,27 @@ def add(flat: Tensor, groups: Levels) -> Tensor:
     if not groups:
         return flat
     (group, size), *outer = groups
-    received = torch.empty_like(flat)
+    scratch = flat.new_empty(2 * len(flat)) if scratch is None else scratch
+    received = scratch[: len(flat)]
     dist.all_to_all_single(received, flat, group=group)
-    chunk = add(pairwise(list(received.view(size, -1).unbind())), outer)
-    dist.all_gather_into_tensor(flat, chunk, group=group)
+    chunk = add(add_neighbours(received.view(size, -1).unbind()), outer, scratch[len(flat) :])
+    _hand_round(flat, chunk, group)
     return flat
+
+
+def _hand_round(flat: Tensor, chunk: Tensor, group: Any) -> None:
+    """Put every process's chunk together."""
+    if dist.get_backend(group) != "gloo":
+        dist.all_gather_into_tensor(flat, chunk, group=group)
+        return
+    # Gloo's all_gather makes new memory for all of it at each call, which costs more than sending it.
+    parts, rank = flat.view(dist.get_world_size(group), -1), dist.get_rank(group)
+    others = [place for place in range(len(parts)) if place != rank]
+    works = [dist.irecv(parts[place], group=group, group_src=place) for place in others]
+    works += [dist.isend(chunk, group=group, group_dst=place) for place in others]
+    parts[rank].copy_(chunk)
+    for work in filter(None, works):
+        work.wait()
 
 
 def levels(world: ManyProcesses, on_host: int) -> Levels:
@@ -209,19 +240,18 @@ def levels(world: ManyProcesses, on_host: int) -> Levels:
     return [(inner, on_host), (outer, hosts)]
 
 
-def buckets(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
-    """Divide parameters, last ones first as the backward pass comes to them, into buckets of one type each."""
-    open_ones: dict[torch.dtype, Bucket] = {}
-    found: list[Bucket] = []
-    sizes: dict[int, int] = {}
+def divide(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Return the places of parameters, last ones first as the backward pass comes to them, by bucket and type."""
+    found: list[list[int]] = []
+    begun: dict[torch.dtype, tuple[list[int], int]] = {}  # a bucket and its bytes
     for place in reversed(range(len(parameters))):
         parameter = parameters[place]
-        bucket = open_ones.get(parameter.dtype)
-        if bucket is None:
-            bucket = open_ones[parameter.dtype] = Bucket()
-            found.append(bucket)
-        bucket.places.append(place)
-        sizes[id(bucket)] = sizes.get(id(bucket), 0) + parameter.nbytes
-        if sizes[id(bucket)] >= (_FIRST_BUCKET if bucket is found[0] else _BUCKET):
-            del open_ones[parameter.dtype]
+        if parameter.dtype not in begun:
+            found.append([])
+            begun[parameter.dtype] = found[-1], 0
+        bucket, size = begun[parameter.dtype]
+        bucket.append(place)
+        begun[parameter.dtype] = bucket, size + parameter.nbytes
+        if size + parameter.nbytes >= (_FIRST_BUCKET if bucket is found[0] else _BUCKET):
+            del begun[parameter.dtype]
     return found

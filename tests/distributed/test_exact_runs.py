@@ -243,14 +243,13 @@ def test_closing_a_tree_is_adding_its_last_leaf():
 def test_buckets_hold_each_parameter_once_and_one_type_each():
     types = (torch.float32, torch.bfloat16)
     parameters = [nn.Parameter(torch.zeros(200_000, dtype=types[place % 3 == 0])) for place in range(60)]
-    found = tree_exchange.buckets(parameters)
-    places = [place for bucket in found for place in bucket.places]
-    assert sorted(places) == list(range(60))
-    assert found[0].places[0] == 59, "the backward pass comes to the last ones first"
+    found = tree_exchange.divide(parameters)
+    assert sorted(place for bucket in found for place in bucket) == list(range(60))
+    assert found[0][0] == 59, "the backward pass comes to the last ones first"
     for bucket in found:
-        assert len({parameters[place].dtype for place in bucket.places}) == 1
-        assert bucket.places == sorted(bucket.places, reverse=True)
-    assert sum(parameters[place].nbytes for place in found[0].places) < 2 * 2**20
+        assert len({parameters[place].dtype for place in bucket}) == 1
+        assert bucket == sorted(bucket, reverse=True)
+    assert sum(parameters[place].nbytes for place in found[0]) < 2 * 2**20
 
 
 if __name__ == "__main__":

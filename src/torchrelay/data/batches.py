@@ -206,7 +206,7 @@ class Batches:
                 yield _Own(indices, place, own, replica, size)
 
     def _share(self, number: int) -> tuple[int, tuple[int, ...], int, int]:
-        """Return this process's first place in a batch, its replicas' sizes, the first of them, and the batch's size."""
+        """Return this process's first place in a batch, its replicas' sizes, the first of them, and the whole size."""
         place = number * self.batch_size
         size = min(self.batch_size, self.samples - place)
         if not self.train:
