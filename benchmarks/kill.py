@@ -155,7 +155,8 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
 def _place(run: Path) -> tuple[int, int]:
     """Return the step that a run has done last, and the process that did it."""
     path = run.with_suffix(".place")
-    step, pid = struct.unpack("qq", path.read_bytes()) if path.exists() else (0, 0)
+    content = path.read_bytes() if path.exists() else b""
+    step, pid = struct.unpack("qq", content) if content else (0, 0)
     return step, pid
 
 
