@@ -375,7 +375,8 @@ def _remove(path: Path) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    safetensors.torch.save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    safetensors.torch.save_file(ordered, path, metadata={"format": "pt"})
     _flush(path)
 
 

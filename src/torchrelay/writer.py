@@ -32,8 +32,8 @@ def _copied(tree: Any, memory: dict[str, Tensor], path: str) -> Any:
     if isinstance(tree, Tensor):
         copy = memory.get(path)
         if copy is None or copy.shape != tree.shape or copy.dtype != tree.dtype:
-            # Contiguous, and tied weights become tensors of their own: safetensors asks for both.
-            copy = memory[path] = torch.empty(tree.shape, dtype=tree.dtype, pin_memory=tree.is_cuda)
+            # Laid out alike, which is copied fastest. Tied weights become tensors of their own: safetensors asks for it.
+            copy = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
         return copy.copy_(tree.detach(), non_blocking=tree.is_cuda)
     if isinstance(tree, dict):
         return {key: _copied(value, memory, f"{path}.{key}") for key, value in tree.items()}
