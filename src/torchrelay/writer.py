@@ -32,7 +32,7 @@ def _copied(tree: Any, memory: dict[str, Tensor], path: str) -> Any:
     if isinstance(tree, Tensor):
         copy = memory.get(path)
         if copy is None or copy.shape != tree.shape or copy.dtype != tree.dtype:
-            # Laid out alike, which is copied fastest. Tied weights become tensors of their own: safetensors asks for it.
+            # Laid out alike, which is copied fastest. Tied weights get tensors of their own, as safetensors asks for.
             copy = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
         return copy.copy_(tree.detach(), non_blocking=tree.is_cuda)
     if isinstance(tree, dict):
