@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 import torchrelay as tr
+from torchrelay import report
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
 from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.run import RunSettings
 from torchrelay.task import Classification
 
 
@@ -122,6 +124,15 @@ def test_looking_or_saving_in_between_changes_no_bit():
         assert some_sums(save_after=place) == undisturbed
 
 
+def test_sums_of_a_long_epoch_hold_no_more_than_some_steps():
+    sums = Sums()
+    for _ in range(5000):
+        sums.add_measures({"accuracy": torch.tensor(1)}, 2)
+        sums.add_loss(torch.tensor(0.5), 2.0)
+    assert max(len(sums._losses), len(sums._measures)) < 2000
+    assert sums.means() == {"loss": 0.5, "accuracy": 0.5}
+
+
 def test_means_are_weighted():
     sums = Sums()
     sums.add_loss(torch.tensor(1.0), 3.0)
@@ -133,6 +144,69 @@ def test_means_are_weighted():
 
 def test_nothing_has_a_mean_of_zero():
     assert Sums().means() == {"loss": 0.0}
+
+
+# ------------------------------------------------------------------------------------------------ mirror images
+
+
+class Column(nn.Module):
+    """Looks at the images' first column alone, so that a mirror image gives another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.layer(images[:, 0, :, 0])
+
+
+def test_flips_give_the_mean_of_both_images_everywhere(digits, quiet, tmp_path):
+    how = {"epochs": 1, "device": "cpu", "terminal": quiet, "normalise": False}
+    plain, both = (
+        tr.Trainer(Column(), *digits, settings=RunSettings(test_flips=flips), **how) for flips in (False, True)
+    )
+    both.model.load_state_dict(plain.model.state_dict())
+    images = digits[1].inputs[:50]
+    one, mirrored = (plain.task.predict(plain.model(x.float() / 255)) for x in (images, images.flip(-1)))
+    logits = [plain.model(x.float() / 255) for x in (images, images.flip(-1))]
+    expected = plain.task.predict((logits[0] + logits[1]) / 2)
+    assert torch.allclose(both.predict(images), expected, atol=1e-6)
+    assert not torch.allclose(one, mirrored, atol=1e-3)
+    assert plain.evaluate().values["loss"] != both.evaluate().values["loss"]
+
+
+def test_flips_of_what_is_no_image_are_refused(quiet):
+    data = torch.randn(20, 5), torch.arange(20) % 2
+    trainer = tr.Trainer(
+        nn.Linear(5, 2), data, data, settings=RunSettings(test_flips=True), device="cpu", terminal=quiet
+    )
+    with pytest.raises(UsageError, match="mirrors images"):
+        trainer.evaluate()
+
+
+def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_path):
+    for measured in (True, False):
+        torch.manual_seed(0)
+        run = tmp_path / str(measured)
+        settings = RunSettings(train_metrics=measured)
+        tr.Trainer(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+            *digits,
+            epochs=1,
+            settings=settings,
+            run=run,
+            device="cpu",
+            terminal=quiet,
+        ).fit()
+    lines = [
+        next(line for line in report.read_metrics(tmp_path / name) if line["split"] == "train")
+        for name in ("True", "False")
+    ]
+    assert "accuracy" in lines[0]
+    assert "accuracy" not in lines[1]
+    assert lines[0]["loss"] == lines[1]["loss"]
+    weights = [(tmp_path / name / "checkpoints").glob("*/model.safetensors") for name in ("True", "False")]
+    assert len({next(iter(files)).read_bytes() for files in weights}) == 1
 
 
 # ------------------------------------------------------------------------------------------------ as JSON

@@ -95,6 +95,20 @@ def test_seeds_are_63_bits_and_differ_by_place():
     assert max(seeds) > 2**61
 
 
+def test_seeds_of_steps_are_63_bits_and_differ_by_seed_stream_step_and_replica():
+    seeds = [
+        rng.step_seed(seed, stream, step, replica)
+        for seed in (0, 1)
+        for stream in ("model", "other")
+        for step in (*range(300), 10**9)
+        for replica in range(3)
+    ]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+    assert rng.step_seed(1, "model", 299, 2) == rng.step_seed(1, "model", 299, 2)
+
+
 def test_reseeding_repeats_what_pytorch_draws():
     rng.reseed(5, torch.device("cpu"))
     first = torch.rand(4)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.task import balanced_weights
+from torchrelay.task import balanced_weights, gradient_of_mean
 
 
 @pytest.fixture
@@ -78,6 +78,22 @@ def test_classification_metrics_agree_with_counting(logits, targets):
 
 def test_five_classes_have_no_top5():
     assert set(tr.Classification(classes=5).metrics()) == {"accuracy_by_class", "confusion_matrix"}
+
+
+@pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
+    both = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        x = torch.randn(100, requires_grad=True)
+        loss = (x * torch.randn(100)).sin().sum().reshape(shape)
+        if share:
+            loss.backward(gradient_of_mean(loss, weight))
+        else:
+            (loss / weight).backward()
+        both.append(x.grad)
+    assert torch.equal(*both)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.settings import Settings
 
+_AS_IT_IS = nullcontext()
 Precision = Literal["float32", "bf16", "fp16"]
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
 
@@ -52,7 +53,7 @@ class Device:
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass in this device's precision."""
         if self.settings.precision == "float32":
-            return nullcontext()
+            return _AS_IT_IS
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def place(self, model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from torchrelay.task import Task
 from torchrelay.world import World
 
 Forward = Callable[[Any], Any]  # from inputs to outputs
+_WAITING = 1024  # steps whose sums may wait: an epoch can have millions
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Sums:
     def add_loss(self, mean: Tensor, weight: Tensor | float) -> None:
         """Add a batch's mean loss, which counts by its weight."""
         self._losses.append((mean, weight))
+        if len(self._losses) >= _WAITING:
+            self.fetch()
 
     def add_measures(self, measures: dict[str, Tensor], count: Tensor | int) -> None:
         """Add summed measures of `count` things."""
@@ -115,6 +118,25 @@ class Sums:
         self._measures.clear()
         self.loss, self.weight, self.count = state["loss"], state["weight"], state["count"]
         self.measures = dict(state["measures"])
+
+
+def with_flips(forward: Forward) -> Forward:
+    """Return a forward pass whose outputs are the mean of those for images and for their mirror images.
+
+    Raises:
+        UsageError: when it is called: the inputs are no images, or the model gives more than a tensor.
+    """
+
+    def both(images: Any) -> Tensor:
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            raise UsageError("run.test_flips mirrors images (batch, channels, height, width): leave it out for others")
+        outputs = forward(images), forward(images.flip(-1))
+        if not isinstance(outputs[0], Tensor):
+            raise UsageError("run.test_flips takes the mean of a model's outputs, which gives more than a tensor")
+        mean: Tensor = (outputs[0] + outputs[1]) / 2
+        return mean
+
+    return both
 
 
 @torch.no_grad()

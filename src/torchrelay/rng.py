@@ -22,6 +22,7 @@ _LOW = 0xFFFFFFFF  # the low 32 bits of an int64, in which the generator's unsig
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1: the steps of the key schedule
 _ROUNDS = 10
+_SEEDS = 256  # of so many steps, seeds are computed at once
 Words = TypeVar("Words", Tensor, npt.NDArray[np.int64])
 
 
@@ -88,6 +89,19 @@ def seed_for(seed: int, stream: str, *place: int) -> int:
     """Return a 63-bit seed for a generator with state, such as PyTorch's own, at a place in the run."""
     name = "/".join(map(str, (seed, stream, *place)))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def step_seed(seed: int, stream: str, step: int, replica: int) -> int:
+    """Return a 63-bit seed for a generator with state, at a step of a replica."""
+    return _step_seeds(seed, f"{stream}.{replica}", step // _SEEDS)[step % _SEEDS]
+
+
+@lru_cache(maxsize=64)
+def _step_seeds(seed: int, stream: str, block: int) -> list[int]:
+    """Compute the seeds of many steps at once: one alone would cost as much."""
+    drawn = words(seed, stream, block, torch.arange(_SEEDS), 2)
+    found: list[int] = ((drawn[:, 0] << 31) | (drawn[:, 1] >> 1)).tolist()
+    return found
 
 
 def reseed(seed: int, device: torch.device) -> None:

@@ -44,6 +44,10 @@ class RunSettings(Settings):
     """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
     evaluate_every: int = Field(default=1, ge=1)
     """Epochs between two evaluations; the last epoch is always evaluated."""
+    train_metrics: bool = True
+    """Measure accuracy and its like on the training batches, too, as they come."""
+    test_flips: bool = False
+    """Evaluate and predict by the mean of the outputs for an image and for its mirror image."""
     log_every: int = Field(default=50, ge=1)
     """Steps between two lines of metrics inside an epoch."""
     on_spike: Literal["stop", "rollback"] = "stop"

@@ -45,9 +45,10 @@ class LossGuard:
         Raises:
             SpikeError: on the CPU, if something is wrong with them.
         """
-        self._unread.append((step, loss, norm))
-        if loss.device.type == "cpu":
-            self.read()
+        if loss.is_cpu:
+            self._judge(step, loss.item(), 0.0 if norm is None else norm.item())
+        else:
+            self._unread.append((step, loss, norm))
 
     def read(self) -> None:
         """Read what was noted, which waits for the device.

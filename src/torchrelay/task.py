@@ -6,6 +6,7 @@ The trainer knows nothing of classes, pixels or tokens; a task tells it. A task 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -81,6 +82,18 @@ class Task(ABC):
     def predict(self, outputs: Any) -> Any:
         """Return what a person would want to see of the outputs; as it stands: the outputs."""
         return outputs
+
+
+def gradient_of_mean(loss: Tensor, weight: Tensor | float) -> Tensor:
+    """Return the gradient of a mean with respect to the sum that is divided by `weight`: where going back begins."""
+    if isinstance(weight, Tensor):
+        return torch.ones_like(loss) / weight
+    return _reciprocal(weight, loss.shape, loss.dtype, loss.device)
+
+
+@lru_cache(maxsize=16)  # nearly all batches have one size
+def _reciprocal(weight: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device) / weight
 
 
 class Classification(Task):

@@ -33,7 +33,7 @@ from torchrelay.data.batches import Batch, Batches, Sampling, statistics
 from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.evaluation import Evaluation, Forward, Sums, evaluate, predict, with_flips
 from torchrelay.faults import explain
 from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
@@ -43,7 +43,7 @@ from torchrelay.session import recovery, session
 from torchrelay.sharing import share
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
-from torchrelay.task import Classification, Task
+from torchrelay.task import Classification, Task, gradient_of_mean
 from torchrelay.terminal import Terminal, epoch_line
 from torchrelay.world import join
 
@@ -311,7 +311,8 @@ class Trainer:
 
     def _nothing(self) -> Tensor:
         """Return the loss of a replica without samples."""
-        self.sums.add_measures({}, 0)
+        if self.settings.train_metrics:
+            self.sums.add_measures({}, 0)
         return torch.zeros((), device=self.device.device)
 
     def _some_loss(self) -> Tensor:
@@ -337,14 +338,16 @@ class Trainer:
 
     def _replica(self, replica: int, inputs: Any, targets: Tensor, total: Tensor | float) -> Tensor:
         """Go forward and backward through one replica's part; return its share of the mean loss."""
-        rng.reseed(rng.seed_for(self.settings.seed, "model", self.step, replica), self.device.device)
+        rng.reseed(rng.step_seed(self.settings.seed, "model", self.step, replica), self.device.device)
         with self.device.autocast():
             outputs = self.exchange(inputs)
-            loss = self.task.loss(outputs, targets) / total
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
-        return loss.detach()
+            loss = self.task.loss(outputs, targets)
+        # Backward from the sum with the mean's gradient: a division less to record and to go back through.
+        loss.backward(self.scaler.scale(gradient_of_mean(loss, total)))  # type: ignore[no-untyped-call]
+        if self.settings.train_metrics:
+            with torch.no_grad():
+                self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
+        return loss.detach() / total
 
     def _clip(self) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
@@ -481,7 +484,7 @@ class Trainer:
                 self.evaluated[split],
                 self.task,
                 self.device,
-                self.exchange,
+                self._test_forward,
                 self.world,
                 check=self._stop_if_asked,
                 together=self.exchange.together,
@@ -507,9 +510,12 @@ class Trainer:
             ranks=self.world.size,
         )
         with self._averaged(), self.device.explained(self.batches.batch_size):
-            return predict(
-                self.model, batches, self.task, self.device, self.exchange, self.world, self.exchange.together
-            )
+            together = self.exchange.together
+            return predict(self.model, batches, self.task, self.device, self._test_forward, self.world, together)
+
+    @property
+    def _test_forward(self) -> Forward:
+        return with_flips(self.exchange) if self.settings.test_flips else self.exchange
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""

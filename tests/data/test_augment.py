@@ -28,6 +28,7 @@ IMAGE_TRANSFORMS = [
     augment.RandomResizedCrop(size=20, interpolation="bicubic"),
     augment.Resize(size=11),
     augment.Resize(size=24),
+    augment.ProgressiveResize(sizes=(9,)),
     augment.CenterCrop(size=9),
     augment.Cutout(size=5, p=0.7),
     augment.ColourJitter(hue=0.2),
@@ -128,7 +129,7 @@ def test_a_transform_keeps_type_and_input(transform, kind):
         assert 0 <= float(found.min()) <= float(found.max()) <= 1
 
 
-@pytest.mark.parametrize("transform", [*IMAGE_TRANSFORMS[:7], *IMAGE_TRANSFORMS[10:]], ids=label)
+@pytest.mark.parametrize("transform", [*IMAGE_TRANSFORMS[:7], *IMAGE_TRANSFORMS[11:]], ids=label)
 def test_epochs_and_seeds_draw_anew(transform):
     images = photos(32)
     first = transform(images, draw(32))
@@ -209,6 +210,14 @@ def test_resizing_is_torchvisions_antialiased(interpolation, size):
     found = augment.Resize(size=size, interpolation=interpolation)(images)
     expected = V.resize(images, [size, size], V.InterpolationMode(interpolation), antialias=True)
     assert torch.equal(found, expected)
+
+
+def test_a_progressive_resize_grows_with_the_epochs_and_stays_at_the_last_size():
+    images, grows = photos(4, 16, 16), augment.ProgressiveResize(sizes=(8, 12, 16))
+    sides = [grows(images, replace(draw(4), epoch=epoch)).shape[-1] for epoch in range(5)]
+    assert sides == [8, 12, 16, 16, 16]
+    early = grows(images, replace(draw(4), epoch=1))
+    assert torch.equal(early, augment.Resize(size=12)(images))
 
 
 def test_resizing_floats_stays_near_resizing_bytes():

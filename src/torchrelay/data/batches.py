@@ -7,6 +7,7 @@ worker read a sample makes no difference.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from torchrelay.rng import words
 
 Sampling = Literal["shuffle", "balanced", "sequential"]
 _AHEAD = 16_384  # places whose order is computed at once; one call for many batches costs less than one for each
+_AT_ONCE = 2**18  # bytes of small batches that are gathered at once: one call for many costs less than one for each
 _ON_DEVICE = 4 * 2**30  # bytes; a source up to this size is kept on a CUDA device and gathered there
 
 
@@ -129,6 +131,7 @@ class Batches:
         self._place_samples = _sampler(source, seed, sampling if train else "sequential")
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _resident(source, device.device)
+            self._bytes = max(1, source.inputs.nbytes // self.samples)  # of a sample
         else:
             self._loader = Loader(source, seed, workers, device.device.type == "cuda")
 
@@ -216,11 +219,13 @@ class Batches:
         return place + sum(parts[:first]), parts[first : first + each], first, size
 
     def _read_arrays(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
-        for own in self._own(epoch, start):
-            index = torch.from_numpy(own.indices).to(self._inputs.device)
+        for some in _batched(self._own(epoch, start), max(1, _AT_ONCE // (self._bytes * self.batch_size))):
+            index = torch.from_numpy(np.concatenate([own.indices for own in some])).to(self._inputs.device)
             # Brackets would do the same in ten times the time: they allow for more than one index.
             inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
-            yield self.device.move(inputs), self.device.move(targets), own
+            sizes = [len(own.indices) for own in some]
+            for own, x, y in zip(some, torch.split(inputs, sizes), torch.split(targets, sizes), strict=True):
+                yield self.device.move(x), self.device.move(y), own
 
     def _read_dataset(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
         asked: deque[_Own] = deque()  # the loader's workers read some batches ahead of the one it gives out
@@ -255,6 +260,11 @@ def _resident(source: ArraySource, device: torch.device) -> tuple[Tensor, Tensor
     if device.type == "cuda" and source.inputs.nbytes <= _ON_DEVICE:
         return source.inputs.to(device), source.targets.to(device)
     return source.inputs, source.targets
+
+
+def _batched(items: Iterator[_Own], size: int) -> Iterator[list[_Own]]:
+    while some := list(islice(items, size)):
+        yield some
 
 
 def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Places], Places]:

@@ -27,6 +27,7 @@ from torchrelay.data.augment.geometry import (
     Cutout,
     Flip,
     PaddedCrop,
+    ProgressiveResize,
     RandomResizedCrop,
     Resize,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "PaddedCrop",
     "Pipeline",
     "Prepare",
+    "ProgressiveResize",
     "RandAugment",
     "RandomResizedCrop",
     "Resize",
@@ -64,6 +66,7 @@ _Any = (
     | PaddedCrop
     | RandomResizedCrop
     | Resize
+    | ProgressiveResize
     | CenterCrop
     | Cutout
     | ColourJitter

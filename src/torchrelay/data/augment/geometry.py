@@ -106,6 +106,24 @@ class Resize(Settings):
         return _resize(images, self.size, self.interpolation)
 
 
+class ProgressiveResize(Settings):
+    """Bring images to a size that grows with the epochs: small ones train faster, and early they serve as well.
+
+    After Howard in fast.ai's entry to DAWNBench (fast.ai/2018/04/30/dawnbench-fastai). The last epochs should have the
+    test images' own size, or more.
+    """
+
+    name: Literal["progressive_resize"] = "progressive_resize"
+    sizes: tuple[Size, ...] = Field(min_length=1)
+    """Pixels a side in the first epoch, the second and so on; the last one holds for all that follow."""
+    interpolation: Interpolation = "bilinear"
+    """nearest, bilinear or bicubic; the last two average over the pixels that fall into one."""
+
+    def __call__(self, images: Tensor, draw: Draw) -> Tensor:
+        """Return (batch, channels, size, size) images."""
+        return _resize(images, self.sizes[min(draw.epoch, len(self.sizes) - 1)], self.interpolation)
+
+
 class CenterCrop(Settings):
     """Cut size x size pixels out of the middle."""
 
