@@ -42,7 +42,7 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 665,
+    "trainer": 670,
     "report": 450,
     "checkpoint": 430,
     "data.folder": 400,
