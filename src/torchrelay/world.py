@@ -5,6 +5,7 @@ joined by torch.distributed, from the environment that torchrun (or our own laun
 pickles.
 """
 
+import atexit
 import os
 import threading
 import time
@@ -83,10 +84,15 @@ class World:
 
 
 class ManyProcesses(World):
-    """Several processes, joined by torch.distributed."""
+    """Several processes, joined by torch.distributed.
+
+    Attributes:
+        lost: whether another process was lost, or didn't come in time: then nobody waits for it any more.
+    """
 
     def __init__(self, rank: int, size: int, device: torch.device, timeout: float) -> None:
         super().__init__(rank, size, device)
+        self.lost = False
         self._timeout = timeout
         self._patience = first_patience(timeout)
         self._groups: list[Any] = [dist.group.WORLD]
@@ -95,6 +101,14 @@ class ManyProcesses(World):
         self._votes = self.new_group("gloo")  # so that nothing else waits for them
         self.exchanges = self.new_group()  # of gradients, while the backward pass runs
         self._asked: tuple[Tensor, Any] | None = None
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Leave the others in order: gloo's threads must have ended before the interpreter does, or they abort it."""
+        if dist.is_initialized() and not self.lost:
+            self._groups.clear()
+            self._host = self._votes = self.exchanges = self._asked = None
+            dist.destroy_process_group()
 
     def new_group(self, backend: str | None = None, ranks: Sequence[int] | None = None) -> Any:
         """Return a group of some or all processes, in which messages don't wait for those of other groups."""
@@ -121,6 +135,7 @@ class ManyProcesses(World):
         try:
             yield
         except RuntimeError as error:
+            self.lost = True
             text = str(error).lower()
             if "timed out" in text or "timeout" in text:
                 raise RelayError(self._who_is_late(what)) from error
