@@ -25,7 +25,9 @@ LAYERS = (
     ("run", "sharing"),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
+    ("profiling",),
     ("assemble",),  # from a recipe to a trainer
+    ("tuning",),
     ("commands",),
     ("cli",),
     ("__main__",),

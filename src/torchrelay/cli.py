@@ -5,9 +5,10 @@ torch takes seconds to import, so nothing that needs it is imported before it is
 
 import argparse
 import errno
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         launched.attach()
+        os.environ.setdefault(
+            "KINETO_LOG_LEVEL", "5"
+        )  # PyTorch's profiler reads it at once, and tells of itself otherwise
         from torchrelay.commands import COMMANDS
 
         COMMANDS[options.command](options)
@@ -140,9 +144,25 @@ def _parser() -> "tuple[_Parser, argparse._SubParsersAction[_Parser]]":
     recipe.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
 
+    _speed(command)
     command("recipes", "list the shipped recipes")
     command("doctor", "show what this machine has and what would be used")
     return parser, commands
+
+
+def _speed(command: Callable[[str, str], _Parser]) -> None:
+    profile = command("profile", "show where a training step's time goes")
+    profile.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a TOML file")
+    profile.add_argument("--steps", type=_count, default=20, metavar="N", help="how many steps to time (20)")
+    profile.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the picture and the trace go (profiles/<recipe>)"
+    )
+    _options(profile)
+
+    tune = command("tune", "find which device settings are fastest for a recipe on this machine")
+    tune.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a TOML file")
+    tune.add_argument("--seconds", type=_count, default=60, metavar="N", help="how long to try (60)")
+    _options(tune)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

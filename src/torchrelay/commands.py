@@ -113,6 +113,24 @@ def doctor(_options: argparse.Namespace) -> None:
     examine()
 
 
+def profile(options: argparse.Namespace) -> None:
+    """`torchrelay profile RECIPE`: show where a step's time goes."""
+    from torchrelay import profiling
+
+    loaded = recipe.load(options.recipe, options.overrides)
+    folder = options.out or free_folder(_run_name(options.recipe, options.overrides), Path("profiles"))
+    trainer = assemble.trainer(loaded, code=_code(options.code), terminal=_terminal(options))
+    profiling.show(profiling.examine(trainer, options.steps, folder), folder)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """`torchrelay tune RECIPE`: time device settings, and print the lines to keep."""
+    from torchrelay import tuning
+
+    loaded, code = recipe.load(options.recipe, options.overrides), _code(options.code)
+    tuning.show(tuning.tune(loaded, options.seconds, code=code, say=_terminal(options).say))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": train,
     "resume": resume,
@@ -121,6 +139,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "recipe": show_recipe,
     "recipes": list_recipes,
     "doctor": doctor,
+    "profile": profile,
+    "tune": tune,
 }
 
 

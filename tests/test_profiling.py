@@ -1,0 +1,88 @@
+"""Where a step's time goes: what is slow is found, and the phases add up."""
+
+import gzip
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import profiling
+from torchrelay.cli import main
+from torchrelay.errors import UsageError
+
+LONG = 0.02  # seconds, far above what a step of this network takes
+
+
+def trainer(quiet, **how) -> tr.Trainer:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return tr.Trainer(how.pop("model", model), *tr.data.digits(), batch_size=64, device="cpu", terminal=quiet, **how)
+
+
+class SlowForward(nn.Sequential):
+    def forward(self, images):
+        time.sleep(LONG)
+        return super().forward(images)
+
+
+class SlowBackward(nn.Sequential):
+    def forward(self, images):
+        outputs = super().forward(images)
+        outputs.register_hook(lambda _: time.sleep(LONG))
+        return outputs
+
+
+class SlowSGD(torch.optim.SGD):
+    def step(self, closure=None):
+        time.sleep(LONG)
+        return super().step(closure)
+
+
+def slow_images(images, _draw):
+    time.sleep(LONG)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("phase", "how"),
+    [
+        ("input", lambda: {"augment": [slow_images]}),
+        ("forward", lambda: {"model": SlowForward(nn.Flatten(), nn.Linear(64, 10))}),
+        ("backward", lambda: {"model": SlowBackward(nn.Flatten(), nn.Linear(64, 10))}),
+        ("optimizer", lambda: {"optimizer": lambda model: SlowSGD(model.parameters(), lr=0.1)}),
+    ],
+)
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_is_slow_is_found(quiet, phase, how, measured):
+    made = trainer(quiet, settings=tr.RunSettings(train_metrics=measured), **how())
+    found = profiling.examine(made, steps=5)
+    assert found.seconds[phase] >= LONG
+    assert sum(found.seconds.values()) - found.seconds[phase] < LONG / 2
+
+
+def test_the_phases_are_the_step(quiet):
+    made = trainer(quiet)
+    began = time.perf_counter()
+    found = profiling.examine(made, steps=30)
+    passed = (time.perf_counter() - began) / 35  # with those before
+    assert 0 < found.step < 1.5 * passed
+    assert sum(found.seconds.values()) == pytest.approx(found.step, rel=0.2)  # a median of sums, a sum of medians
+
+
+def test_the_command_shows_a_table_and_leaves_a_picture_and_a_trace(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["profile", "digits", "--steps", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert all(phase in shown for phase in profiling.PHASES)
+    folder = tmp_path / "profiles" / "digits"
+    assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
+    events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
+    assert sum(event.get("name") == "step" and event.get("ph") == "X" for event in events) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_profiled(quiet, tmp_path):
+    with pytest.raises(UsageError, match="without a run folder"):
+        profiling.examine(trainer(quiet, run=tmp_path / "run"))

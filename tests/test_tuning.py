@@ -1,0 +1,92 @@
+"""What `tune` recommends: what was faster side by side, and nothing that trains another network."""
+
+import time
+
+import pytest
+import torch
+
+from torchrelay import recipe, tuning
+from torchrelay.assemble import load_code
+from torchrelay.cli import main
+
+CODE = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Sequential):
+    def forward(self, images):
+        if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+            {last}
+        else:
+            {first}
+        if torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no autocast here\\nsecond line")
+        return super().forward(images)
+
+def slow(classes):
+    return Slow(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, classes))
+
+def images():
+    from torchrelay.data import arrays
+    drawn = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
+    return [arrays(drawn, torch.arange(64) % 4, list("abcd")) for _ in "12"]
+"""
+
+
+ONLY = ("precision", "channels_last", "batch_size")  # not compile, which takes long
+
+
+def trials(tmp_path, last: str, first: str, seconds: float = 60) -> dict[str, tuning.Trial]:
+    path = tmp_path / "code.py"
+    path.write_text(CODE.format(last=last, first=first))
+    overrides = ["data.name=images", "model.name=slow", "data.batch_size=32", "data.augment=[]", "device.name=cpu"]
+    loaded = recipe.load("digits", overrides)
+    found = tuning.tune(loaded, seconds, code=load_code(path), only=ONLY, say=lambda _: None)
+    return {trial.setting: trial for trial in found}
+
+
+def test_what_is_faster_is_kept_and_what_fails_is_told(tmp_path):
+    found = trials(tmp_path, last="pass", first="time.sleep(0.02)")
+    last = found["device.channels_last = true"]
+    assert last.kept
+    assert last.times > 1.5
+    failed = found['device.precision = "bf16"']
+    assert failed.seconds is None
+    assert "no autocast here" in failed.note
+    assert "second line" not in failed.note
+    double = found["data.batch_size = 64"]
+    assert not double.kept
+    assert "trains otherwise" in double.note
+
+
+def test_what_is_slower_is_not_kept(tmp_path):
+    found = trials(tmp_path, last="time.sleep(0.02)", first="pass")
+    assert not found["device.channels_last = true"].kept
+    assert found["device.channels_last = true"].times < 0.7
+
+
+def test_the_time_is_kept(tmp_path):
+    began = time.monotonic()
+    found = trials(tmp_path, last="pass", first="pass", seconds=0)
+    assert time.monotonic() - began < 20
+    assert all("no time left" in trial.note for name, trial in found.items() if name != "as it stands")
+
+
+def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, capsys):
+    path = tmp_path / "code.py"
+    path.write_text(CODE.format(last="pass", first="time.sleep(0.02)"))
+    settings = ["data.name=images", "model.name=slow", "data.batch_size=32", "device.name=cpu", "data.augment=[]"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert main(["tune", "digits", *options, "--code", str(path), "--seconds", "5", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert "as it stands" in shown
+    lines = shown.partition("[device]")[2].split("\n")
+    assert "channels_last = true" in [line.strip() for line in lines]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_offered_its_own_settings():
+    names = {name for _, name, _ in tuning._settings(recipe.load("digits"))}
+    assert {"precision", "tf32", "channels_last"} <= names
+    assert "threads" not in names
