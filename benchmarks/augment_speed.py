@@ -40,7 +40,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
     """The images as torchvision's CIFAR10 gives them, to a transform: (height, width, channels) in memory."""
 
     def __init__(self, found: Tensor) -> None:
-        from torchvision import transforms as T  # noqa: N812 - as everybody calls it
+        from torchvision import transforms as T
 
         self.images: npt.NDArray[np.uint8] = found.permute(0, 2, 3, 1).contiguous().numpy()
         steps = [T.RandomCrop(32, padding=PADDING), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
@@ -55,7 +55,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 
 def ours(found: Tensor, device: str) -> Callable[[int], Iterable[Any]]:
     """Return what yields an epoch's batches."""
-    transforms = [Flip(), PaddedCrop(padding=PADDING, mode="zeros")]
+    transforms = (Flip(), PaddedCrop(padding=PADDING, mode="zeros"))
     source = ArraySource(found, torch.arange(len(found)) % 10)
     placed = set_up(DeviceSettings(name=device), exact=True)
     return Batches(source, BATCH, placed, Pipeline(transforms, mean=MEAN, std=STD)).epoch

@@ -50,7 +50,7 @@ def by_hand(name: str, steps: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     mean, std = 127.5, 73.9  # of evenly distributed bytes
     model.train()
-    for places in torch.randperm(len(targets)).split(BATCH)[:steps]:
+    for places in torch.split(torch.randperm(len(targets)), BATCH)[:steps]:
         inputs = (images[places].float() - mean) / std
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets[places]).backward()  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ def by_hand(name: str, steps: int) -> None:
     model.eval()
     right = 0
     with torch.no_grad():
-        for part, truth in zip(test_images.split(BATCH), test_targets.split(BATCH), strict=True):
+        for part, truth in zip(torch.split(test_images, BATCH), torch.split(test_targets, BATCH), strict=True):
             right += int((model((part.float() - mean) / std).argmax(1) == truth).sum())
 
 
@@ -72,7 +72,7 @@ def by_torchrelay(name: str, steps: int, folder: str | None = None) -> None:
         network(train[0].shape[1]),
         train,
         samples(name, test=True),
-        optimizer=tr.optim.SGD(lr=0.01, momentum=0.9),
+        optimizer=tr.optim.SGD(lr=0.01, momentum=0.9, weight_decay=0.0),
         batch_size=BATCH,
         device="cpu",
         run=None if folder is None else Path(folder) / "run",

@@ -1,6 +1,7 @@
 """What a framework adds to a hand-written training step.
 
     python -m benchmarks.overhead [--quick] [--out FILE]
+    pip install 'torchrelay[peers]'  # for the rows of the others
 
 The network is tiny, so that nearly all of a step is what surrounds the arithmetic: 64-64-64-10, batches of 32 made
 beforehand, SGD with momentum, the CPU, one thread. Each framework runs in a process of its own, where it takes turns

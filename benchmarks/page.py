@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, shown
 
 NOT_MEASURED = "not measured"
 
@@ -27,10 +27,7 @@ class Spread:
         return median(self.values)
 
     def __str__(self) -> str:
-        low, middle, high = (
-            f"{value:,.{self.digits}f}" for value in (min(self.values), self.median, max(self.values))
-        )
-        return f"{middle} ({low} to {high})"
+        return shown(list(self.values), 1, self.digits)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Clock:
 
     def steps(self) -> list[float]:
         """Return the seconds of each step, without the first ones."""
-        return np.diff(self.asked)[WARM:].tolist()
+        return [float(seconds) for seconds in np.diff(self.asked)[WARM:]]
 
 
 def made(steps: int) -> Pairs:
@@ -87,7 +87,7 @@ def by_hand(pairs: Pairs) -> Clock:
 def by_hand_from_arrays(pairs: Pairs) -> Clock:
     clock, model, (inputs, targets) = Clock(pairs), network(), arrays(pairs)
     optimizer = sgd(model)
-    for places in torch.randperm(len(targets)).split(BATCH):
+    for places in torch.split(torch.randperm(len(targets)), BATCH):
         clock.tick()
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs.index_select(0, places)), targets.index_select(0, places))
@@ -142,7 +142,7 @@ class Screen(io.StringIO):
 def trainer(pairs: Pairs, **settings: Any) -> tr.Trainer:
     """Return a trainer for one epoch; without settings, with all off that can be off."""
     off: dict[str, Any] = {"task": CrossEntropy(), "terminal": Terminal(quiet=True)}
-    optimizer = tr.optim.SGD(lr=0.01, momentum=0.9)
+    optimizer = tr.optim.SGD(lr=0.01, momentum=0.9, weight_decay=0.0)  # as the others
     plain: dict[str, Any] = {"epochs": 1, "batch_size": BATCH, "normalise": False, "device": "cpu"}
     return tr.Trainer(network(), arrays(pairs), optimizer=optimizer, **plain | off | settings)
 
