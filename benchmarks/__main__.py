@@ -9,15 +9,13 @@ import argparse
 import importlib
 import importlib.util
 import multiprocessing
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import pictures
-from benchmarks.measure import machine
-from benchmarks.page import Table, markdown
+from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
 
 SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness")
 SOMETIMES = ("photos", "folder_cache")  # where they are there
@@ -70,28 +68,27 @@ def goals(found: Mapping[str, Sequence[Table]]) -> str:
         for table in tables
         for what, *figures in (goal.row() for goal in table.goals)
     ]
-    return markdown(("", "measured", "bar", "aim"), rows) if rows else ""
+    return markdown(GOAL, rows) if rows else ""
 
 
-def text(found: Mapping[str, Sequence[Table]], quick: bool = False, folder: Path | None = None) -> str:
+def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False, folder: Path | None = None) -> str:
     """Return the page.
 
     Args:
         found: each benchmark's tables.
+        before: the machine, as it was before they ran.
         quick: whether the figures are of few rounds.
         folder: where the page will be; a picture that is there is shown.
     """
     how = "Made by `python -m benchmarks`, in one run. In brackets: least and most of the rounds."
-    if quick:
-        how += "\n\n**Made with `--quick`: few rounds. It shows that everything runs; don't quote a figure.**"
-    parts = ["# Benchmarks", f"{machine()}, Python {platform.python_version()}.\n{how}"]
+    parts = ["# Benchmarks", f"{before}\n{how}", *([QUICK] if quick else [])]
     if summary := goals(found):
         parts += ["## Bars and aims", "A bar must be passed, an aim is what we would like.", summary]
     for name, tables in found.items():
         parts.append(f"## {title(name)}")
         if name == "overhead" and folder is not None and (folder / OVERHEAD).exists():
             parts.append(f"![What each framework adds to a training step]({OVERHEAD})")
-        parts += [table.text(level=3) for table in tables]
+        parts.append(sections(tables, 3))
     if folder is not None and (folder / ACCURACY).exists():
         parts += ["## Accuracy over time", f"![Test accuracy of two recipes over time]({ACCURACY})"]
     rows = [(long.what, f"`{long.command}`", f"[{Path(long.table).stem}]({long.table})") for long in LONG]
@@ -109,6 +106,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
     parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `pictures` beside it")
     options = parser.parse_args()
+    before = circumstances()
     found: dict[str, list[Table]] = {}
     for name in options.only or names():
         print(f"{name} …", flush=True)
@@ -116,7 +114,7 @@ def main() -> None:
     folder = options.out.parent if options.out is not None else None
     if folder is not None and "overhead" in found:
         pictures.draw_overhead(found["overhead"][0], folder / OVERHEAD)
-    page = text(found, options.quick, folder)
+    page = text(found, before, options.quick, folder)
     print(page)
     if options.out is not None:
         options.out.write_text(page)

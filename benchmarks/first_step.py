@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from benchmarks import page
+from benchmarks.measure import installed
 from benchmarks.page import Goal, Spread, Table
 
 TITLE = "To the first step"
@@ -74,7 +75,7 @@ BESIDE, OURS = "by hand", "`torchrelay train digits`"
 def seconds(script: str) -> float:
     """Return the seconds from the start of a process to the end of its first step."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path[1:])}
+        environment = {**installed(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path[1:])}
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=True
@@ -89,7 +90,7 @@ def tables(quick: bool = False) -> list[Table]:
     for number in range(rounds + 1):
         for name, script in CASES.items():
             taken = seconds(script)
-            if number or quick:  # the round before fills the disk's cache
+            if number:  # the round before fills the disk's cache and writes bytecode
                 found[name].append(taken)
     rows: list[Sequence[str | Spread]] = [
         (name, Spread(tuple(values), 2), f"{median(values) - median(found[BESIDE]):+.2f}")

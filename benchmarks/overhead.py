@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import page, peers
 from benchmarks.page import NOT_MEASURED, Spread, Table
+from torchrelay import __version__
 
 TITLE = "What is added to a hand-written training step"
 STEPS, ROUNDS = 1000, 5
@@ -45,14 +46,8 @@ class Case:
     def version(self) -> str | None:
         """The installed version; None: it isn't installed."""
         if not self.package:
-            return tr_version()
+            return __version__
         return importlib.metadata.version(self.package) if importlib.util.find_spec(self.module) else None
-
-
-def tr_version() -> str:
-    import torchrelay
-
-    return torchrelay.__version__
 
 
 CASES = {
@@ -99,7 +94,8 @@ def tables(quick: bool = False) -> list[Table]:
         own, beside = run(key, steps, rounds)
         added = [[a[kind] - b[kind] for a, b in zip(own, beside, strict=True)] for kind in ("median", "mean")]
         took = [[one["median"] for one in each] for each in (own, beside)]
-        rows.append((f"{case.name} ({case.version})", *(Spread(tuple(each)) for each in (*added, *reversed(took)))))
+        name = f"{case.name} ({case.version})" if case.package else case.name
+        rows.append((name, *(Spread(tuple(each)) for each in (*added, *reversed(took)))))
     rows.append(("any of them on a GPU", NOT_MEASURED, "", "", ""))
     heads = ("", "added, median step", "added, mean step", "the median step by hand", "the median step")
     return [Table("Work added to a step", heads, rows, NOTE.format(rounds=rounds, steps=steps))]

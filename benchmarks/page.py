@@ -5,6 +5,8 @@ benchmarks`, print the same tables.
 """
 
 import argparse
+import os
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,8 @@ from statistics import median
 from benchmarks.measure import machine, shown
 
 NOT_MEASURED = "not measured"
+QUICK = "**Made with `--quick`: few rounds. It shows that everything runs; quote no figure, believe no verdict.**"
+GOAL = ("", "measured", "bar", "aim")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Spread:
         return median(self.values)
 
     def __str__(self) -> str:
+        if len(self.values) == 1:
+            return f"{self.median:,.{self.digits}f}"
         return shown(list(self.values), 1, self.digits)
 
 
@@ -64,12 +70,24 @@ class Table:
     note: str = ""  # what was measured, and how
     goals: Sequence[Goal] = ()
 
-    def text(self, level: int = 2) -> str:
-        """Return it as Markdown, under a heading of that level."""
-        parts = [f"{'#' * level} {self.title}", self.note, markdown(self.heads, self.rows)]
+    def text(self) -> str:
+        """Return it as Markdown, without its title."""
+        parts = [self.note, markdown(self.heads, self.rows)]
         if self.goals:
-            parts.append(markdown(("", "measured", "bar", "aim"), [goal.row() for goal in self.goals]))
+            parts.append(markdown(GOAL, [goal.row() for goal in self.goals]))
         return "\n\n".join(part for part in parts if part)
+
+
+def sections(tables: Sequence[Table], level: int) -> str:
+    """Return tables as Markdown, each under its title; one alone needs none."""
+    if len(tables) == 1:
+        return tables[0].text()
+    return "\n\n".join(f"{'#' * level} {table.title}\n\n{table.text()}" for table in tables)
+
+
+def circumstances() -> str:
+    """Return what the figures depend on: the machine, the versions, and how busy the machine was."""
+    return f"{machine()}, Python {platform.python_version()}; load when it began: {os.getloadavg()[0]:.1f}."
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str | Spread]]) -> str:
@@ -84,7 +102,8 @@ def main(description: str, title: str, tables: Callable[[bool], Sequence[Table]]
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
     parser.add_argument("--out", type=Path, help="where to write the tables")
     options = parser.parse_args()
-    text = "\n\n".join([f"# {title}", f"{machine()}.", *(table.text() for table in tables(options.quick))]) + "\n"
+    before = f"# {title}\n\n{circumstances()}" + (f"\n\n{QUICK}" if options.quick else "")
+    text = f"{before}\n\n{sections(tables(options.quick), 2)}\n"
     print(text)
     if options.out is not None:
         options.out.write_text(text)

@@ -8,12 +8,16 @@ the bars.
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from benchmarks.page import Spread, Table
@@ -21,6 +25,8 @@ from benchmarks.page import Spread, Table
 INK, GREY, RULE, OURS, OTHERS = "#16181d", "#6b7280", "#d9dde3", "#c2410c", "#9aa3b2"
 WIDTH, MARGIN, DPI = 1040, 48, 100  # pixels, pixels, pixels an inch
 BAR = 40  # pixels from a bar to the next
+MARKS = {1: "1 s", 10: "10 s", 30: "30 s", 60: "1 min", 180: "3 min", 600: "10 min", 1800: "30 min"}
+MARKS |= {3600: "1 h", 10_800: "3 h", 36_000: "10 h"}  # seconds
 Points = Sequence[tuple[float, float]]  # seconds, accuracy in [0, 1]
 
 
@@ -50,39 +56,37 @@ def bare(axes: Axes) -> None:
 
 def draw_overhead(table: Table, path: Path) -> None:
     """Draw what each framework adds to a step: the first column of figures of `benchmarks.overhead`."""
-    found = sorted(
-        ((str(name), added, beside) for name, added, _, beside, _ in table.rows if isinstance(added, Spread)),
-        key=lambda row: row[1].median,
-    )
-    height = 190 + BAR * len(found)
-    figure = page(
-        height, "What a framework adds to a training step", "Microseconds a step, one CPU thread, a tiny network"
-    )
-    left, top, bottom = 240, 118, 72
-    place = (left / WIDTH, bottom / height, (WIDTH - left - MARGIN - 90) / WIDTH, (height - top - bottom) / height)
+    rows = [row for row in table.rows if isinstance(row[1], Spread)]
+    found = sorted(((str(row[0]), row[1]) for row in rows), key=lambda row: row[1].median)  # type: ignore[union-attr]
+    by_hand = median(row[3].median for row in rows if isinstance(row[3], Spread))
+    height = 200 + BAR * len(found)
+    figure = page(height, "What a framework adds to a training step", "Microseconds a step; a tiny network, one thread")
+    left, right, top, bottom = 300, 100, 122, 78
+    place = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
     axes = figure.add_axes(place)
     bare(axes)
-    by_hand = next(beside.median for _, _, beside in found if isinstance(beside, Spread))
-    for row, (name, added, _) in enumerate(found):
+    halo = [withStroke(linewidth=4, foreground="white")]
+    for row, (name, added) in enumerate(found):
+        assert isinstance(added, Spread)  # noqa: S101 - the rows without figures were left out
         ours = name.startswith("torchrelay")
         axes.barh(row, max(added.median, 0.0), height=0.62, color=OURS if ours else OTHERS)
         axes.plot((min(added.values), max(added.values)), (row, row), color=INK, linewidth=1, zorder=3)
-        axes.text(
-            max(*added.values, 0.0), row, f"  +{added.median:,.0f}", va="center", color=INK, fontsize=10,
-            fontweight="bold" if ours else "normal",
-        )  # fmt: skip
-    axes.set_yticks(range(len(found)), [name for name, *_ in found])
+        style: dict[str, Any] = {"fontweight": "bold" if ours else "normal", "path_effects": halo, "zorder": 4}
+        end = max(*added.values, 0.0)
+        axes.annotate(
+            f"{added.median:+,.0f}", (end, row), (7, 0), textcoords="offset points", va="center", color=INK, **style
+        )
+    axes.set_yticks(range(len(found)), [name for name, _ in found])
     axes.tick_params(axis="y", labelcolor=INK, labelsize=10.5, pad=8)
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     axes.axvline(by_hand, color=INK, linewidth=1, dashes=(4, 3), zorder=2)
-    axes.text(by_hand, -0.62, f"a whole step by hand: {by_hand:,.0f}", color=INK, fontsize=9, ha="left", va="bottom")
-    figure.text(
-        left / WIDTH, 24 / height, "Medians of several rounds; the thin lines are the least and the most of them.",
-        fontsize=9, color=GREY, va="center",
-    )  # fmt: skip
+    axes.text(by_hand, -0.7, f"a whole step by hand: {by_hand:,.0f}", color=INK, fontsize=9, ha="left", va="bottom")
+    note = "Medians of several rounds; thin lines: least and most of them. Settings: docs/benchmarks.md."
+    figure.text(left / WIDTH, 28 / height, note, fontsize=9, color=GREY, va="center")
     save(figure, path)
 
 
@@ -103,34 +107,43 @@ def read(path: Path) -> Points:
 
 def draw_accuracy(reference: Points, fast: Points, path: Path) -> None:
     """Draw two trainings on a logarithmic axis of time: from seconds to hours."""
-    height = 520
-    best, goal = max(fast, key=lambda point: point[1]), max(accuracy for _, accuracy in reference)
-    figure = page(height, "Accuracy over time", "CIFAR-10, test accuracy after each evaluation, on the same machine")
-    axes = figure.add_axes((0.09, 0.13, 0.8, 0.66))
+    figure = page(520, "Accuracy over time", "CIFAR-10, test accuracy after each evaluation")
+    axes = figure.add_axes((0.09, 0.13, 0.79, 0.66))
     bare(axes)
     for name, points, colour in (("reference", reference, GREY), ("fast", fast, OURS)):
         seconds, accuracy = zip(*points, strict=True)
         axes.plot(seconds, accuracy, color=colour, linewidth=2, marker="o", markersize=4, clip_on=False)
-        axes.text(seconds[-1], accuracy[-1], f"  {name}\n  {max(accuracy):.1%}", color=colour, va="center", fontsize=10)
-    axes.axhline(goal, color=GREY, linewidth=1, dashes=(4, 3))
+        axes.annotate(
+            f"{name}\n{max(accuracy):.2%}", points[-1], (10, -4), textcoords="offset points", color=colour, va="top",
+            fontsize=10, fontweight="bold",
+        )  # fmt: skip
+    times = [seconds for seconds, _ in (*reference, *fast)]
     axes.set_xscale("log")
-    first, last = min(p[0] for p in (*reference, *fast)), max(p[0] for p in (*reference, *fast))
-    marks = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 36_000: "10 h"}
-    shown = {place: name for place, name in marks.items() if first / 10 <= place <= 10 * last}
+    axes.set_xlim(min(times) / 1.2, max(times) * 1.05)
+    shown = {place: name for place, name in MARKS.items() if min(times) / 1.2 <= place <= max(times) * 1.05}
     axes.xaxis.set_major_locator(FixedLocator(list(shown)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels(list(shown.values()))
-    axes.set_xlim(first / 1.2, last * 1.2)
+    accuracies = [accuracy for _, accuracy in (*reference, *fast)]
+    axes.set_ylim(min(accuracies) - 0.03, max(accuracies) + 0.05)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(color=RULE, linewidth=0.8)
-    sooner = [seconds for seconds, accuracy in fast if accuracy >= goal]
-    if sooner:
-        latest = next(seconds for seconds, accuracy in reference if accuracy >= goal)
-        note = f"the reference's best, {latest / sooner[0]:,.0f} times as soon"
-        axes.text(sooner[0], goal, f"{note}\n", color=INK, fontsize=9, ha="left", va="center")
-    else:
-        axes.text(best[0], goal, "the reference's best\n", color=INK, fontsize=9, ha="left", va="center")
+    _compare(axes, reference, fast)
     save(figure, path)
+
+
+def _compare(axes: Axes, reference: Points, fast: Points) -> None:
+    """Draw how much sooner the fast training has the reference's best accuracy, if it comes to it."""
+    latest, goal = max(reference, key=lambda point: point[1])
+    sooner = next((seconds for seconds, accuracy in fast if accuracy >= goal), None)
+    if sooner is None:
+        axes.axhline(goal, color=GREY, linewidth=1, dashes=(4, 3))
+        return
+    height = goal + 0.022  # above both curves
+    axes.annotate("", (latest, height), (sooner, height), arrowprops={"arrowstyle": "<->", "color": INK, "lw": 1})
+    text = f"the reference's best accuracy in 1/{latest / sooner:,.0f} of its time"
+    middle = math.sqrt(sooner * latest)
+    axes.annotate(text, (middle, height), (0, 5), textcoords="offset points", ha="center", fontsize=9.5, color=INK)
 
 
 def main() -> None:

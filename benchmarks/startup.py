@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from statistics import median
 
 from benchmarks import page
+from benchmarks.measure import installed
 from benchmarks.page import Spread, Table
 
 TITLE = "Starts"
@@ -28,12 +29,12 @@ REFERENCE = "import torch"
 
 
 def measure(repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each case; one round before counts for nothing, it fills the disk's cache."""
+    """Return the seconds of each case; one round before, which writes bytecode, counts for nothing."""
     seconds: dict[str, list[float]] = {name: [] for name in CASES}
     for _ in range(repeats + 1):
         for name, arguments in CASES.items():
             since = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+            subprocess.run([sys.executable, *arguments], env=installed(), check=True, capture_output=True)
             seconds[name].append(time.perf_counter() - since)
     return {name: values[1:] for name, values in seconds.items()}
 
