@@ -30,8 +30,7 @@ types: install
 check: lint types test
 
 bench: install
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.agreement
+	$(BIN)/python -m benchmarks --out docs/benchmarks.md
 
 docs: install
 	$(BIN)/python -m benchmarks.augmentations --out docs/pictures/augmentations.png

@@ -1,18 +1,16 @@
 """What exactness costs: a training step with it and without, and how long a checkpoint holds training up.
 
-    python -m benchmarks.exactness [--out docs/exactness-cost.md]
+    python -m benchmarks.exactness [--quick] [--out FILE]
 
 Steps: `run.exact` on and off, otherwise alike (on the CPU, and on a GPU where there is one). Checkpoints: the time that
 `Trainer.save` takes, beside a plain memcpy of as many bytes.
 """
 
-import argparse
 import ctypes
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,16 @@ import torchvision
 from torch import Tensor, nn
 
 import torchrelay as tr
-from benchmarks.measure import machine, shown, side_by_side
+from benchmarks import page
+from benchmarks.measure import side_by_side
+from benchmarks.page import NOT_MEASURED, Spread, Table
 from torchrelay.data.augment import Flip, PaddedCrop
 from torchrelay.data.batches import Batch
 from torchrelay.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
 from torchrelay.terminal import Terminal
 
+TITLE = "What exactness costs"
 STEPS = 4  # of an epoch, which is a round
 
 
@@ -47,7 +48,7 @@ def trainer(model: nn.Module, device: str, exact: bool, precision: str = "float3
     )
 
 
-def steps(device: str, precision: str) -> str:
+def steps(device: str, precision: str, rounds: int) -> Sequence[str | Spread]:
     """Return a row: the step with exactness and without."""
 
     def case(exact: bool) -> Callable[[], object]:
@@ -63,10 +64,9 @@ def steps(device: str, precision: str) -> str:
 
         return run
 
-    times = side_by_side({"exact": case(True), "not": case(False)})
-    exact, without = ([t / STEPS for t in times[name]] for name in ("exact", "not"))
-    cost = median(exact) / median(without) - 1
-    return f"| {device}, {precision} | {shown(exact)} | {shown(without)} | {100 * cost:+.1f}% |"
+    times = side_by_side({"exact": case(True), "not": case(False)}, rounds)
+    exact, without = (Spread(tuple(t / STEPS * 1e3 for t in times[name]), 2) for name in ("exact", "not"))
+    return f"{device}, {precision}", exact, without, f"{exact.median / without.median - 1:+.1%}"
 
 
 class Pauses(tr.Callback):
@@ -94,41 +94,37 @@ class Pauses(tr.Callback):
         self.copy.append(copied - began)
 
 
-def pause(name: str) -> str:
+def pause(name: str, saves: int) -> Sequence[str | Spread]:
     """Return a row: saving a network's whole state, beside copying as many bytes."""
     pauses = Pauses()
     with tempfile.TemporaryDirectory() as folder:
         model = getattr(torchvision.models, name)(num_classes=10)
-        trainer(model, "cpu", True, run=Path(folder) / "run", callbacks=[pauses], steps=10, batch_size=4).fit()
-    save, copy = pauses.save[1:], pauses.copy[1:]  # the first ones take the memory
-    ratio = median(save) / median(copy)
-    return f"| {name} | {pauses.bytes / 1e6:,.0f} MB | {shown(save)} | {shown(copy)} | {ratio:.2f} |"
+        trainer(model, "cpu", True, run=Path(folder) / "run", callbacks=[pauses], steps=saves, batch_size=4).fit()
+    # The first ones take the memory.
+    save, copy = (Spread(tuple(1e3 * t for t in times[1:]), 2) for times in (pauses.save, pauses.copy))
+    return name, f"{pauses.bytes / 1e6:,.0f} MB", save, copy, f"{save.median / copy.median:.2f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the tables")
-    options = parser.parse_args()
+def tables(quick: bool = False) -> list[Table]:
+    """Return what a step and what a checkpoint costs."""
     torch.backends.cudnn.benchmark = False
-    rows = [steps("cpu", "float32"), steps("cpu", "bf16")]
-    if torch.cuda.is_available():
-        rows += [steps("cuda", "float32"), steps("cuda", "bf16")]
-    else:
-        rows.append("| cuda | not measured | | |")
-    text = (
-        f"# What exactness costs\n\n{machine()}; medians in ms with least and most; made by "
-        "`python -m benchmarks.exactness`.\n\n## A training step, `run.exact` on and off\n\n"
-        "`resnet18-small`, batches of 32 images of 32x32, flipped and cropped.\n\n"
-        "| device | exact | not | cost |\n| --- | ---: | ---: | ---: |\n" + "\n".join(rows) + "\n\n"
-        "## How long a checkpoint holds training up\n\n"
-        "| network and optimizer | state | save | memcpy | ratio |\n| --- | ---: | ---: | ---: | ---: |\n"
-        + "\n".join(pause(name) for name in ("resnet18", "resnet50"))
-        + "\n"
-    )
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text)
+    rounds, saves = (1, 3) if quick else (5, 10)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    rows = [steps(device, precision, rounds) for device in devices for precision in ("float32", "bf16")]
+    if "cuda" not in devices:
+        rows.append(("cuda", NOT_MEASURED, "", ""))
+    what = "`resnet18-small`, batches of 32 images of 32x32, flipped and cropped; ms, medians of"
+    names = ("resnet18",) if quick else ("resnet18", "resnet50")
+    return [
+        Table("A training step, `run.exact` on and off", ("", "exact", "not", "cost"), rows, f"{what} {rounds}."),
+        Table(
+            "How long a checkpoint holds training up",
+            ("network and optimizer", "state", "save", "memcpy", "ratio"),
+            [pause(name, saves) for name in names],
+            f"ms, medians of {saves - 1}.",
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    page.main(__doc__ or "", TITLE, tables)

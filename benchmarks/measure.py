@@ -30,6 +30,11 @@ def shown(times: list[float], unit: float = 1e3, digits: int = 2) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def installed() -> dict[str, str]:
+    """Return the environment of a fresh process that finds bytecode, as that of an installed package is found."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def machine() -> str:
     """Return what figures depend on, in a line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

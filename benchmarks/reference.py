@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from torchrelay import optim
 from torchrelay.recipe import Recipe
+from torchrelay.settings import Settings
 
 START, END = "<!-- keys: begin -->\n", "<!-- keys: end -->\n"
-VARIANTS: dict[str, tuple[type[BaseModel], ...]] = {
+VARIANTS: dict[str, tuple[type[Settings], ...]] = {
     "optimizer": (optim.SGD, optim.AdamW, optim.Muon),
     "schedule": (
         optim.Constant,
@@ -31,8 +30,8 @@ VARIANTS: dict[str, tuple[type[BaseModel], ...]] = {
 
 
 def sections() -> Iterator[str]:
-    for section, field in Recipe.model_fields.items():
-        yield f"### `[{section}]`\n\n{field.description}\n"
+    for section, meaning in Recipe.meanings().items():
+        yield f"### `[{section}]`\n\n{meaning}\n"
         if section in VARIANTS:
             for variant in VARIANTS[section]:
                 yield f'`name = "{variant.model_fields["name"].default}"`: {(variant.__doc__ or "").splitlines()[0]}\n'
@@ -41,11 +40,11 @@ def sections() -> Iterator[str]:
             yield table(type(getattr(Recipe(), section)))
 
 
-def table(settings: type[BaseModel]) -> str:
-    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+def table(settings: type[Settings]) -> str:
+    rows, meanings = ["| key | default | meaning |", "| --- | --- | --- |"], settings.meanings()
     for key, info in sorted(settings.model_fields.items(), key=lambda item: item[0] != "name"):
         default = shown(info.get_default(call_default_factory=True))
-        rows.append(f"| `{key}` | {default} | {cell(info.description)} |")
+        rows.append(f"| `{key}` | {default} | {cell(meanings.get(key))} |")
     return "\n".join(rows) + "\n"
 
 

@@ -65,11 +65,22 @@ def settings_classes() -> list[type[Settings]]:
 @pytest.mark.parametrize("settings", settings_classes(), ids=lambda settings: settings.__name__)
 def test_each_key_has_a_meaning(settings):
     """`name` of a tagged table is its tag, and explains itself."""
-    for key, field in settings.model_fields.items():
-        assert field.description or key == "name", f"{settings.__name__}.{key} has no docstring"
-        if field.description:
-            assert "\n" not in field.description
-            assert field.description.endswith((".", ".)"))
+    meanings = settings.meanings()
+    assert settings.model_fields.keys() - meanings.keys() <= {"name"}, f"of {settings.__name__} have no docstring"
+    for meaning in meanings.values():
+        assert "\n" not in meaning
+        assert meaning.endswith((".", ".)"))
+
+
+def test_meanings_are_inherited_and_a_class_without_source_has_none():
+    class Warmer(tr.optim.Cosine):
+        warmth: int = 3
+        """How warm."""
+
+    assert Warmer.meanings() == tr.optim.Cosine.meanings() | {"warmth": "How warm."}
+    assert Warmer.model_json_schema()["properties"]["warmth"]["description"] == "How warm."
+    typed_in = type("TypedIn", (tr.optim.Cosine,), {"__module__": "nowhere"})
+    assert typed_in.meanings() == tr.optim.Cosine.meanings()
 
 
 def test_a_recipe_is_printed_with_the_meaning_and_the_default_of_each_key():

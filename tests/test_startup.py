@@ -1,9 +1,7 @@
 """What is imported when: the command line answers at once, and no library is loaded that isn't used."""
 
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -46,12 +44,3 @@ def test_each_public_name_is_there():
         assert name in dir(tr)
     with pytest.raises(AttributeError, match="module 'torchrelay' has no attribute 'Trainr'"):
         tr.Trainr  # noqa: B018
-
-
-def test_the_benchmark_of_starts_names_its_reference():
-    startup = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "startup.py"))
-    medians = dict.fromkeys(startup["CASES"], 3.0) | {"import torch": 2.0}
-    lines = startup["table"](medians).splitlines()
-    assert len(lines) == 2 + len(startup["CASES"])
-    assert "| `import torch` | 2.00 | 1.00 |" in lines
-    assert "| `torchrelay --help` | 3.00 | 1.50 |" in lines

@@ -243,14 +243,14 @@ def _without_tags(place: Sequence[str]) -> list[str]:
 
 
 def _lines(recipe: Recipe) -> Iterator[str]:
-    for section, field in Recipe.model_fields.items():
-        yield f"# {field.description}"
+    for section, meaning_of_section in Recipe.meanings().items():
+        yield f"# {meaning_of_section}"
         yield f"[{section}]"
         values: Settings = getattr(recipe, section)
-        shown = values.model_dump(mode="json")
+        shown, meanings = values.model_dump(mode="json"), values.meanings()
         for key, info in sorted(type(values).model_fields.items(), key=lambda item: item[0] != "name"):
             default = info.get_default(call_default_factory=True)
-            meaning = f"  # {info.description}" if info.description else ""
+            meaning = f"  # {meanings[key]}" if key in meanings else ""
             differs = "" if getattr(values, key) == default or info.is_required() else f" (default {_toml(default)})"
             if shown[key] is None:
                 yield f"# {key} ={meaning}"  # TOML has no null: a key that isn't there is unset

@@ -1,0 +1,124 @@
+"""The short benchmarks, one after another, on one page.
+
+    python -m benchmarks [--only NAME…] [--quick] [--out docs/benchmarks.md]
+
+Each runs in a process of its own. The long ones have commands of their own, which the page lists.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import pictures
+from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
+
+SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness")
+SOMETIMES = ("photos", "folder_cache")  # where they are there
+OVERHEAD, ACCURACY = "pictures/overhead.png", "pictures/accuracy-over-time.png"
+
+
+@dataclass(frozen=True)
+class Long:
+    """A benchmark that isn't run here."""
+
+    what: str
+    command: str
+    table: str  # what it wrote, from the page's folder
+
+
+LONG = (
+    Long("one run killed again and again, compared byte by byte", "python -m benchmarks.kill", "measured/kill.md"),
+    Long("a run that goes on with other numbers of processes", "python -m benchmarks.elastic", "measured/elastic.md"),
+    Long("several processes beside DistributedDataParallel", "python -m benchmarks.parallel", "measured/parallel.md"),
+    Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),
+    Long("losses and weights against a plain loop", "python -m benchmarks.agreement", "agreement.md"),
+    Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Return the benchmarks that there are."""
+    there = (name for name in SOMETIMES if importlib.util.find_spec(f"benchmarks.{name}"))
+    return (*SHORT, *(name for name in there if hasattr(importlib.import_module(f"benchmarks.{name}"), "tables")))
+
+
+def run(name: str, quick: bool) -> list[Table]:
+    """Run a benchmark in a fresh process, which has no threads, settings or memory of another one."""
+    tables = importlib.import_module(f"benchmarks.{name}").tables
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found: list[Table] = pool.submit(tables, quick).result()
+    return found
+
+
+def title(name: str) -> str:
+    found: str = importlib.import_module(f"benchmarks.{name}").TITLE
+    return found
+
+
+def goals(found: Mapping[str, Sequence[Table]]) -> str:
+    """Return all bars and aims in one table, with what was measured beside them."""
+    rows = [
+        (f"{table.title}: {what}", *figures)
+        for tables in found.values()
+        for table in tables
+        for what, *figures in (goal.row() for goal in table.goals)
+    ]
+    return markdown(GOAL, rows) if rows else ""
+
+
+def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False, folder: Path | None = None) -> str:
+    """Return the page.
+
+    Args:
+        found: each benchmark's tables.
+        before: the machine, as it was before they ran.
+        quick: whether the figures are of few rounds.
+        folder: where the page will be; a picture that is there is shown.
+    """
+    how = "Made by `python -m benchmarks`, in one run. In brackets: least and most of the rounds."
+    parts = ["# Benchmarks", f"{before}\n{how}", *([QUICK] if quick else [])]
+    if summary := goals(found):
+        parts += ["## Bars and aims", "A bar must be passed, an aim is what we would like.", summary]
+    for name, tables in found.items():
+        parts.append(f"## {title(name)}")
+        if name == "overhead" and folder is not None and (folder / OVERHEAD).exists():
+            parts.append(f"![What each framework adds to a training step]({OVERHEAD})")
+        parts.append(sections(tables, 3))
+    if folder is not None and (folder / ACCURACY).exists():
+        parts += ["## Accuracy over time", f"![Test accuracy of two recipes over time]({ACCURACY})"]
+    rows = [(long.what, f"`{long.command}`", f"[{Path(long.table).stem}]({long.table})") for long in LONG]
+    parts += [
+        "## The long ones",
+        "They have commands and tables of their own.",
+        markdown(("", "command", "table"), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=names(), metavar="NAME", help=f"some of: {', '.join(names())}")
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
+    parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `pictures` beside it")
+    options = parser.parse_args()
+    before = circumstances()
+    found: dict[str, list[Table]] = {}
+    for name in options.only or names():
+        print(f"{name} …", flush=True)
+        found[name] = run(name, options.quick)
+    folder = options.out.parent if options.out is not None else None
+    if folder is not None and "overhead" in found:
+        pictures.draw_overhead(found["overhead"][0], folder / OVERHEAD)
+    page = text(found, before, options.quick, folder)
+    print(page)
+    if options.out is not None:
+        options.out.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

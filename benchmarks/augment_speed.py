@@ -1,0 +1,110 @@
+"""Images that are ready for the network, a second: gathered, flipped, cropped, normalised.
+
+    python -m benchmarks.augment_speed [--quick] [--out FILE]
+
+Ours works on whole batches in one process; torchvision's transforms work image by image, in a `DataLoader` of two
+worker processes. Both start from the same bytes in memory and end in float32 batches.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks import page
+from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
+from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
+from torchrelay.data.batches import Batches
+from torchrelay.data.sources import ArraySource
+from torchrelay.device import DeviceSettings, set_up
+
+TITLE = "Input work"
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+BATCH, WORKERS, PADDING = 256, 2, 4
+IMAGES, ROUNDS = 50_000, 5
+QUICK_IMAGES, QUICK_ROUNDS = 2_048, 1
+
+
+def images(count: int) -> Tensor:
+    """Return uint8 (count, 3, 32, 32) random images."""
+    return torch.empty(count, 3, 32, 32, dtype=torch.uint8).random_(generator=torch.Generator().manual_seed(0))
+
+
+class OneByOne(Dataset[tuple[Tensor, int]]):
+    """The images as torchvision's CIFAR10 gives them, to a transform: (height, width, channels) in memory."""
+
+    def __init__(self, found: Tensor) -> None:
+        from torchvision import transforms as T
+
+        self.images: npt.NDArray[np.uint8] = found.permute(0, 2, 3, 1).contiguous().numpy()
+        steps = [T.RandomCrop(32, padding=PADDING), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
+        self.transform = T.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), index % 10
+
+
+def ours(found: Tensor, device: str) -> Callable[[int], Iterable[Any]]:
+    """Return what yields an epoch's batches."""
+    transforms = (Flip(), PaddedCrop(padding=PADDING, mode="zeros"))
+    source = ArraySource(found, torch.arange(len(found)) % 10)
+    placed = set_up(DeviceSettings(name=device), exact=True)
+    return Batches(source, BATCH, placed, Pipeline(transforms, mean=MEAN, std=STD)).epoch
+
+
+def rate(epoch: Iterable[Any], count: int) -> float:
+    """Return the images a second of an epoch, the start of workers aside: from the first batch to the last."""
+    batches = iter(epoch)
+    next(batches)
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (count - BATCH) / (time.perf_counter() - began)
+
+
+def tables(quick: bool = False) -> list[Table]:
+    """Return the table; both take turns, an epoch each."""
+    count, rounds = (QUICK_IMAGES, QUICK_ROUNDS) if quick else (IMAGES, ROUNDS)
+    found = images(count)
+    loader = DataLoader(OneByOne(found), BATCH, shuffle=True, num_workers=WORKERS)
+    here, there = f"torchrelay, one process, {torch.get_num_threads()} threads", f"torchvision, {WORKERS} workers"
+    devices = {here: ours(found, "cpu")}
+    on_gpu = "torchrelay, on a GPU"
+    if torch.cuda.is_available():
+        devices[on_gpu] = ours(found, "cuda")
+    rates: dict[str, list[float]] = {name: [] for name in (there, *devices)}
+    for number in range(rounds):
+        rates[there].append(rate(loader, count))
+        for name, epoch in devices.items():
+            if number == 0:
+                rate(epoch(rounds), count)  # warm
+            rates[name].append(rate(epoch(number), count))
+    spreads = {name: Spread(tuple(values), 0) for name, values in rates.items()}
+    base = spreads[there].median
+    rows: list[Sequence[str | Spread]] = [
+        (name, spread, f"{spread.median / base:.1f}") for name, spread in spreads.items()
+    ]
+    if on_gpu not in spreads:
+        rows.append((on_gpu, NOT_MEASURED, ""))
+    times = spreads[here].median / base
+    goal = Goal("torchrelay's rate, of torchvision's", times, 10, 25, "{:.1f} times", more=True)
+    note = (
+        f"{count:,} images of 32x32 from memory in batches of {BATCH}: gathered in a random order, flipped, cropped "
+        f"after padding by {PADDING}, normalised. Medians of {rounds} epochs."
+    )
+    return [Table("Images a second", ("", "images a second", "of torchvision's"), rows, note, [goal])]
+
+
+if __name__ == "__main__":
+    page.main(__doc__ or "", TITLE, tables)

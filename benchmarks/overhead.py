@@ -1,0 +1,146 @@
+"""What a framework adds to a hand-written training step.
+
+    python -m benchmarks.overhead [--quick] [--out FILE]
+    pip install 'torchrelay[peers]'  # for the rows of the others
+
+The network is tiny, so that nearly all of a step is what surrounds the arithmetic: 64-64-64-10, batches of 32 made
+beforehand, SGD with momentum, the CPU, one thread. Each framework runs in a process of its own, where it takes turns
+with the hand-written loop, and what it adds is the difference between the two within a round.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from benchmarks import page, peers
+from benchmarks.page import NOT_MEASURED, Spread, Table
+from torchrelay import __version__
+
+TITLE = "What is added to a hand-written training step"
+STEPS, ROUNDS = 1000, 5
+QUICK_STEPS, QUICK_ROUNDS = 60, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loop, and the hand-written one that does the same work."""
+
+    name: str
+    loop: peers.Loop
+    beside: peers.Loop = peers.by_hand
+    module: str = ""  # what is imported for it
+    package: str = ""  # what is installed for it; "": torchrelay itself
+
+    @property
+    def version(self) -> str | None:
+        """The installed version; None: it isn't installed."""
+        if not self.package:
+            return __version__
+        return importlib.metadata.version(self.package) if importlib.util.find_spec(self.module) else None
+
+
+CASES = {
+    "torchrelay": Case("torchrelay, all off", peers.prepared),
+    "torchrelay-all": Case("torchrelay, a whole run", peers.torchrelay_with_all),
+    "torchrelay-arrays": Case("torchrelay, from arrays", peers.torchrelay_from_arrays, peers.by_hand_from_arrays),
+    "ignite": Case("pytorch-ignite", peers.ignite, module="ignite", package="pytorch-ignite"),
+    "skorch": Case("skorch", peers.skorch, module="skorch", package="skorch"),
+    "accelerate": Case("accelerate", peers.accelerate, module="accelerate", package="accelerate"),
+    "accelerate-loader": Case(
+        "accelerate, with its loader", peers.accelerate_with_loader, module="accelerate", package="accelerate"
+    ),
+    "lightning": Case("lightning", peers.lightning, module="lightning", package="lightning"),
+    "keras": Case("keras", peers.keras, module="keras", package="keras"),
+}
+
+NOTE = """\
+us a step, one thread; medians of {rounds} rounds of {steps:,} steps, least and most in brackets. "Added" is the
+difference to the hand-written loop of the same round in the same process: of the two median steps, and of the two mean
+steps, in which what happens only now and then has its part (TensorBoard each 50 steps, garbage collection). Start and
+end of a training don't count.
+
+- torchrelay, all off: no run folder, no bar, no metrics. What stays on is what its promises need: the generators are
+  seeded for each step, and a loss that isn't finite stops the run. It is fed by a `Batches` that returns what was made
+  beforehand.
+- torchrelay, a whole run: progress bar, accuracy, metrics.jsonl and TensorBoard each 50 steps, run folder,
+  checkpoints, a schedule by step.
+- torchrelay, from arrays: all off, but the order of the samples is computed and the samples are gathered, beside a
+  hand-written loop with `randperm` and `index_select`.
+- pytorch-ignite: an `Engine` around a step of one's own, no handlers. skorch: `callbacks="disable"`, no validation
+  split. accelerate: model and optimizer prepared; once more with a prepared `DataLoader`. lightning:
+  `Trainer(barebones=True)`, which has no logger, bar, checkpoints, sanity check or summary. keras: its torch backend,
+  its own layers, `verbose=0`. Batches go to each as an iterable, without a loader, where it takes one."""
+
+
+def tables(quick: bool = False) -> list[Table]:
+    """Return the table: a row for each framework, and what the hand-written loop takes beside it."""
+    steps, rounds = (QUICK_STEPS, QUICK_ROUNDS) if quick else (STEPS, ROUNDS)
+    rows: list[Sequence[str | Spread]] = []
+    for key, case in CASES.items():
+        if case.version is None:
+            rows.append((case.name, "not installed", "", "", ""))
+            continue
+        own, beside = run(key, steps, rounds)
+        added = [[a[kind] - b[kind] for a, b in zip(own, beside, strict=True)] for kind in ("median", "mean")]
+        took = [[one["median"] for one in each] for each in (own, beside)]
+        name = f"{case.name} ({case.version})" if case.package else case.name
+        rows.append((name, *(Spread(tuple(each)) for each in (*added, *reversed(took)))))
+    rows.append(("any of them on a GPU", NOT_MEASURED, "", "", ""))
+    heads = ("", "added, median step", "added, mean step", "the median step by hand", "the median step")
+    return [Table("Work added to a step", heads, rows, NOTE.format(rounds=rounds, steps=steps))]
+
+
+def run(key: str, steps: int, rounds: int) -> list[list[dict[str, float]]]:
+    """Measure a case in a process of its own; return, for it and for what it is beside, each round's us a step."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--case", key, "--steps", str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "--rounds", str(rounds)], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"error: the benchmark of {CASES[key].name} failed:\n{done.stderr}")
+    found: list[list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def side_by_side(case: Case, steps: int, rounds: int) -> list[list[dict[str, float]]]:
+    """Let a loop and the hand-written one take turns; a round before counts for nothing."""
+    torch.set_num_threads(1)
+    pairs = peers.made(steps)
+    loops = (case.loop, case.beside)
+    found: list[list[dict[str, float]]] = [[], []]
+    for number in range(rounds + 1):
+        for rounds_of, loop in zip(found, loops, strict=True):
+            torch.use_deterministic_algorithms(False)  # an exact run sets it, and a hand-written loop doesn't
+            gc.collect()
+            times = [seconds * 1e6 for seconds in loop(pairs).steps()]
+            if number:
+                rounds_of.append({"median": median(times), "mean": fmean(times)})
+    return found
+
+
+def main() -> None:
+    parser: Any = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--case", choices=CASES)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options, _ = parser.parse_known_args()
+    if options.case is None:
+        page.main(__doc__ or "", TITLE, tables)
+    else:
+        print("\n" + json.dumps(side_by_side(CASES[options.case], options.steps, options.rounds)))
+
+
+if __name__ == "__main__":
+    main()

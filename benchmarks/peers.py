@@ -1,0 +1,289 @@
+"""An epoch over the same batches: by hand, by torchrelay, and by each peer in the setting that costs it least.
+
+Each loop takes batches made beforehand and returns a clock that knows when each of them was asked for. A peer is
+imported in its own loop alone: it may not be installed.
+"""
+
+import io
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import torchrelay as tr
+from torchrelay.data.augment import Pipeline
+from torchrelay.data.batches import Batch, Batches
+from torchrelay.terminal import Terminal
+
+FEATURES, WIDTH, CLASSES, BATCH = 64, 64, 10, 32
+WARM = 20  # steps at the beginning that don't count
+Pairs = Sequence[tuple[Tensor, Tensor]]  # inputs (BATCH, FEATURES) float32, targets (BATCH,) int64
+
+
+class Clock:
+    """Batches, and when each was asked for: from one to the next is a step, whoever's loop it is."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
+        self.asked: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.asked.clear()
+        for batch in self.batches:
+            self.tick()
+            yield batch
+
+    def tick(self) -> None:
+        """Take the time."""
+        self.asked.append(time.perf_counter())
+
+    def steps(self) -> list[float]:
+        """Return the seconds of each step, without the first ones."""
+        return [float(seconds) for seconds in np.diff(self.asked)[WARM:]]
+
+
+def made(steps: int) -> Pairs:
+    """Return batches of random numbers."""
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(steps, BATCH, FEATURES, generator=random)
+    return list(zip(inputs, torch.randint(0, CLASSES, (steps, BATCH), generator=random), strict=True))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
+    return nn.Sequential(*layers)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+# ------------------------------------------------------------------------------------------------ by hand
+
+
+def by_hand(pairs: Pairs) -> Clock:
+    clock, model = Clock(pairs), network()
+    optimizer = sgd(model)
+    for inputs, targets in clock:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return clock
+
+
+def by_hand_from_arrays(pairs: Pairs) -> Clock:
+    clock, model, (inputs, targets) = Clock(pairs), network(), arrays(pairs)
+    optimizer = sgd(model)
+    for places in torch.split(torch.randperm(len(targets)), BATCH):
+        clock.tick()
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs.index_select(0, places)), targets.index_select(0, places))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return clock
+
+
+def arrays(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    inputs, targets = zip(*pairs, strict=True)
+    return torch.cat(inputs), torch.cat(targets)
+
+
+# ------------------------------------------------------------------------------------------------ torchrelay
+
+
+class CrossEntropy(tr.Task):
+    """The loss and no metrics, as the peers are set."""
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+class Prepared(Batches):
+    """Batches made beforehand, in the place of a source's."""
+
+    def __init__(self, clock: Clock, trainer: tr.Trainer) -> None:
+        super().__init__(trainer.batches.source, BATCH, trainer.device, Pipeline())
+        self.clock = clock
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - there is one, from its start
+        yield from self.clock
+
+
+class Ticks(tr.Callback):
+    """Takes the time after each step."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+        self.clock.tick()
+
+
+class Screen(io.StringIO):
+    """What takes itself for a terminal, so that the bar is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def trainer(pairs: Pairs, **settings: Any) -> tr.Trainer:
+    """Return a trainer for one epoch; without settings, with all off that can be off."""
+    off: dict[str, Any] = {"task": CrossEntropy(), "terminal": Terminal(quiet=True)}
+    optimizer = tr.optim.SGD(lr=0.01, momentum=0.9, weight_decay=0.0)  # as the others
+    plain: dict[str, Any] = {"epochs": 1, "batch_size": BATCH, "normalise": False, "device": "cpu"}
+    return tr.Trainer(network(), arrays(pairs), optimizer=optimizer, **plain | off | settings)
+
+
+def prepared(pairs: Pairs, **settings: Any) -> Clock:
+    """Train on batches made beforehand."""
+    made_of = trainer(pairs, **settings)
+    batches = [
+        Batch(inputs, targets, np.arange(place * BATCH, (place + 1) * BATCH), (BATCH,), size=BATCH)
+        for place, (inputs, targets) in enumerate(pairs)
+    ]
+    clock = Clock(batches)
+    made_of.batches = Prepared(clock, made_of)
+    made_of.fit()
+    return clock
+
+
+def torchrelay_with_all(pairs: Pairs) -> Clock:
+    """Train as a real run: bar, accuracy, metrics and TensorBoard each 50 steps, checkpoints, a schedule by step."""
+    os.environ["TERM"] = "xterm"
+    with tempfile.TemporaryDirectory() as folder:
+        on: dict[str, Any] = {"task": tr.Classification(), "terminal": Terminal(stream=Screen())}
+        return prepared(pairs, run=Path(folder) / "run", schedule=tr.optim.Cosine(), **on)
+
+
+def torchrelay_from_arrays(pairs: Pairs) -> Clock:
+    """Train from arrays: the order is computed, samples are gathered."""
+    clock = Clock(pairs)
+    trainer(pairs, callbacks=[Ticks(clock)]).fit()
+    return clock
+
+
+# ------------------------------------------------------------------------------------------------ peers
+
+
+def ignite(pairs: Pairs) -> Clock:
+    from ignite.engine import Engine
+
+    clock, model = Clock(pairs), network()
+    optimizer = sgd(model)
+
+    def step(_engine: Any, batch: tuple[Tensor, Tensor]) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    model.train()
+    Engine(step).run(clock, max_epochs=1)
+    return clock
+
+
+def skorch(pairs: Pairs) -> Clock:
+    import skorch
+
+    clock = Clock(pairs)
+    net = skorch.NeuralNet(
+        network(),
+        nn.CrossEntropyLoss,
+        optimizer=torch.optim.SGD,
+        lr=0.01,
+        optimizer__momentum=0.9,
+        max_epochs=1,
+        train_split=None,
+        callbacks="disable",
+        verbose=0,
+        iterator_train=lambda _dataset, **_settings: clock,
+    )
+    net.fit(np.zeros((1, FEATURES), np.float32), np.zeros(1, np.int64))  # the iterator gives the real ones
+    return clock
+
+
+def accelerate(pairs: Pairs) -> Clock:
+    """Prepare the model and the optimizer alone: batches made beforehand need no loader."""
+    return _accelerate(pairs, with_loader=False)
+
+
+def accelerate_with_loader(pairs: Pairs) -> Clock:
+    """Prepare the loader, too, as its guide does."""
+    return _accelerate(pairs, with_loader=True)
+
+
+def _accelerate(pairs: Pairs, with_loader: bool) -> Clock:
+    from accelerate import Accelerator
+
+    accelerator, clock = Accelerator(cpu=True), Clock(pairs)
+    model = network()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    loader = accelerator.prepare(DataLoader(pairs, batch_size=None)) if with_loader else pairs  # type: ignore[arg-type]
+    model.train()
+    for inputs, targets in loader:
+        clock.tick()
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(inputs), targets))
+        optimizer.step()
+    return clock
+
+
+def lightning(pairs: Pairs) -> Clock:
+    import lightning
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
+            return F.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(self.model)
+
+    clock = Clock(pairs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on workers of loaders, of which there are none
+        # `barebones` is its own mode for measuring overhead: no logger, bar, checkpoint, sanity check or summary.
+        lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, barebones=True).fit(Module(), clock)
+    return clock
+
+
+def keras(pairs: Pairs) -> Clock:
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            layers.Input((FEATURES,)),
+            layers.Dense(WIDTH, activation="relu"),
+            layers.Dense(WIDTH, activation="relu"),
+            layers.Dense(CLASSES),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    clock = Clock(pairs)
+    model.fit(iter(clock), steps_per_epoch=len(clock), epochs=1, verbose=0)
+    return clock
+
+
+Loop = Callable[[Pairs], Clock]
