@@ -231,3 +231,15 @@ def test_samples_are_sequences_where_a_task_counts_tokens(quiet):
     assert trainer.evaluate().samples == 6
     trainer.fit()
     assert trainer.last_evaluation.samples == 6
+
+
+def test_sums_on_the_cpu_keep_numbers_and_no_tensors():
+    """A small tensor kept from each step fragments the heap, which then grows by megabytes a step."""
+    sums = Sums()
+    for _ in range(3):
+        sums.add_loss(torch.tensor(0.5), torch.tensor(4.0))
+        sums.add_measures({"right": torch.tensor(3)}, torch.tensor(4))
+    kept = [each for pair in sums._losses for each in pair]
+    kept += [each for measures, count in sums._measures for each in (*measures.values(), count)]
+    assert not any(isinstance(each, torch.Tensor) for each in kept)
+    assert sums.means() == {"loss": 0.5, "right": 0.75}

@@ -114,7 +114,8 @@ class StepLog(Callback):
         """Note the loss, without reading it; each `log_every` steps, read and record."""
         if trainer.run is None:
             return
-        self._losses.append(loss)
+        # On the CPU as a number: small tensors that are kept fragment the heap.
+        self._losses.append(loss.item() if loss.device.type == "cpu" else loss)
         self._samples += batch.size
         if trainer.step % trainer.settings.log_every:
             return

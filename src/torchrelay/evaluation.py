@@ -57,8 +57,8 @@ class Sums:
 
     def __init__(self, world: World | None = None, each: int = 1) -> None:
         self._world, self._each = world, each
-        self._losses: list[tuple[Tensor, Tensor | float]] = []
-        self._measures: list[tuple[dict[str, Tensor], Tensor | int]] = []
+        self._losses: list[tuple[Tensor | float, Tensor | float]] = []
+        self._measures: list[tuple[dict[str, Tensor | float], Tensor | float]] = []
         self.loss = 0.0
         self.weight = 0.0
         self.measures: dict[str, float] = {}
@@ -66,13 +66,13 @@ class Sums:
 
     def add_loss(self, mean: Tensor, weight: Tensor | float) -> None:
         """Add a batch's mean loss, which counts by its weight."""
-        self._losses.append((mean, weight))
+        self._losses.append((_read(mean), _read(weight)))
         if len(self._losses) >= _WAITING:
             self.fetch()
 
     def add_measures(self, measures: dict[str, Tensor], count: Tensor | int) -> None:
         """Add summed measures of `count` things."""
-        self._measures.append((measures, count))
+        self._measures.append(({name: _read(value) for name, value in measures.items()}, _read(count)))
 
     def fetch(self) -> None:
         """Add up what waits, which waits for the device."""
@@ -120,23 +120,9 @@ class Sums:
         self.measures = dict(state["measures"])
 
 
-def with_flips(forward: Forward) -> Forward:
-    """Return a forward pass whose outputs are the mean of those for images and for their mirror images.
-
-    Raises:
-        UsageError: when it is called: the inputs are no images, or the model gives more than a tensor.
-    """
-
-    def both(images: Any) -> Tensor:
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise UsageError("run.test_flips mirrors images (batch, channels, height, width): leave it out for others")
-        outputs = forward(images), forward(images.flip(-1))
-        if not isinstance(outputs[0], Tensor):
-            raise UsageError("run.test_flips takes the mean of a model's outputs, which gives more than a tensor")
-        mean: Tensor = (outputs[0] + outputs[1]) / 2
-        return mean
-
-    return both
+        self._losses.append((_read(mean), _read(weight)))
+        if len(self._losses) >= _WAITING:
+            self.fetch()
 
 
 @torch.no_grad()
