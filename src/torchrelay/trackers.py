@@ -145,7 +145,10 @@ class TensorBoard:
         devices = [device] if device.type == "cuda" else []
         try:
             with self._tolerant(), torch.random.fork_rng(devices), _quiet_tracing():
-                self._pictures().add_graph(copy.deepcopy(model), (sample,))
+                # add_graph takes a traced model as it is; its own tracing goes through the model twice more, to check.
+                copied = copy.deepcopy(model).eval()
+                traced = torch.jit.trace(copied, (sample,), check_trace=False)  # type: ignore[no-untyped-call]
+                self._pictures().add_graph(traced, (sample,))
         except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its picture is worth no run
             self._say(f"TensorBoard shows no graph of the model, which can't be traced: {_first_line(error)}")
 
@@ -295,6 +298,7 @@ def _quiet_tracing() -> Iterator[None]:
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")
+        warnings.filterwarnings("ignore", message="The input to trace is already a ScriptModule")
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
