@@ -115,7 +115,7 @@ class StepLog(Callback):
         if trainer.run is None:
             return
         # On the CPU as a number: small tensors that are kept fragment the heap.
-        self._losses.append(loss.item() if loss.device.type == "cpu" else loss)
+        self._losses.append(loss.item() if loss.is_cpu else loss)
         self._samples += batch.size
         if trainer.step % trainer.settings.log_every:
             return
