@@ -22,23 +22,29 @@ def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Co
             added: fresh memory would take half as long again, since the system clears each page of it.
     """
     memory = {} if memory is None else memory
-    copy = _copied({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    copy = _placed({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "", pairs)
+    if pairs:
+        with torch.no_grad():  # all at once: one call for each would take as long as the copying of small tensors
+            torch._foreach_copy_([to for to, _ in pairs], [tensor for _, tensor in pairs], non_blocking=True)
     if any(tensor.is_cuda for tensor in contents.model.values()):
         torch.cuda.current_stream().synchronize()
     return replace(contents, model=copy["model"], state=copy["state"], ema=copy["ema"])
 
 
-def _copied(tree: Any, memory: dict[str, Tensor], path: str) -> Any:
+def _placed(tree: Any, memory: dict[str, Tensor], path: str, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return the tree with memory in place of its tensors; `pairs` gets each with the tensor that is to be copied."""
     if isinstance(tree, Tensor):
-        copy = memory.get(path)
-        if copy is None or copy.shape != tree.shape or copy.dtype != tree.dtype:
+        place = memory.get(path)
+        if place is None or place.shape != tree.shape or place.dtype != tree.dtype:
             # Laid out alike, which is copied fastest. Tied weights get tensors of their own, as safetensors asks for.
-            copy = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda)
-        return copy.copy_(tree.detach(), non_blocking=tree.is_cuda)
+            place = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda, requires_grad=False)
+        pairs.append((place, tree))
+        return place
     if isinstance(tree, dict):
-        return {key: _copied(value, memory, f"{path}.{key}") for key, value in tree.items()}
+        return {key: _placed(value, memory, f"{path}.{key}", pairs) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value, memory, f"{path}.{i}") for i, value in enumerate(tree))
+        return type(tree)(_placed(value, memory, f"{path}.{i}", pairs) for i, value in enumerate(tree))
     return tree
 
 
