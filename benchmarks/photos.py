@@ -1,0 +1,112 @@
+"""Photographs of 500x375, cut out at random to 224x224: images that are ready for the network, a second and core.
+
+    python -m benchmarks.photos [--quick] [--out FILE]
+
+The photographs are cut out of those that come with scikit-learn, turned, coloured and overlaid with shapes, all from a
+seed. torchvision decodes each in each epoch, in the workers of a `DataLoader`; torchrelay decodes the folder once, to
+squares of 256 pixels, and cuts out of these in later epochs.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks import page
+from benchmarks.augment_speed import MEAN, STD
+from benchmarks.page import Goal, Spread, Table
+from torchrelay.data import image_folder
+from torchrelay.data.augment import Flip, Pipeline, RandomResizedCrop
+from torchrelay.data.batches import Batches
+from torchrelay.device import DeviceSettings, set_up
+
+TITLE = "Large photographs"
+IMAGES, ROUNDS, BATCH, WORKERS, SIDE, CROP = 2_000, 5, 64, 2, 256, 224
+QUICK_IMAGES, QUICK_ROUNDS = 128, 1
+
+
+def make(folder: Path, count: int) -> None:
+    """Write JPEG files of two classes, an eighth of them as a test part."""
+    from sklearn.datasets import load_sample_images
+
+    scenes = [Image.fromarray(scene).resize((960, 640)) for scene in load_sample_images().images]
+    draw = np.random.default_rng(0)
+    for number in range(count + count // 8):
+        left, top = int(draw.integers(460)), int(draw.integers(265))
+        photo = scenes[number % 2].crop((left, top, left + 500, top + 375))
+        photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.integers(2) else photo
+        pixels = np.asarray(photo).astype(np.float32) * draw.uniform(0.6, 1.2, 3) + draw.normal(0, 4, (375, 500, 1))
+        y, x, side = draw.integers(300), draw.integers(400), draw.integers(20, 90)
+        pixels[y : y + side, x : x + side] = draw.uniform(0, 255, 3)
+        place = folder / ("train" if number < count else "test") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number:05}.jpg", quality=90)
+
+
+def seconds(epoch: Iterable[Any]) -> float:
+    """Return how long an epoch's batches take, the start of workers included."""
+    began = time.perf_counter()
+    for _ in epoch:
+        pass
+    return time.perf_counter() - began
+
+
+def loader(folder: Path) -> DataLoader[Any]:
+    """Return torchvision's way."""
+    from torchvision import datasets
+    from torchvision import transforms as T
+
+    steps = [T.RandomResizedCrop(CROP), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD)]
+    found = datasets.ImageFolder(str(folder / "train"), T.Compose(steps))
+    return DataLoader(found, BATCH, shuffle=True, num_workers=WORKERS)
+
+
+def ours(folder: Path, cache: Path) -> Batches:
+    """Return torchrelay's way; decodes the folder if there is no cache of it."""
+    train, _ = image_folder(folder, size=SIDE, cache_dir=cache, log=lambda _: None)
+    pipeline = Pipeline((RandomResizedCrop(size=CROP), Flip()), mean=MEAN, std=STD)
+    return Batches(train, BATCH, set_up(DeviceSettings(name="cpu"), exact=True), pipeline)
+
+
+def tables(quick: bool = False) -> list[Table]:
+    """Return the table; all take turns."""
+    count, rounds = (QUICK_IMAGES, QUICK_ROUNDS) if quick else (IMAGES, ROUNDS)
+    names = (f"torchvision, {WORKERS} workers", "torchrelay, first epoch", "torchrelay, later epochs")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as made:
+        folder, cache = Path(made) / "photographs", Path(made) / "cache"
+        make(folder, count)
+        there = loader(folder)
+        for number in range(rounds):
+            times[names[0]].append(seconds(there))
+            shutil.rmtree(cache, ignore_errors=True)
+            began = time.perf_counter()
+            batches = ours(folder, cache)
+            decoding = (time.perf_counter() - began) * 8 / 9  # without the test part's share
+            times[names[1]].append(decoding + seconds(batches.epoch(number)))
+            times[names[2]].append(seconds(batches.epoch(number + rounds)))
+    cores = len(os.sched_getaffinity(0))
+    rates = {name: Spread(tuple(count / t / cores for t in taken), 0) for name, taken in times.items()}
+    base = rates[names[0]].median
+    goals = [
+        Goal(f"{name}: rate a core, of torchvision's", rates[name].median / base, 1.5, 3, "{:.1f} times", more=True)
+        for name in names[1:]
+    ]
+    note = (
+        f"{count:,} JPEG files of 500x375, cut out at random to {CROP}x{CROP}, flipped, normalised; {cores} cores. "
+        f"torchrelay cuts out of the middle squares of {SIDE}x{SIDE}, "
+        f"{3 * SIDE**2 / 1e6:.1f} MB each on the disk. Medians of {rounds} rounds."
+    )
+    rows = [(name, rate, f"{rate.median / base:.1f}") for name, rate in rates.items()]
+    return [Table("Images a second and core", ("", "images a second", "of torchvision's"), rows, note, goals)]
+
+
+if __name__ == "__main__":
+    page.main(__doc__ or "", TITLE, tables)
