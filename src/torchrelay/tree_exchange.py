@@ -9,6 +9,7 @@ several hosts, this is done inside each host first, and then between hosts with 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torchrelay.parallel import GradientTree, add_neighbours
 from torchrelay.world import ManyProcesses
 
 _BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20  # bytes, as DistributedDataParallel has them: the first one leaves early
+
+_PATIENCE = timedelta(minutes=10)
 
 Levels = list[tuple[Any, int]]  # groups of processes and their sizes, from inside a host outwards
 
@@ -98,7 +101,7 @@ class TreeExchange(Exchange):
             last.tail[: len(tail)] = tail
         else:
             tail = nn.functional.pad(tail, (0, -len(tail) % self.world.size))
-            self._sums.append(self._beside.run(lambda: add(tail, self._levels)))
+            self._sums.append(self._beside.run(lambda: add(tail, self._levels, patience=self._several.patience)))
         self._leave(last.flat)
         self._tree = None
         with self._several.named("added gradients"):
@@ -124,7 +127,8 @@ class TreeExchange(Exchange):
 
     def _leave(self, flat: Tensor) -> None:
         """Begin to add a vector over the processes."""
-        self._sums.append(self._beside.run(lambda: add(flat, self._levels, self._scratch[flat.dtype])))
+        scratch, patience = self._scratch[flat.dtype], self._several.patience
+        self._sums.append(self._beside.run(lambda: add(flat, self._levels, scratch, patience)))
 
     def _take(self, bucket: Bucket) -> None:
         """Move this process's sum of a bucket's gradients to where it travels."""
@@ -184,13 +188,14 @@ class TreeExchange(Exchange):
             start += buffer.nbytes
 
 
-def add(flat: Tensor, groups: Levels, scratch: Tensor | None = None) -> Tensor:
+def add(flat: Tensor, groups: Levels, scratch: Tensor | None = None, patience: timedelta = _PATIENCE) -> Tensor:
     """Add a vector over all processes in the fixed tree.
 
     Args:
         flat: (elements,) of this process; a multiple of the number of processes. It is overwritten.
         groups: inside this host first, and then with the same chunks of other hosts; or all processes at once.
         scratch: (at least twice as many elements,) memory to receive in; unset: it is made.
+        patience: how long to wait for another process's chunk.
 
     Returns:
         (elements,) the sum, the same in all processes.
@@ -201,12 +206,12 @@ def add(flat: Tensor, groups: Levels, scratch: Tensor | None = None) -> Tensor:
     scratch = flat.new_empty(2 * len(flat)) if scratch is None else scratch
     received = scratch[: len(flat)]
     dist.all_to_all_single(received, flat, group=group)
-    chunk = add(add_neighbours(received.view(size, -1).unbind()), outer, scratch[len(flat) :])
-    _hand_round(flat, chunk, group)
+    chunk = add(add_neighbours(received.view(size, -1).unbind()), outer, scratch[len(flat) :], patience)
+    _hand_round(flat, chunk, group, patience)
     return flat
 
 
-def _hand_round(flat: Tensor, chunk: Tensor, group: Any) -> None:
+def _hand_round(flat: Tensor, chunk: Tensor, group: Any, patience: timedelta) -> None:
     """Put every process's chunk together."""
     if dist.get_backend(group) != "gloo":
         dist.all_gather_into_tensor(flat, chunk, group=group)
@@ -218,7 +223,7 @@ def _hand_round(flat: Tensor, chunk: Tensor, group: Any) -> None:
     works += [dist.isend(chunk, group=group, group_dst=place) for place in others]
     parts[rank].copy_(chunk)
     for work in filter(None, works):
-        work.wait()
+        work.wait(patience)  # without it, as long as was allowed when the group was made
 
 
 def levels(world: ManyProcesses, on_host: int) -> Levels:

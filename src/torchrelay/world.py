@@ -87,6 +87,7 @@ class ManyProcesses(World):
     """Several processes, joined by torch.distributed.
 
     Attributes:
+        patience: how long one waits for a message of another.
         lost: whether another process was lost, or didn't come in time: then nobody waits for it any more.
     """
 
@@ -94,7 +95,7 @@ class ManyProcesses(World):
         super().__init__(rank, size, device)
         self.lost = False
         self._timeout = timeout
-        self._patience = first_patience(timeout)
+        self.patience = first_patience(timeout)
         self._groups: list[Any] = [dist.group.WORLD]
         self._agreed = 0  # how often
         self._host = self.new_group("gloo")  # of tensors in the host's memory
@@ -112,15 +113,15 @@ class ManyProcesses(World):
 
     def new_group(self, backend: str | None = None, ranks: Sequence[int] | None = None) -> Any:
         """Return a group of some or all processes, in which messages don't wait for those of other groups."""
-        group = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=self._patience)
+        group = dist.new_group(None if ranks is None else list(ranks), backend=backend, timeout=self.patience)
         self._groups += [] if group is dist.GroupMember.NON_GROUP_MEMBER else [group]
         return group
 
     def _hasten(self) -> None:
         """Wait less from now on: what a first step takes long for, such as compiling, is done."""
-        self._patience = timedelta(seconds=self._timeout)
+        self.patience = timedelta(seconds=self._timeout)
         for group in self._groups:
-            _set_timeout(self._patience, group)
+            _set_timeout(self.patience, group)
 
     def _group(self, tensor: Tensor) -> Any:
         return self._host if tensor.device.type == "cpu" else dist.group.WORLD
@@ -146,7 +147,7 @@ class ManyProcesses(World):
 
     def _who_is_late(self, what: str) -> str:
         """Say which process didn't come: the one that doesn't say so itself within a while."""
-        waited = f"process {self.rank} of {self.size} {what} and waited {self._patience.total_seconds():g} s"
+        waited = f"process {self.rank} of {self.size} {what} and waited {self.patience.total_seconds():g} s"
         others = self._silent_ones(what)
         if others is None:
             return (
@@ -232,7 +233,7 @@ class ManyProcesses(World):
 
     def _end(self, work: Any) -> None:
         """Wait for a message; gloo's own patience with these is that of its beginning."""
-        work.wait(self._patience)
+        work.wait(self.patience)
 
     def agree(self, flags: int) -> int:
         """Hand in bits, and return those of all processes at the call before; nobody waits for an answer at once."""
