@@ -64,16 +64,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="where to write the table")
     options = parser.parse_args()
-    rates, runs = [reference_rate()], []
+    rates, runs, text = [reference_rate()], [], ""
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             runs.append(fast(options.root.resolve(), seed, Path(folder)))
         print(f"seed {seed}: {runs[-1][1]:.2f}% after {runs[-1][0]:.0f} s", flush=True)
         rates.append(reference_rate())
-    text = table(rates, runs)
+        text = table(rates, runs)
+        if options.out is not None:  # after each, as all of them take long
+            options.out.write_text(text)
     print(text)
-    if options.out is not None:
-        options.out.write_text(text)
 
 
 def table(rates: list[float], runs: list[tuple[float, float]]) -> str:
