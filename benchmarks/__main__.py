@@ -37,6 +37,7 @@ LONG = (
     Long("several processes beside DistributedDataParallel", "python -m benchmarks.parallel", "measured/parallel.md"),
     Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),
     Long("losses and weights against a plain loop", "python -m benchmarks.agreement", "agreement.md"),
+    Long("the time to the reference's accuracy", "python -m benchmarks.accuracy", "measured/accuracy.md"),
     Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
 )
 
