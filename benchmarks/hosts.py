@@ -52,7 +52,9 @@ class Host:
         self.started.append(process)
         return process
 
-    def torchrun(self, *command: object, log: Path, nodes: str, meeting: str) -> "subprocess.Popen[str]":
+    def torchrun(
+        self, *command: object, log: Path, nodes: str, meeting: str, **environment: str
+    ) -> "subprocess.Popen[str]":
         """Start torchrun with a process of torchrelay, which meets the others at an address."""
         run = [
             sys.executable,
@@ -63,7 +65,7 @@ class Host:
             "--",
             "torchrelay",
         ]
-        return self.start(*run, *command, log=log)
+        return self.start(*run, *command, log=log, **environment)
 
     def rendezvous(self, nodes: str, meeting: str) -> list[str]:
         """Return the options of torchrun by which a process of each host meets the others."""
