@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.heap import keep_freed_memory
 from torchrelay.settings import Settings
 
 _AS_IT_IS = nullcontext()
@@ -137,6 +138,8 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
         raise UsageError("device.precision 'fp16' isn't for the CPU: use 'bf16' or 'float32'")
     if exact and settings.benchmark:
         raise UsageError("device.benchmark gives other bits each time: leave it off, or --set run.exact=false")
+    if device.type == "cpu":
+        keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
