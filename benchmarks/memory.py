@@ -43,7 +43,7 @@ def network(channels: int) -> nn.Module:
     return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-def by_hand(name: str, steps: int, count: Callable[[Tensor, Tensor], None] | None = None) -> None:
+def by_hand(name: str, steps: int) -> None:
     """Train for some steps and test, as one writes it for images in memory."""
     (images, targets), (test_images, test_targets) = samples(name, test=False), samples(name, test=True)
     model = network(images.shape[1])
@@ -61,15 +61,6 @@ def by_hand(name: str, steps: int, count: Callable[[Tensor, Tensor], None] | Non
         for part, truth in zip(torch.split(test_images, BATCH), torch.split(test_targets, BATCH), strict=True):
             found = model((part.float() - mean) / std).argmax(1)
             right += int((found == truth).sum())
-            if count is not None:
-                count(found, truth)
-
-
-def by_hand_with_torchmetrics(name: str, steps: int) -> None:
-    """Do the same, and count each class's accuracy with the library that torchrelay counts it with."""
-    from torchmetrics.classification import MulticlassAccuracy
-
-    by_hand(name, steps, MulticlassAccuracy(10, average="none").update)
 
 
 def by_torchrelay(name: str, steps: int, folder: str | None = None) -> None:
@@ -99,7 +90,6 @@ def with_run_folder(name: str, steps: int) -> None:
 
 CASES: dict[str, Callable[[str, int], None]] = {
     "by hand": by_hand,
-    "by hand, tested with torchmetrics": by_hand_with_torchmetrics,
     "torchrelay": by_torchrelay,
     "torchrelay, with a run folder": with_run_folder,
 }

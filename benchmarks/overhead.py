@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import page, peers
-from benchmarks.page import NOT_MEASURED, Spread, Table
+from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay import __version__
 
 TITLE = "What is added to a hand-written training step"
@@ -64,6 +64,8 @@ CASES = {
     "keras": Case("keras", peers.keras, module="keras", package="keras"),
 }
 
+GOALS = {"torchrelay": (20.0, 8.0), "torchrelay-all": (44.0, 25.0)}  # bar and aim, us a median step
+
 NOTE = """\
 us a step, one thread; medians of {rounds} rounds of {steps:,} steps, least and most in brackets. "Added" is the
 difference to the hand-written loop of the same round in the same process: of the two median steps, and of the two mean
@@ -87,6 +89,7 @@ def tables(quick: bool = False) -> list[Table]:
     """Return the table: a row for each framework, and what the hand-written loop takes beside it."""
     steps, rounds = (QUICK_STEPS, QUICK_ROUNDS) if quick else (STEPS, ROUNDS)
     rows: list[Sequence[str | Spread]] = []
+    goals: list[Goal] = []
     for key, case in CASES.items():
         if case.version is None:
             rows.append((case.name, "not installed", "", "", ""))
@@ -96,9 +99,11 @@ def tables(quick: bool = False) -> list[Table]:
         took = [[one["median"] for one in each] for each in (own, beside)]
         name = f"{case.name} ({case.version})" if case.package else case.name
         rows.append((name, *(Spread(tuple(each)) for each in (*added, *reversed(took)))))
+        if key in GOALS:
+            goals.append(Goal(case.name, median(added[0]), *GOALS[key], "{:+.0f} us"))
     rows.append(("any of them on a GPU", NOT_MEASURED, "", "", ""))
     heads = ("", "added, median step", "added, mean step", "the median step by hand", "the median step")
-    return [Table("Work added to a step", heads, rows, NOTE.format(rounds=rounds, steps=steps))]
+    return [Table("Work added to a step", heads, rows, NOTE.format(rounds=rounds, steps=steps), goals)]
 
 
 def run(key: str, steps: int, rounds: int) -> list[list[dict[str, float]]]:

@@ -18,7 +18,17 @@ SOURCE = ROOT / "src"
 
 # A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours.
 LAYERS = (
-    ("errors", "settings", "heap", "rng", "terminal", "trackers", "slurm", "meeting"),  # know nothing of each other
+    (
+        "errors",
+        "settings",
+        "heap",
+        "counts",
+        "rng",
+        "terminal",
+        "trackers",
+        "slurm",
+        "meeting",
+    ),  # know nothing of each other
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
     ("checkpoint", "data", "optim", "task", "exchange", "unsharded", "shardable", "reports", "beside"),
     ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "tree_exchange", "stock_exchange", "launch"),

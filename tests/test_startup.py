@@ -36,6 +36,13 @@ def test_the_trainer_loads_no_library_that_it_may_not_need():
     assert loaded & set(OPTIONAL) == set()
 
 
+def test_training_a_classifier_loads_no_torchmetrics():
+    training = (
+        "data = torch.randn(9, 3), torch.arange(9) % 2; tr.Trainer(torch.nn.Linear(3, 2), data, data, epochs=1).fit()"
+    )
+    assert "torchmetrics" not in loaded_by(f"import torch, torchrelay as tr\n{training}")
+
+
 def test_each_public_name_is_there():
     import torchrelay as tr
 

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from torchrelay.counts import Count
 from torchrelay.data.batches import Batch, Batches
 from torchrelay.device import Device
 from torchrelay.errors import UsageError
@@ -123,8 +124,7 @@ class Sums:
 def _read(value: Tensor | float) -> Tensor | float:
     """Return a tensor on the CPU as a number, anything else as it is.
 
-    A small tensor that is kept from each step lies in the way of the next steps' large ones: the heap grows by some
-    megabytes a step until the epoch ends.
+    A small tensor that is kept from each step lies in the way of the next steps' large ones: the heap grows and grows.
     """
     return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
@@ -178,9 +178,9 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums, samples = Sums(), 0
-    metrics = {name: metric.to(device.device) for name, metric in task.metrics().items()}
+    metrics: dict[str, Any] = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for metric in metrics.values():
-        metric.distributed_available_fn = lambda: False  # it would wait for the others, who have none
+        metric.distributed_available_fn = lambda: False  # one of torchmetrics would wait for the others, who have none
 
     def compute(batch: Batch) -> tuple[Any, ...]:
         try:
@@ -199,7 +199,7 @@ def evaluate(
         if metrics:
             predictions = task.predict(outputs)
             for metric in metrics.values():
-                metric.update(predictions, _as_targets(targets, predictions))
+                metric.update(predictions, _as_targets(targets, predictions, metric))
     model.train(was_training)
     if not world.main:
         return _from_main(world)
@@ -252,9 +252,10 @@ def _from_main(world: World) -> Evaluation:
     return Evaluation(**facts, confusion=None if confusion is None else torch.tensor(confusion))
 
 
-def _as_targets(targets: Tensor, predictions: Tensor) -> Tensor:
-    """Return 0/1 targets as torchmetrics wants them: integers where the targets are labels of (batch, labels)."""
-    return targets.long() if targets.is_floating_point() and targets.shape == predictions.shape else targets
+def _as_targets(targets: Tensor, predictions: Tensor, metric: Any) -> Tensor:
+    """Return 0/1 targets of (batch, labels) as integers, which torchmetrics wants."""
+    wanted = targets.is_floating_point() and targets.shape == predictions.shape and not isinstance(metric, Count)
+    return targets.long() if wanted else targets
 
 
 def _result(sums: Sums, samples: int, computed: dict[str, Tensor]) -> Evaluation:

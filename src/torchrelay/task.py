@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrelay.counts import AccuracyByClass, ConfusionMatrix, TopAccuracy
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.faults import REFUSALS, TargetError, out_of_range, refused_classes, wrong_label
 from torchrelay.settings import Settings
@@ -76,7 +77,10 @@ class Task(ABC):
         return len(targets)
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return fresh torchmetrics for an evaluation, by name; each is updated with (predictions, targets)."""
+        """Return fresh metrics for an evaluation, by name: of torchmetrics, or `Count`s of your own.
+
+        Each is updated with (predictions, targets).
+        """
         return {}
 
     def predict(self, outputs: Any) -> Any:
@@ -195,20 +199,13 @@ class Classification(Task):
 
     def metrics(self) -> Mapping[str, Any]:
         """Return top-5 accuracy (from six classes on), accuracy by class and the confusion matrix."""
-        from torchmetrics.classification import (
-            MulticlassAccuracy,
-            MulticlassConfusionMatrix,
-        )
-
         if self.classes is None or self.classes < 2:
             return {}
-        shown = {
-            "accuracy_by_class": MulticlassAccuracy(self.classes, average="none"),
-            "confusion_matrix": MulticlassConfusionMatrix(self.classes),
+        by_class = {
+            "accuracy_by_class": AccuracyByClass(self.classes),
+            "confusion_matrix": ConfusionMatrix(self.classes),
         }
-        if self.classes > 5:
-            shown["top5_accuracy"] = MulticlassAccuracy(self.classes, average="micro", top_k=5)
-        return shown
+        return by_class | ({"top5_accuracy": TopAccuracy(5)} if self.classes > 5 else {})
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, classes) probabilities."""

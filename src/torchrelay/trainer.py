@@ -36,7 +36,7 @@ from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Forward, Sums, evaluate, predict, with_flips
 from torchrelay.faults import explain
 from torchrelay.models import EMA
-from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
+from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings, forget_gradients
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, replicas_of
 from torchrelay.run import Run, RunSettings, SaveTimes, Stopwatch
 from torchrelay.session import recovery, session
@@ -130,7 +130,6 @@ class Trainer:
         self.folder = Path(run) if run is not None else None
         self.run: Run | None = None
         self.notes: list[str] = []  # what was said before there was a run, for its log
-        seed = self.settings.seed
 
         # 4. The device comes before the data, which is augmented there
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
@@ -157,7 +156,7 @@ class Trainer:
                 batch_size,
                 self.device,
                 self.pipeline,
-                seed=seed,
+                seed=self.settings.seed,
                 train=training,
                 sampling=sampling if training else "sequential",
                 replicas=self.replicas if training else 1,
@@ -200,6 +199,7 @@ class Trainer:
         self.task = task or Classification()
         if getattr(self.task, "classes", 0) is None and self.classes:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
+        self._measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
         for part in (self.batches, *self.evaluated.values()):
             part.check_targets(self.task.check)
 
@@ -277,7 +277,7 @@ class Trainer:
         self._guard.watch(self.step + 1, loss, self._clip())
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
-        self.optimizer.zero_grad()
+        forget_gradients(self.optimizer)
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.step += 1
@@ -311,7 +311,7 @@ class Trainer:
 
     def _nothing(self) -> Tensor:
         """Return the loss of a replica without samples."""
-        if self.settings.train_metrics:
+        if self._measures:
             self.sums.add_measures({}, 0)
         return torch.zeros((), device=self.device.device)
 
@@ -344,7 +344,7 @@ class Trainer:
             loss = self.task.loss(outputs, targets)
         # Backward from the sum with the mean's gradient: a division less to record and to go back through.
         loss.backward(self.scaler.scale(gradient_of_mean(loss, total)))  # type: ignore[no-untyped-call]
-        if self.settings.train_metrics:
+        if self._measures:
             with torch.no_grad():
                 self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
         return loss.detach() / total

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 from torch import nn
+from torch.optim import Optimizer
 
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
@@ -106,3 +107,10 @@ def _with_exceptions(options: Options, group: Group | None) -> Options:
     lr = options["lr"] * (1.0 if group.lr_scale is None else group.lr_scale) if group.lr is None else group.lr
     decay = options["weight_decay"] if group.weight_decay is None else group.weight_decay
     return {**options, "lr": lr, "weight_decay": decay}
+
+
+def forget_gradients(optimizer: Optimizer) -> None:
+    """Do what the optimizer's `zero_grad` does, without its bookkeeping for the profiler: some 10 us less a step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
