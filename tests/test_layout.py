@@ -16,23 +16,14 @@ import torchrelay as tr
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src"
 
-# A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours.
+# A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours; those of one
+# line know nothing of each other.
 LAYERS = (
-    (
-        "errors",
-        "settings",
-        "heap",
-        "counts",
-        "rng",
-        "terminal",
-        "trackers",
-        "slurm",
-        "meeting",
-    ),  # know nothing of each other
+    ("errors", "settings", "heap", "counts", "rng", "terminal", "trackers", "slurm", "meeting"),
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
     ("checkpoint", "data", "optim", "task", "exchange", "unsharded", "shardable", "reports", "beside"),
     ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "tree_exchange", "stock_exchange", "launch"),
-    ("run", "sharing"),
+    ("run", "sharing", "graph"),
     ("session", "recipe"),
     ("trainer",),  # joins all seven steps
     ("profiling",),
@@ -54,17 +45,18 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 670,
+    "trainer": 675,
     "report": 450,
     "checkpoint": 430,
     "data.folder": 400,
     "task": 370,
     "terminal": 340,
+    "optim.optimizers": 310,
     "trackers": 320,
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.
-FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 135}
+FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 136}
 
 
 def modules() -> dict[str, Path]:

@@ -85,6 +85,21 @@ def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, caps
     assert "channels_last = true" in [line.strip() for line in lines]
 
 
+def test_the_lines_to_keep_stand_under_their_sections(capsys):
+    kept = ("device.threads = 2", "optimizer.fused = true", "device.channels_last = true")
+    tuning.show([tuning.Trial("as it stands", 1.0, 8, kept=True), *(tuning.Trial(s, 1.0, 8, kept=True) for s in kept)])
+    lines = "[device]\nthreads = 2\nchannels_last = true\n[optimizer]\nfused = true\n"
+    assert capsys.readouterr().out.endswith(lines)
+
+
+def test_a_fused_optimizer_is_offered_where_there_is_one():
+    offered = {
+        name: ("optimizer", "fused", True) in list(tuning._settings(recipe.load("digits", [f"optimizer.name={name}"])))
+        for name in ("sgd", "adamw", "muon")
+    }
+    assert offered == {"sgd": True, "adamw": True, "muon": False}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_offered_its_own_settings():
     names = {name for _, name, _ in tuning._settings(recipe.load("digits"))}

@@ -122,7 +122,7 @@ class StepLog(Callback):
         now = time.perf_counter()
         values = {
             "loss": math.fsum(map(float, self._losses)) / len(self._losses),
-            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "samples_per_second": round(self._samples / (now - self._since), 1),
         }
         self.last = values["loss"]

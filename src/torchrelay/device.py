@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class DeviceSettings(Settings):
     """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16."""
     compile: bool = False
     """Compile the model with torch.compile: slower to start, faster steps on a GPU."""
+    graph: bool = False
+    """Record a training step as a CUDA graph and replay it: small networks no longer wait for Python."""
     tf32: bool = False
     """Let a CUDA device round float32 products to 10 bits of mantissa: faster, less exact."""
     benchmark: bool = False
@@ -148,9 +151,17 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
     if exact and device.type == "cuda":
         # cuBLAS reads this when its first handle is made; without it PyTorch refuses its deterministic mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(exact)
+    _allow_only_deterministic(exact, settings.compile)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no bug of ours and costs memory traffic
     return Device(device, settings)
+
+
+def _allow_only_deterministic(exact: bool, compiles: bool) -> None:
+    """Set PyTorch's switch, without importing its compiler for it: half a second, where nothing is compiled."""
+    if compiles or "torch._inductor" in sys.modules or not hasattr(torch._C, "_set_deterministic_algorithms"):
+        torch.use_deterministic_algorithms(exact)
+    else:
+        torch._C._set_deterministic_algorithms(exact)
 
 
 def _choose(name: str) -> str:

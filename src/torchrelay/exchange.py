@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -80,8 +81,19 @@ class Exchange:
     def load(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
         """Load a state of a checkpoint into a model, its optimizer or its moving average."""
         target.load_state_dict(state)
+        if isinstance(target, Optimizer):
+            _lay_out(target)
 
     def add(self, loss: Tensor) -> Tensor:
         """Return the sum of the processes' losses; give all of them the first one's buffers."""
         self.world.broadcast(self.buffers)
         return add_neighbours(self.world.gather(loss).clone().unbind())
+
+
+@torch.no_grad()
+def _lay_out(optimizer: Optimizer) -> None:
+    """Give each state its parameter's memory layout: a checkpoint doesn't keep it, a fused optimizer relies on it."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -131,6 +131,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     """
     if trainer.folder is not None or trainer.world.size > 1:
         raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
+    trainer.graph = None  # a replayed step has no parts: what is timed is the step that it was recorded from
     clock = Clock(trainer.device.device)
     _watch(trainer, clock)
     trainer.model.train()

@@ -35,8 +35,10 @@ from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.evaluation import Evaluation, Forward, Sums, evaluate, predict, with_flips
 from torchrelay.faults import explain
+from torchrelay.graph import graphed, set_rate
 from torchrelay.models import EMA
-from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings, forget_gradients
+from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
+from torchrelay.optim.groups import forget_gradients
 from torchrelay.parallel import Buffers, GradientTree, ParallelSettings, replicas_of
 from torchrelay.run import Run, RunSettings, SaveTimes, Stopwatch
 from torchrelay.session import recovery, session
@@ -194,12 +196,13 @@ class Trainer:
         self.total_steps = self.settings.epochs * len(self.batches)
         self.schedule: Schedule = (schedule or Constant()).bind(len(self.batches), self.total_steps)
         self.scaler = self.device.scaler()
+        self.graph = graphed(self.device, self.optimizer, self.replicas, self.world.size)
 
         # 6. Loss
         self.task = task or Classification()
         if getattr(self.task, "classes", 0) is None and self.classes:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
-        self._measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
+        self.measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
         for part in (self.batches, *self.evaluated.values()):
             part.check_targets(self.task.check)
 
@@ -222,7 +225,7 @@ class Trainer:
         self.stopwatch = Stopwatch()
         self.callbacks = [self.step_log, Pictures(), *callbacks]
         self._buffers = Buffers(self.model)
-        self._guard = LossGuard(self.settings.spike_threshold)
+        self.guard = LossGuard(self.settings.spike_threshold)
         self.skipped: dict[int, list[int]] = {}  # steps left out for their loss, counted from 1, and their samples
         self.signal = StopSignal()
         self.stop_reason: str | None = None
@@ -268,13 +271,15 @@ class Trainer:
             The mean loss over the batch, without dimensions, on the device: reading its value waits for the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.at(self.step, group["initial_lr"])
+            set_rate(group, self.schedule.at(self.step, group["initial_lr"]))
+        if self.graph is not None:  # what follows, recorded and replayed
+            return self.graph.train_step(self, batch)
         try:
             loss = self.backward(batch)
         except Exception as error:
             explain(error, batch, self.model)  # raises what names the sample, if one is to blame
             raise
-        self._guard.watch(self.step + 1, loss, self._clip())
+        self.guard.watch(self.step + 1, loss, self.clip())
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
         forget_gradients(self.optimizer)
@@ -311,7 +316,7 @@ class Trainer:
 
     def _nothing(self) -> Tensor:
         """Return the loss of a replica without samples."""
-        if self._measures:
+        if self.measures:
             self.sums.add_measures({}, 0)
         return torch.zeros((), device=self.device.device)
 
@@ -344,12 +349,12 @@ class Trainer:
             loss = self.task.loss(outputs, targets)
         # Backward from the sum with the mean's gradient: a division less to record and to go back through.
         loss.backward(self.scaler.scale(gradient_of_mean(loss, total)))  # type: ignore[no-untyped-call]
-        if self._measures:
+        if self.measures:
             with torch.no_grad():
                 self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
         return loss.detach() / total
 
-    def _clip(self) -> Tensor | None:
+    def clip(self) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
         watched = self.settings.on_spike == "rollback" and not self.scaler.is_enabled()  # which overflows on purpose
         if self.clip_norm is None:
@@ -375,7 +380,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_step(self, batch, loss)
         if self.step % self.settings.log_every == 0:
-            self._guard.read()
+            self.guard.read()
         self._stop_at_limit()
         self.stopwatch.samples += batch.size
         self.samples_seen += batch.size
@@ -424,11 +429,11 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Evaluate where it is time to, keep the best, tell people, save."""
-        self._guard.read()
+        self.guard.read()
         epoch = self.epochs_done + 1
         last = epoch == self.settings.epochs or self.stop_reason is not None
         train, clock = self.sums.means(), self.stopwatch.lap()
-        self.record_line("train", {**train, "lr": self.optimizer.param_groups[0]["lr"], **clock})
+        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **clock})
         found: dict[str, dict[str, float]] = {}
         if last or epoch % self.settings.evaluate_every == 0:
             found = {split: self._evaluate_and_record(split) for split in self.evaluated}
@@ -541,7 +546,7 @@ class Trainer:
             "epochs_done": self.epochs_done,
             "best": None if self.best is None else asdict(self.best),
             "sums": self.sums.state_dict(),
-            "guard": self._guard.state_dict(),
+            "guard": self.guard.state_dict(),
             "skipped": self.skipped,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -557,7 +562,7 @@ class Trainer:
         self.step, self.epochs_done = state["step"], state["epochs_done"]
         self.best = None if state["best"] is None else Best(**state["best"])
         self.sums.load_state_dict(state["sums"])
-        self._guard.load_state_dict(state["guard"])
+        self.guard.load_state_dict(state["guard"])
         self.skipped = dict(state["skipped"])
         self._evaluated_at = -1
         self.exchange.load(self.optimizer, state["optimizer"])
@@ -597,7 +602,7 @@ class Trainer:
         """
         if self.folder is None:
             return
-        self._guard.read()
+        self.guard.read()
         began = time.perf_counter()
         values = self.last_evaluation.values if self.last_evaluation and self._evaluated_at == self.step else {}
         contents = Contents(

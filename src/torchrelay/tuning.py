@@ -1,4 +1,4 @@
-"""Which device settings train a recipe fastest on this machine: timed side by side, one setting after another.
+"""Which settings train a recipe fastest on this machine: timed side by side, one setting after another.
 
 Each setting is tried on top of the best ones so far, in turns with them, so that what slows the machine slows both.
 """
@@ -48,7 +48,7 @@ def tune(
     only: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[Trial]:
-    """Time device settings for a recipe. Nothing is written, and no run is touched.
+    """Time settings of the device and the optimizer for a recipe. Nothing is written, and no run is touched.
 
     Args:
         recipe: what to train; its own settings come first.
@@ -112,9 +112,11 @@ def show(trials: list[Trial]) -> None:
         console.print("\nThe recipe's own settings are the fastest of these.")
         return
     console.print("\nKeep (the run's numbers differ from those without, in their last bits or, by precision, more):\n")
-    console.print("[device]", markup=False)
-    for setting in kept:
-        console.print(setting.removeprefix("device."), markup=False)
+    for section in dict.fromkeys(setting.partition(".")[0] for setting in kept):
+        console.print(f"[{section}]", markup=False)
+        for setting in kept:
+            if setting.startswith(f"{section}."):
+                console.print(setting.removeprefix(f"{section}."), markup=False)
 
 
 def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
@@ -131,6 +133,8 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
             yield "device", "tf32", True
     if not recipe.device.channels_last:
         yield "device", "channels_last", True
+    if not getattr(recipe.optimizer, "fused", True):  # SGD and AdamW have it
+        yield "optimizer", "fused", True
     for factor in (0.5, 2):
         yield "data", "batch_size", max(1, int(recipe.data.batch_size * factor))
     if not recipe.device.compile:

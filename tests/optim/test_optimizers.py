@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from torchrelay import optim, recipe
 from torchrelay.checkpoint import pack, unpack
 from torchrelay.errors import UsageError
+from torchrelay.exchange import Exchange
 from torchrelay.optim import SGD, AdamW, Muon, OptimizerSettings, Other
 from torchrelay.recipe import Recipe
+from torchrelay.world import World
 
 TORCH_NAMES = ["Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
 EVERY = [
     SGD(),
     SGD(nesterov=True, momentum=0.8),
     SGD(momentum=0.0),
+    SGD(fused=True),
     AdamW(),
+    AdamW(fused=True),
     Muon(),
     Muon(normalise_weights=True, other="sgd", other_lr=0.1, iterations=3, dtype="bfloat16"),
     *(Other(name=name) for name in TORCH_NAMES),
@@ -66,6 +70,11 @@ def with_values(settings):
             SGD(lr=0.05, momentum=0.8, weight_decay=0.0, nesterov=True),
             lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.8, nesterov=True),
         ),
+        (
+            SGD(lr=0.05, momentum=0.9, weight_decay=0.05, fused=True),
+            lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.05, fused=True),
+        ),
+        (AdamW(lr=2e-3, fused=True), lambda p: torch.optim.AdamW(p, lr=2e-3, fused=True)),
         (AdamW(lr=2e-3, betas=(0.8, 0.95)), lambda p: torch.optim.AdamW(p, lr=2e-3, betas=(0.8, 0.95))),
         (Other(name="adam", lr=0.01, weight_decay=0.1), lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1)),
         (Other(name="RMSprop", options={"alpha": 0.9}), lambda p: torch.optim.RMSprop(p, alpha=0.9)),
@@ -118,7 +127,7 @@ def test_five_steps_saved_restored_and_five_more_are_ten_byte_for_byte(settings,
     state = on_disk(optimizer.state_dict())
     resumed.load_state_dict(stopped.state_dict())
     optimizer = settings(resumed)
-    optimizer.load_state_dict(state)
+    Exchange(resumed, World(0, 1, torch.device("cpu")), exact=True).load(optimizer, state)
     train(resumed, optimizer, range(5, 10))
     assert weights(resumed) == weights(through)
 

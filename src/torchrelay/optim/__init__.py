@@ -1,6 +1,6 @@
 """Step 5: the optimizer and the learning rate's schedule."""
 
-from torchrelay.optim.groups import Group, forget_gradients
+from torchrelay.optim.groups import Group
 from torchrelay.optim.muon import MuonOptimizer
 from torchrelay.optim.optimizers import SGD, AdamW, Muon, OptimizerSettings, Other
 from torchrelay.optim.schedules import (
@@ -32,5 +32,4 @@ __all__ = [
     "Schedule",
     "ScheduleSettings",
     "Step",
-    "forget_gradients",
 ]

@@ -79,7 +79,7 @@ class MuonOptimizer(Optimizer):
             else:
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                 update = update * max(1.0, rows / columns) ** 0.5  # so that a layer's output moves alike in all shapes
-            parameter.add_(update.view(parameter.shape), alpha=-group["lr"])
+            _subtract(parameter, update.view(parameter.shape), group["lr"])
 
     def _sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]
@@ -111,6 +111,14 @@ class MuonOptimizer(Optimizer):
             amsgrad=False,
             maximize=False,
         )
+
+
+def _subtract(parameter: Tensor, update: Tensor, rate: float | Tensor) -> None:
+    """Take a multiple of an update away; a rate on the device isn't read, so that a CUDA graph can hold this."""
+    if isinstance(rate, Tensor):
+        parameter.addcmul_(update, -rate)
+    else:
+        parameter.add_(update, alpha=-rate)
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:

@@ -72,6 +72,8 @@ class SGD(_Base):
     """Weight decay, added to the gradient."""
     nesterov: bool = False
     """Look ahead along the momentum."""
+    fused: bool = False
+    """Update all parameters in one pass over memory: faster, with other last bits; not for an exact fsdp."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -81,8 +83,8 @@ class SGD(_Base):
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.SGD."""
-        groups = self.parameter_groups(model)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+        groups, fused = self.parameter_groups(model), self.fused or None  # None: as PyTorch chooses for the device
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
 
 class AdamW(_Base):
@@ -98,10 +100,13 @@ class AdamW(_Base):
     """How much of the two moments stays."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
+    fused: bool = False
+    """Update all parameters in one pass over memory: faster, with other last bits; not for an exact fsdp."""
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.AdamW."""
-        return torch.optim.AdamW(self.parameter_groups(model), lr=self.lr, betas=self.betas, eps=self.eps)
+        groups, fused = self.parameter_groups(model), self.fused or None  # as in SGD
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
 class Muon(_Base):

@@ -1,0 +1,174 @@
+"""A step that is recorded and replayed: the same step, and what can't be recorded is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay import checkpoint, rng
+from torchrelay.callbacks import Callback
+from torchrelay.cli import main
+from torchrelay.data.batches import Batch
+from torchrelay.device import Device, DeviceSettings
+from torchrelay.errors import UsageError
+from torchrelay.graph import GraphedStep, graphed, keep_rates_on, set_rate, step
+from torchrelay.optim.muon import MuonOptimizer
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+OPTIMIZERS = {
+    "sgd": tr.optim.SGD(lr=0.05, clip_norm=1.0),
+    "fused": tr.optim.SGD(lr=0.05, fused=True),
+    "adamw": tr.optim.AdamW(lr=2e-3),
+    "muon": tr.optim.Muon(lr=0.02, other="sgd", other_lr=0.05),
+}
+
+
+class Net(nn.Sequential):
+    """Has what a step must treat well: statistics, randomness, a matrix to orthogonalise."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.2), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10),
+        )  # fmt: skip
+
+
+def trainer(digits, quiet, optimizer="sgd", run=None, **device) -> tr.Trainer:
+    torch.manual_seed(0)
+    return tr.Trainer(
+        Net(),
+        *digits,
+        optimizer=OPTIMIZERS[optimizer],
+        schedule=tr.optim.OneCycle(),
+        epochs=2,
+        batch_size=100,
+        ema=0.9,
+        device=DeviceSettings(**device),
+        run=run,
+        settings=tr.RunSettings(log_every=5),
+        terminal=quiet,
+    )
+
+
+def weights(made: tr.Trainer) -> dict[str, bytes]:
+    return {name: value.cpu().numpy().tobytes() for name, value in made.model.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------ what is recorded
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "fused", "muon"])  # AdamW has its rates on the device on a GPU alone
+def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
+    plain, other = (trainer(digits, quiet, optimizer, name="cpu") for _ in "12")
+    keep_rates_on(other.optimizer, torch.device("cpu"))
+    for made in (plain, other):
+        made.model.train()
+    right = 0.0
+    for batch, _ in zip(plain.batches.epoch(0), range(4), strict=False):
+        for group in other.optimizer.param_groups:
+            set_rate(group, other.schedule.at(other.step, group["initial_lr"]))
+        torch.default_generator.manual_seed(rng.step_seed(0, "model", other.step, 0))
+        found = step(other, batch.inputs, batch.targets)
+        other.step += 1
+        loss = plain.train_step(batch)
+        torch.testing.assert_close(found["loss"], loss)
+        plain.sums.fetch()
+        assert right + found["accuracy"] == plain.sums.measures["accuracy"]
+        right = plain.sums.measures["accuracy"]
+    for name, value in other.model.state_dict().items():
+        torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_rate_on_the_device_is_written_in_place():
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    keep_rates_on(optimizer, torch.device("cpu"))
+    rate = optimizer.param_groups[0]["lr"]
+    set_rate(optimizer.param_groups[0], 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == 0.25
+    plain = {"lr": 0.1}
+    set_rate(plain, 0.25)
+    assert plain == {"lr": 0.25}
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "optimizer", "replicas", "says"),
+    [
+        ("cpu", {}, "sgd", 1, "this device is cpu"),
+        ("cuda", {"precision": "fp16"}, "sgd", 1, "device.precision=bf16"),
+        ("cuda", {"compile": True}, "sgd", 1, "device.compile"),
+        ("cuda", {}, "sgd", 2, "set parallel.replicas=1"),
+        ("cuda", {}, "muon-adamw", 1, "set optimizer.other=sgd"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused(device, settings, optimizer, replicas, says):
+    made = (OPTIMIZERS | {"muon-adamw": tr.optim.Muon()})[optimizer](Net())
+    assert isinstance(made, MuonOptimizer) == optimizer.startswith("muon")
+    with pytest.raises(UsageError, match=says):
+        graphed(Device(torch.device(device), DeviceSettings(graph=True, **settings)), made, replicas, 1)
+
+
+def test_nothing_is_recorded_unasked():
+    assert graphed(Device(torch.device("cpu"), DeviceSettings()), OPTIMIZERS["sgd"](Net()), 8, 8) is None
+
+
+def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
+    settings = ("--set", "device.graph=true", "--set", "device.name=cpu", "--run", str(tmp_path / "run"))
+    assert main(["train", "digits", *settings]) == 2
+    said = capsys.readouterr().err
+    assert "device.graph records CUDA graphs, and this device is cpu: leave it out" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@needs_cuda
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_replayed_steps_give_the_bytes_of_steps_taken_one_by_one(digits, quiet, optimizer, precision, monkeypatch):
+    settings = {"name": "cuda", "graph": True, "precision": precision}
+    replayed = trainer(digits, quiet, optimizer, **settings)
+    replayed.fit()
+    assert replayed.graph is not None
+    assert replayed.graph._graph is not None  # or nothing was recorded
+    monkeypatch.setattr(GraphedStep, "_take", GraphedStep._one_by_one)
+    one_by_one = trainer(digits, quiet, optimizer, **settings)
+    keep_rates_on(one_by_one.optimizer, one_by_one.device.device)
+    one_by_one.fit()
+    assert one_by_one.graph is not None
+    assert one_by_one.graph._graph is None
+    assert weights(replayed) == weights(one_by_one)
+    assert replayed.last_evaluation == one_by_one.last_evaluation
+
+
+class StopAt(Callback):
+    """Ends a run after a step, with a checkpoint."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: torch.Tensor) -> None:
+        if trainer.step == self.at:
+            trainer.save()
+            raise KeyboardInterrupt
+
+
+@needs_cuda
+def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path):
+    settings = {"name": "cuda", "graph": True}
+    through = trainer(digits, quiet, run=tmp_path / "through", **settings)
+    through.fit()
+    stopped = trainer(digits, quiet, run=tmp_path / "stopped", **settings)
+    stopped.callbacks.append(StopAt(11))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit()
+    resumed = trainer(digits, quiet, run=tmp_path / "stopped", **settings)
+    resumed.resume()
+    last = [checkpoint.find(tmp_path / name / "checkpoints", "last") for name in ("through", "stopped")]
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes(), file
