@@ -73,7 +73,7 @@ def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
         loss = plain.train_step(batch)
         torch.testing.assert_close(found["loss"], loss)
         plain.sums.fetch()
-        assert right + found["accuracy"] == plain.sums.measures["accuracy"]
+        assert right + found["measure.accuracy"] == plain.sums.measures["accuracy"]
         right = plain.sums.measures["accuracy"]
     for name, value in other.model.state_dict().items():
         torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-4, atol=1e-6)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torchrelay.trainer import Trainer
 
 _FIRST = 3  # steps before one is recorded, as PyTorch's notes have it
-Found = dict[str, Tensor]  # what a step has found: its loss, and what else is asked for
+_MEASURE = "measure."  # before the names of the task's measures
+Found = dict[str, Tensor]  # what a step has found: its loss, and what else is asked for and lies on the device
 
 
 class GraphedStep:
@@ -53,19 +54,20 @@ class GraphedStep:
         except Exception as error:
             explain(error, batch, trainer.model)
             raise
-        loss, weight, norm = (found.pop(name, None) for name in ("loss", "weight", "norm"))
-        assert loss is not None  # noqa: S101 - every step has one
-        trainer.sums.add_loss(loss, batch.size if weight is None else weight)
+        loss, task, targets = found["loss"], trainer.task, batch.targets
+        trainer.sums.add_loss(loss, found["weight"] if "weight" in found else task.weight(targets))
         if trainer.measures:
-            count = found.pop("count", batch.size)
-            trainer.sums.add_measures(found, count)
-        trainer.guard.watch(trainer.step + 1, loss, norm)
+            measures = {name.removeprefix(_MEASURE): found[name] for name in found if name.startswith(_MEASURE)}
+            trainer.sums.add_measures(measures, found["count"] if "count" in found else task.count(targets))
+        trainer.guard.watch(trainer.step + 1, loss, found.get("norm"))
         if trainer.ema is not None:
             trainer.ema.update(trainer.model, trainer.step)
         trainer.step += 1
         return loss
 
-    def _take(self, trainer: "Trainer", inputs: Tensor, targets: Tensor) -> Found:
+    def _take(self, trainer: "Trainer", inputs: Any, targets: Tensor) -> Found:
+        if not isinstance(inputs, Tensor):
+            raise UsageError("device.graph takes batches of one tensor, and these inputs are several: leave it out")
         if self._taken < _FIRST:
             if not self._taken:
                 keep_rates_on(trainer.optimizer, self._device)
@@ -109,7 +111,8 @@ def step(trainer: "Trainer", inputs: Tensor, targets: Tensor) -> Found:
     with torch.no_grad():
         found = {"loss": loss / weight, "weight": weight, "norm": norm}
         if trainer.measures:
-            found |= {**trainer.task.measure(outputs, targets), "count": trainer.task.count(targets)}
+            measures = trainer.task.measure(outputs, targets)
+            found |= {"count": trainer.task.count(targets), **{_MEASURE + name: measures[name] for name in measures}}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
