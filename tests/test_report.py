@@ -222,6 +222,12 @@ def test_the_curves_say_what_was_reached_and_where() -> None:
     assert {"train 98.00%", "test 86.67%", "best 88.44%", "train 0.0667", "test 1.0333", "learning rate"} <= set(said)
 
 
+def test_a_best_that_is_the_last_is_said_once_beside_its_curve() -> None:
+    said = texts(draw_curves([line for line in lines_of(30) if line["epoch"] < 30], "first"))
+    assert "test 88.44%" in said
+    assert not [text for text in said if text.startswith("best 88.44%")]
+
+
 def test_the_curves_are_the_metrics() -> None:
     panel = panels(draw_curves(lines_of(30), "first"))["accuracy"]
     train, test, ring = panel.lines

@@ -266,7 +266,7 @@ def _draw_panel(
         axes.plot(*zip(*points, strict=True), marker="o" if len(points) <= 12 else None, **style)
     _label_ends(axes, drawn, percent=percent)
     if best is not None and name == headline.name:
-        _mark_best(axes, best, headline, per_epoch)
+        _mark_best(axes, best, headline, per_epoch, last=drawn[best["split"]][-1][0])
 
 
 def _scale(axes: "Axes", values: Sequence[float], inside: Sequence[float], *, percent: bool) -> None:
@@ -310,12 +310,16 @@ def _label_ends(axes: "Axes", drawn: Mapping[str, Sequence[tuple[float, float]]]
         axes.text(1.03, place, text, transform=axes.transAxes, **style)
 
 
-def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float) -> None:
-    """Put a ring around the best point and write beside it, where no curve is in the way."""
+def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float, last: float) -> None:
+    """Put a ring around the best point and write beside it, where no curve is in the way; at the end, all is said."""
     from matplotlib.patheffects import withStroke
 
     x, y = best["step"] / per_epoch, _value(best, headline.name)
     colour = _COLOURS[best["split"]]
+    ring: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.8}
+    axes.plot([x], [y], marker="o", markersize=8, clip_on=False, zorder=4, **ring)
+    if x == last:
+        return
     text = axes.annotate(
         f"best {metric(y, headline.percent).strip()}",
         (x, y),
@@ -325,7 +329,6 @@ def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float) -
         fontsize=8.5,
         path_effects=[withStroke(linewidth=3, foreground="white")],
     )
-    ring: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "markeredgewidth": 1.8}
     sides = (("center", 0), ("right", -9), ("left", 9))
     places = [(dx, 8 * up, side, "bottom" if up > 0 else "top") for side, dx in sides for up in (-1, 1)]
 
@@ -334,7 +337,6 @@ def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float) -
         return _in_the_way(axes, text)
 
     put(min(places, key=put))
-    axes.plot([x], [y], marker="o", markersize=8, clip_on=False, zorder=4, **ring)
 
 
 def _in_the_way(axes: "Axes", text: "Text") -> int:

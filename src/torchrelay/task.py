@@ -195,7 +195,7 @@ class Classification(Task):
         """Return how many were right; with mixed targets, by the class that has the larger part."""
         if targets.is_floating_point():
             targets = targets.argmax(1)
-        return {"accuracy": (outputs.argmax(1) == targets).sum()}
+        return {"accuracy": (outputs.argmax(1) == targets).count_nonzero()}
 
     def metrics(self) -> Mapping[str, Any]:
         """Return top-5 accuracy (from six classes on), accuracy by class and the confusion matrix."""
