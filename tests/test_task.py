@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.task import balanced_weights, gradient_of_mean
+from torchrelay.task import balanced_weights, go_back_from_mean, mean_of
 
 
 @pytest.fixture
@@ -94,11 +94,18 @@ def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
         x = torch.randn(100, requires_grad=True)
         loss = (x * torch.randn(100)).sin().sum().reshape(shape)
         if share:
-            loss.backward(gradient_of_mean(loss, weight))
+            go_back_from_mean(loss, weight)
+            assert torch.equal(mean_of(loss, weight), loss.detach() / weight)
+            assert not mean_of(loss, weight).requires_grad
         else:
             (loss / weight).backward()
         both.append(x.grad)
     assert torch.equal(*both)
+
+
+def test_going_back_from_what_needs_no_gradient_is_refused():
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        go_back_from_mean(torch.tensor(1.0), 3.0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

@@ -20,7 +20,7 @@ from torchrelay.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.faults import explain
 from torchrelay.optim.groups import forget_gradients
-from torchrelay.task import gradient_of_mean
+from torchrelay.task import go_back_from_mean, mean_of
 
 if TYPE_CHECKING:
     from torchrelay.trainer import Trainer
@@ -104,12 +104,12 @@ def step(trainer: "Trainer", inputs: Tensor, targets: Tensor) -> Found:
         outputs = trainer.exchange(inputs)
         loss = trainer.task.loss(outputs, targets)
     weight = trainer.task.weight(targets)
-    loss.backward(gradient_of_mean(loss, weight))  # type: ignore[no-untyped-call]
+    go_back_from_mean(loss, weight)
     norm = trainer.clip()
     trainer.optimizer.step()
     forget_gradients(trainer.optimizer)
     with torch.no_grad():
-        found = {"loss": loss / weight, "weight": weight, "norm": norm}
+        found = {"loss": mean_of(loss, weight), "weight": weight, "norm": norm}
         if trainer.measures:
             measures = trainer.task.measure(outputs, targets)
             found |= {"count": trainer.task.count(targets), **{_MEASURE + name: measures[name] for name in measures}}

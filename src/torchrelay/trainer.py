@@ -45,7 +45,7 @@ from torchrelay.session import recovery, session
 from torchrelay.sharing import share
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
-from torchrelay.task import Classification, Task, gradient_of_mean
+from torchrelay.task import Classification, Task, go_back_from_mean, mean_of
 from torchrelay.terminal import Terminal, epoch_line
 from torchrelay.world import join
 
@@ -347,12 +347,11 @@ class Trainer:
         with self.device.autocast():
             outputs = self.exchange(inputs)
             loss = self.task.loss(outputs, targets)
-        # Backward from the sum with the mean's gradient: a division less to record and to go back through.
-        loss.backward(self.scaler.scale(gradient_of_mean(loss, total)))  # type: ignore[no-untyped-call]
+        go_back_from_mean(loss, total, self.scaler.scale)
         if self.measures:
             with torch.no_grad():
                 self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
-        return loss.detach() / total
+        return mean_of(loss, total)
 
     def clip(self) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
