@@ -160,30 +160,6 @@ class Column(nn.Module):
         return self.layer(images[:, 0, :, 0])
 
 
-def test_flips_give_the_mean_of_both_images_everywhere(digits, quiet, tmp_path):
-    how = {"epochs": 1, "device": "cpu", "terminal": quiet, "normalise": False}
-    plain, both = (
-        tr.Trainer(Column(), *digits, settings=RunSettings(test_flips=flips), **how) for flips in (False, True)
-    )
-    both.model.load_state_dict(plain.model.state_dict())
-    images = digits[1].inputs[:50]
-    one, mirrored = (plain.task.predict(plain.model(x.float() / 255)) for x in (images, images.flip(-1)))
-    logits = [plain.model(x.float() / 255) for x in (images, images.flip(-1))]
-    expected = plain.task.predict((logits[0] + logits[1]) / 2)
-    assert torch.allclose(both.predict(images), expected, atol=1e-6)
-    assert not torch.allclose(one, mirrored, atol=1e-3)
-    assert plain.evaluate().values["loss"] != both.evaluate().values["loss"]
-
-
-def test_flips_of_what_is_no_image_are_refused(quiet):
-    data = torch.randn(20, 5), torch.arange(20) % 2
-    trainer = tr.Trainer(
-        nn.Linear(5, 2), data, data, settings=RunSettings(test_flips=True), device="cpu", terminal=quiet
-    )
-    with pytest.raises(UsageError, match="mirrors images"):
-        trainer.evaluate()
-
-
 def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_path):
     for measured in (True, False):
         torch.manual_seed(0)

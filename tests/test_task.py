@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.task import balanced_weights, go_back_from_mean, mean_of
+from torchrelay.task import balanced_weights
 
 
 @pytest.fixture
@@ -83,29 +83,6 @@ def test_classification_metrics_agree_with_torchmetrics(logits, targets, form):
 
 def test_five_classes_have_no_top5():
     assert set(tr.Classification(classes=5).metrics()) == {"accuracy_by_class", "confusion_matrix"}
-
-
-@pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])
-@pytest.mark.parametrize("shape", [(), (1,)])
-def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
-    both = []
-    for share in (True, False):
-        torch.manual_seed(0)
-        x = torch.randn(100, requires_grad=True)
-        loss = (x * torch.randn(100)).sin().sum().reshape(shape)
-        if share:
-            go_back_from_mean(loss, weight)
-            assert torch.equal(mean_of(loss, weight), loss.detach() / weight)
-            assert not mean_of(loss, weight).requires_grad
-        else:
-            (loss / weight).backward()
-        both.append(x.grad)
-    assert torch.equal(*both)
-
-
-def test_going_back_from_what_needs_no_gradient_is_refused():
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        go_back_from_mean(torch.tensor(1.0), 3.0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])

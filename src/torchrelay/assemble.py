@@ -23,11 +23,12 @@ from torchrelay.data.folder import decode_images
 from torchrelay.data.sources import ArraySource, Source
 from torchrelay.device import set_up
 from torchrelay.errors import RelayError, UsageError, nearest
-from torchrelay.evaluation import predict, with_flips
+from torchrelay.evaluation import predict
 from torchrelay.recipe import Recipe
 from torchrelay.task import Classification, LossSettings, MultiLabel, NextToken, Regression, Task, balanced_weights
 from torchrelay.terminal import Terminal
 from torchrelay.trainer import Trainer
+from torchrelay.views import with_views
 
 
 def trainer(
@@ -119,7 +120,7 @@ class Predictor:
         self.classes: list[str] = saw["classes"]
         self.shape: list[int] = saw["shape"]  # (channels, height, width)
         self.batch_size = recipe.data.batch_size
-        self.test_flips = recipe.run.test_flips
+        self.test_views = recipe.run.test_views
         self.device = set_up(recipe.device, recipe.run.exact)
         model = models.build(
             recipe.model.model_copy(update={"pretrained": False}),
@@ -144,8 +145,7 @@ class Predictor:
         inputs = decode_images(paths, self.shape)
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        forward = with_flips(self.model) if self.test_flips else self.model
-        return predict(self.model, batches, Classification(), self.device, forward)
+        return predict(self.model, batches, Classification(), self.device, with_views(self.model, self.test_views))
 
 
 def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:

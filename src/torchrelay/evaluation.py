@@ -17,9 +17,9 @@ from torchrelay.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.faults import explain
 from torchrelay.task import Task
+from torchrelay.views import Forward
 from torchrelay.world import World
 
-Forward = Callable[[Any], Any]  # from inputs to outputs
 _WAITING = 1024  # steps whose sums may wait: an epoch can have millions
 
 
@@ -127,25 +127,6 @@ def _read(value: Tensor | float) -> Tensor | float:
     A small tensor that is kept from each step lies in the way of the next steps' large ones: the heap grows and grows.
     """
     return value.item() if isinstance(value, Tensor) and value.is_cpu else value
-
-
-def with_flips(forward: Forward) -> Forward:
-    """Return a forward pass whose outputs are the mean of those for images and for their mirror images.
-
-    Raises:
-        UsageError: when it is called: the inputs are no images, or the model gives more than a tensor.
-    """
-
-    def both(images: Any) -> Tensor:
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise UsageError("run.test_flips mirrors images (batch, channels, height, width): leave it out for others")
-        outputs = forward(images), forward(images.flip(-1))
-        if not isinstance(outputs[0], Tensor):
-            raise UsageError("run.test_flips takes the mean of a model's outputs, which gives more than a tensor")
-        mean: Tensor = (outputs[0] + outputs[1]) / 2
-        return mean
-
-    return both
 
 
 @torch.no_grad()

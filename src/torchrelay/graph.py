@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchrelay import rng
+from torchrelay.backward import go_back_from_mean, mean_of
 from torchrelay.data.batches import Batch
 from torchrelay.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.faults import explain
 from torchrelay.optim.groups import forget_gradients
-from torchrelay.task import go_back_from_mean, mean_of
 
 if TYPE_CHECKING:
     from torchrelay.trainer import Trainer

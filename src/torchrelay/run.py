@@ -26,6 +26,7 @@ from torchrelay.report import read_metrics
 from torchrelay.settings import Settings
 from torchrelay.terminal import Terminal
 from torchrelay.trackers import TensorBoard, Tracker
+from torchrelay.views import Views
 from torchrelay.writer import Writer
 
 Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
@@ -46,8 +47,8 @@ class RunSettings(Settings):
     """Epochs between two evaluations; the last epoch is always evaluated."""
     train_metrics: bool = True
     """Measure accuracy and its like on the training batches, too, as they come."""
-    test_flips: bool = False
-    """Evaluate and predict by the mean of the outputs for an image and for its mirror image."""
+    test_views: Views = 1
+    """Judge an image by the mean over views of it. 2: it and its mirror image; 6: if unsure, shifted ones, too."""
     log_every: int = Field(default=50, ge=1)
     """Steps between two lines of metrics inside an epoch."""
     on_spike: Literal["stop", "rollback"] = "stop"

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from torchrelay import checkpoint as checkpoints
 from torchrelay import identity, rng
+from torchrelay.backward import go_back_from_mean, mean_of
 from torchrelay.callbacks import Callback, Pictures, StepLog
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.data.augment import Augment, Pipeline
@@ -33,7 +34,7 @@ from torchrelay.data.batches import Batch, Batches, Sampling, statistics
 from torchrelay.data.sources import ArraySource, as_source
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.evaluation import Evaluation, Forward, Sums, evaluate, predict, with_flips
+from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
 from torchrelay.faults import explain
 from torchrelay.graph import graphed, set_rate
 from torchrelay.models import EMA
@@ -45,8 +46,9 @@ from torchrelay.session import recovery, session
 from torchrelay.sharing import share
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
-from torchrelay.task import Classification, Task, go_back_from_mean, mean_of
+from torchrelay.task import Classification, Task
 from torchrelay.terminal import Terminal, epoch_line
+from torchrelay.views import Forward, check_views, with_views
 from torchrelay.world import join
 
 _STOP, _SAVE = 1, 2  # what any process may ask of all
@@ -202,6 +204,7 @@ class Trainer:
         self.task = task or Classification()
         if getattr(self.task, "classes", 0) is None and self.classes:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
+        check_views(self.settings.test_views, isinstance(self.task, Classification))
         self.measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
         for part in (self.batches, *self.evaluated.values()):
             part.check_targets(self.task.check)
@@ -519,7 +522,7 @@ class Trainer:
 
     @property
     def _test_forward(self) -> Forward:
-        return with_flips(self.exchange) if self.settings.test_flips else self.exchange
+        return with_views(self.exchange, self.settings.test_views)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
