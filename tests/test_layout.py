@@ -19,9 +19,10 @@ SOURCE = ROOT / "src"
 # A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours; those of one
 # line know nothing of each other.
 LAYERS = (
-    ("errors", "settings", "heap", "backward", "counts", "rng", "terminal", "trackers", "slurm", "meeting"),
+    ("errors", "settings", "heap", "backward", "counts", "rng", "terminal", "pictures", "slurm", "meeting"),
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
-    ("checkpoint", "data", "optim", "task", "views", "exchange", "unsharded", "shardable", "reports", "beside"),
+    ("trackers", "checkpoint", "data", "optim", "task", "views", "exchange", "unsharded", "shardable", "reports"),
+    ("beside", "drawing"),
     ("evaluation", "spikes", "writer", "callbacks", "doctor", "sharded", "tree_exchange", "stock_exchange", "launch"),
     ("run", "sharing", "graph"),
     ("session", "recipe"),
@@ -52,7 +53,6 @@ LINES, MORE_LINES = 300, {
     "task": 370,
     "terminal": 340,
     "optim.optimizers": 310,
-    "trackers": 320,
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 
-from torchrelay.trackers import TensorBoard, image_grid
+from torchrelay.pictures import image_grid
+from torchrelay.trackers import TensorBoard
 
 
 def lines_of(epochs: int, steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
@@ -46,7 +47,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def picture(folder: Path, tag: str) -> np.ndarray[Any, Any]:
     [shown] = read(folder).Images(tag)
-    return np.array(Image.open(io.BytesIO(shown.encoded_image_string)))
+    return np.array(Image.open(io.BytesIO(shown.encoded_image_string)).convert("RGB"))
 
 
 def files(folder: Path) -> list[str]:
@@ -223,6 +224,17 @@ def test_a_figure_and_a_png_file_look_the_same(tmp_path: Path) -> None:
     board.close()
     assert picture(tmp_path / "tensorboard", "drawn").shape == (100, 200, 3)
     assert (picture(tmp_path / "tensorboard", "drawn") == picture(tmp_path / "tensorboard", "from file")).all()
+
+
+def test_a_png_file_is_shown_byte_for_byte(tmp_path: Path) -> None:
+    """Taken apart and put together again, it would take many times its memory."""
+    Image.new("L", (40, 30), 200).save(tmp_path / "grey.png")
+    board = TensorBoard(tmp_path / "tensorboard")
+    board.figure("grey", tmp_path / "grey.png", step=3)
+    board.close()
+    [shown] = read(tmp_path / "tensorboard").Images("grey")
+    assert shown.encoded_image_string == (tmp_path / "grey.png").read_bytes()
+    assert (shown.step, shown.width, shown.height) == (3, 40, 30)
 
 
 # ------------------------------------------------------------------------------------------------ the graph

@@ -25,6 +25,59 @@ def test_what_is_in_memory_does_not_change_with_the_model():
     assert torch.equal(saved.state["s"][0], torch.zeros(3))
 
 
+def large_tensors() -> dict[str, torch.Tensor]:
+    """Tensors of every kind of layout, each large enough to be copied by a call of its own."""
+    images = torch.randn(64, 8, 16, 16)
+    waves = torch.randn(128, 128, dtype=torch.complex64)
+    return {
+        "contiguous": images,
+        "channels last": images.to(memory_format=torch.channels_last),
+        "transposed": torch.randn(200, 300).t(),
+        "with gaps": torch.randn(200, 300)[:, ::2],
+        "a part": torch.randn(600, 100)[100:500],
+        "expanded": torch.randn(300, 1).expand(300, 100),
+        "bfloat16": images.bfloat16(),
+        "int64": torch.arange(20_000),
+        "bool": images > 0,
+        "conjugate": waves.conj(),
+        "negative": waves.conj().imag,
+        "trained": torch.nn.Parameter(images.clone()),
+        "of another class": torch.randn(20_000).as_subclass(Other),
+    }
+
+
+class Other(torch.Tensor):
+    """A tensor class of a user."""
+
+
+@pytest.mark.parametrize("name", large_tensors())
+def test_a_large_tensor_is_copied_whatever_its_layout(name):
+    tensor = large_tensors()[name]
+    before = tensor.detach().clone()
+    memory: dict[str, torch.Tensor] = {}
+    in_memory(Contents(0, {"w": torch.zeros_like(tensor)}, {}), memory)
+    copy = in_memory(Contents(1, {"w": tensor}, {}), memory).model["w"]
+    with torch.no_grad():
+        tensor.copy_(torch.zeros_like(tensor)) if name != "expanded" else tensor[:, :1].zero_()
+    assert torch.equal(copy, before)
+    assert not copy.requires_grad
+
+
+def test_large_tensors_are_not_left_to_torchs_threads(monkeypatch):
+    """What lies alike is not handed to torch, whose threads wait for each other at every tensor."""
+    handed: list[torch.Tensor] = []
+    copy = torch._foreach_copy_
+
+    def watched(places, tensors, **options):
+        handed.extend(tensors)
+        return copy(places, tensors, **options)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    small, large = torch.ones(10), torch.ones(100_000)
+    in_memory(Contents(0, {"small": small, "large": large, "strided": large[::2]}, {}))
+    assert [tensor.shape for tensor in handed] == [small.shape, (50_000,)]
+
+
 def test_the_writer_writes_behind_and_prunes(tmp_path):
     writer = Writer(tmp_path, CheckpointSettings(keep=2, keep_best=0))
     for step in range(5):

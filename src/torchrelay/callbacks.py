@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchrelay.errors import UsageError
+from torchrelay.report import Headline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torchrelay.trainer import Trainer
 
 
-_REDRAW = 30.0  # seconds between two drawings of the curves, each of which takes some 0.2
+_REDRAW = 30.0  # seconds between two drawings of the curves, each of which takes a second of another process
 
 
 class Callback:
@@ -178,35 +179,30 @@ class Pictures(Callback):
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Draw the curves so far, now and then."""
         if trainer.run is not None and time.monotonic() - self._drawn_at > _REDRAW:
-            self._draw_curves(trainer)
-
-    def _draw_curves(self, trainer: "Trainer") -> None:
-        from torchrelay.report import Headline, curves
-
-        assert trainer.run is not None  # noqa: S101 - the callers have asked
-        task = trainer.task
-        curves(trainer.run.folder, Headline(task.headline, task.percent, task.higher_is_better))
-        self._drawn_at = time.monotonic()
+            trainer.run.drawing.start(_headline(trainer))
+            self._drawn_at = time.monotonic()
 
     def on_end(self, trainer: "Trainer") -> None:
         """Show the confusion matrix, and the settings with what they led to; write down the last evaluation."""
-        from torchrelay.report import confusion_matrix, save
-
         if trainer.run is None:
             return
-        self._draw_curves(trainer)
         last = trainer.last_evaluation
         if last is not None:
             found = json.dumps(last.to_json(trainer.classes), indent=1, ensure_ascii=False)
             (trainer.run.folder / "evaluation.json").write_text(found + "\n", encoding="utf-8")
-        if last is not None and last.confusion is not None:
-            picture = trainer.run.folder / "confusion.png"
-            save(confusion_matrix(last.confusion, trainer.classes), picture)
-            trainer.run.tensorboard.figure("pictures/confusion matrix", picture, step=trainer.step)
+        has_confusion = last is not None and last.confusion is not None
+        trainer.run.drawing.start(_headline(trainer), confusion=has_confusion)
         values = last.values if last is not None else {}
         trainer.run.tensorboard.hyperparameters(
             _flat(trainer.record), {f"{k}/{trainer.selects_on}": v for k, v in values.items()}
         )
+        if trainer.run.drawing.finish() and has_confusion:
+            picture = trainer.run.folder / "confusion.png"
+            trainer.run.tensorboard.figure("pictures/confusion matrix", picture, step=trainer.step)
+
+
+def _headline(trainer: "Trainer") -> Headline:
+    return Headline(trainer.task.headline, trainer.task.percent, trainer.task.higher_is_better)
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

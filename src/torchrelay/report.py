@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+import numpy.typing as npt
 
 from torchrelay.errors import RelayError
 from torchrelay.terminal import duration, metric
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+    from torch import Tensor
 
 Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 
@@ -379,7 +380,7 @@ def _subtitle(lines: Sequence[Line], best: Line | None, headline: Headline) -> s
 
 
 @_silent_about_letters()
-def confusion_matrix(matrix: Tensor, classes: Sequence[str] = ()) -> "Figure":
+def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence[str] = ()) -> "Figure":
     """Draw what the network took for what.
 
     Colours are shares of the true class, on a scale that shows an error of one in a hundred; the numbers are samples.
@@ -393,7 +394,7 @@ def confusion_matrix(matrix: Tensor, classes: Sequence[str] = ()) -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    counts = matrix.cpu().numpy()
+    counts = np.asarray(matrix)
     of_class = counts.sum(1, keepdims=True)
     shares = counts / np.maximum(of_class, 1)
     size = len(counts)

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.data import files
+from torchrelay.drawing import Drawing
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report import read_metrics
 from torchrelay.settings import Settings
@@ -147,6 +148,7 @@ class Run:
             ) from error
         self.tensorboard = TensorBoard(folder / "tensorboard", say=self.say)
         self.trackers: list[Tracker] = [self.tensorboard]
+        self.drawing = Drawing(folder, self.say)
         self.metrics_lines = 0  # to which a resume of a checkpoint made now cuts metrics.jsonl
         # What a checkpoint counts on must be on the disk before it: a machine may lose its power.
         self._writer = Writer(self.checkpoints, saving, before=lambda: os.fsync(self._metrics.fileno()))
@@ -230,6 +232,7 @@ class Run:
         try:
             self._writer.close()
         finally:
+            self.drawing.finish()
             for tracker in self.trackers:
                 tracker.close()
             for file in (self._metrics, self._log, self._lock):

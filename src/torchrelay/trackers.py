@@ -8,30 +8,25 @@ import copy
 import functools
 import io
 import math
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from torchrelay.pictures import columns, image_grid, png_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 Line = Mapping[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 
 _PLACE = {"step", "epoch", "split", "time", "seconds"}  # where a line belongs, which is no chart
 _SHARED = {"lr", "samples_per_second"}  # the same chart, whichever split tells of it
-_MOST_PICTURES = 64
-_GRID_SIDE = 1024  # pixels a grid of pictures is wide at most; a wider one would take seconds to write
-_FRAME = 2  # white pixels around each image of a grid
 _QUEUE = 1000  # events waiting for the writer's thread; with TensorBoard's own 10 the training would wait
 
 
@@ -117,22 +112,30 @@ class TensorBoard:
         """
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
             return
-        shown = images[: _columns(images) ** 2].detach().float().cpu()
+        shown = images[: columns(images) ** 2].detach().float().cpu()
         if mean is not None and std is not None:
             shown = shown * torch.tensor(tuple(std)).view(-1, 1, 1) + torch.tensor(tuple(mean)).view(-1, 1, 1)
-        with self._tolerant():
-            self._pictures().add_image(tag, image_grid(shown), step, dataformats="HWC")
+        self._picture(tag, png_file(image_grid(shown)), step)
 
     def figure(self, tag: str, picture: "Path | Figure", step: int) -> None:
         """Show a PNG file or a matplotlib figure."""
         if isinstance(picture, Path):
-            opened = Image.open(picture)
+            encoded = picture.read_bytes()
         else:
             buffer = io.BytesIO()
             picture.savefig(buffer, format="png", dpi=100)
-            opened = Image.open(buffer)
+            encoded = buffer.getvalue()
+        self._picture(tag, encoded, step)
+
+    def _picture(self, tag: str, png: bytes, step: int) -> None:
+        """Show a PNG file as it is: add_image would take it apart, and some fifteen times its pixels' memory."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        shown = Summary.Value(tag=tag, image=image)
         with self._tolerant():
-            self._pictures().add_image(tag, np.array(opened.convert("RGB")), step, dataformats="HWC")
+            self._pictures().file_writer.add_summary(Summary(value=[shown]), step)
 
     def graph(self, model: nn.Module, inputs: Any) -> None:
         """Show the model's graph; that a model can't be traced is said, and is no error.
@@ -244,37 +247,6 @@ def _plain(value: Any) -> bool | int | float | str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def image_grid(images: Tensor) -> Picture:
-    """Return images side by side, small ones enlarged so that a person sees their pixels.
-
-    Args:
-        images: float (batch, channels, height, width) in [0, 1]; grey unless there are three channels.
-
-    Returns:
-        The grid, uint8 of (height, width, 3).
-    """
-    count, channels, height, width = images.shape
-    columns = min(_columns(images), count)
-    rows = math.ceil(count / columns)
-    scale = max(_GRID_SIDE // 8 // max(height, width), 1)
-    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
-    pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    pixels = F.pad(pixels, (_FRAME, _FRAME, _FRAME, _FRAME), value=255)
-    pixels = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, rows * columns - count), value=255)
-    tiles = pixels.reshape(rows, columns, *pixels.shape[1:])  # (rows, columns, 3, height, width)
-    grid: Picture = tiles.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()
-    return grid
-
-
-def _columns(images: Tensor) -> int:
-    """Return how many images of (…, height, width) stand side by side: eight, or as many as there is room for."""
-    return min(max(_GRID_SIDE // max(images.shape[-2:]), 1), math.isqrt(_MOST_PICTURES))
 
 
 # ---------------------------------------------------------------------------------------------------------- the graph

@@ -1,0 +1,58 @@
+"""Step 1: a batch of images as one picture, and a picture as a PNG file, without a second copy of either."""
+
+import math
+import struct
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Picture = npt.NDArray[np.uint8]  # (height, width, 3)
+
+_MOST_PICTURES = 64
+_GRID_SIDE = 1024  # pixels a grid of pictures is wide at most; a wider one would take seconds to write
+_FRAME = 2  # white pixels around each image of a grid
+
+
+def image_grid(images: Tensor) -> Picture:
+    """Return images side by side, small ones enlarged so that a person sees their pixels.
+
+    Args:
+        images: float (batch, channels, height, width) in [0, 1]; grey unless there are three channels.
+
+    Returns:
+        The grid, uint8 of (height, width, 3).
+    """
+    count, channels, height, width = images.shape
+    across = min(columns(images), count)
+    scale = max(_GRID_SIDE // 8 // max(height, width), 1)
+    high, wide = height * scale + 2 * _FRAME, width * scale + 2 * _FRAME  # of an image in its frame
+    pixels = (images.nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = pixels if channels == 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    grid = np.full((math.ceil(count / across) * high, across * wide, 3), 255, np.uint8)
+    for place, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        top, left = place // across * high + _FRAME, place % across * wide + _FRAME
+        enlarged = image.repeat(scale, 0).repeat(scale, 1)
+        grid[top : top + height * scale, left : left + width * scale] = enlarged
+    return grid
+
+
+def png_file(picture: Picture) -> bytes:
+    """Return a picture as a PNG file, row by row: PIL would take the whole of it once more."""
+    packed = zlib.compressobj()
+    rows = [packed.compress(b"\0" + row.tobytes()) for row in picture]  # 0: as they are, no filter
+    head = struct.pack(">IIBBBBB", picture.shape[1], picture.shape[0], 8, 2, 0, 0, 0)  # 8 bits, RGB
+    chunks = ((b"IHDR", head), (b"IDAT", b"".join(rows) + packed.flush()), (b"IEND", b""))
+    parts = [struct.pack(">I", len(data)) + kind + data + _checksum(kind + data) for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def _checksum(data: bytes) -> bytes:
+    return struct.pack(">I", zlib.crc32(data))
+
+
+def columns(images: Tensor) -> int:
+    """Return how many images of (…, height, width) stand side by side: eight, or as many as there is room for."""
+    return min(max(_GRID_SIDE // max(images.shape[-2:]), 1), math.isqrt(_MOST_PICTURES))

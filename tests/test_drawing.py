@@ -1,0 +1,108 @@
+"""Pictures drawn beside the training, by a process of their own that leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from torchrelay.drawing import Drawing
+from torchrelay.report import Headline
+
+HEADLINE = Headline("accuracy", percent=True, higher_is_better=True)
+LINES = [
+    {"step": 10 * epoch, "epoch": epoch, "split": split, "loss": 1 / epoch, "accuracy": 1 - 1 / (epoch + 1)}
+    for epoch in (1, 2, 3)
+    for split in ("train", "test")
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return tmp_path
+
+
+def test_both_pictures_are_drawn_from_the_files_of_the_folder(folder: Path) -> None:
+    found = {"accuracy_by_class": {"cat": 0.75, "dog": 1.0}, "confusion_matrix": [[3, 1], [0, 2]]}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    said: list[str] = []
+    drawing = Drawing(folder, said.append)
+    drawing.start(HEADLINE, confusion=True)
+    assert drawing.finish()
+    assert said == []
+    for name in ("curves.png", "confusion.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) >= 300
+
+
+def test_an_error_is_said_and_is_no_error_of_the_run(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("{ damaged\n{}\n")
+    said: list[str] = []
+    drawing = Drawing(folder, said.append)
+    drawing.start(HEADLINE)
+    assert not drawing.finish()
+    [text] = said
+    assert "the pictures can't be drawn" in text
+    assert "metrics.jsonl is damaged" in text
+    assert "\n" not in text
+
+
+def test_without_an_interpreter_nothing_is_drawn_and_that_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
+    said: list[str] = []
+    drawing = Drawing(folder, said.append)
+    drawing.start(HEADLINE)
+    assert not drawing.finish()
+    assert len(said) == 1
+    assert "no-python" in said[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a drawing ends by itself, a second later")
+def test_nothing_draws_on_when_the_training_is_killed(folder: Path) -> None:
+    os.mkfifo(folder / "evaluation.json")  # whoever reads it waits for ever
+    script = f"""
+import sys, time
+from pathlib import Path
+from torchrelay.drawing import Drawing
+from torchrelay.report import Headline
+drawing = Drawing(Path({str(folder)!r}), print)
+drawing.start(Headline("accuracy", True, True), confusion=True)
+print(drawing._process.pid, flush=True)
+time.sleep(60)
+"""
+    training = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert training.stdout is not None
+    drawer = Path("/proc", training.stdout.readline().strip())
+    deadline = time.monotonic() + 30
+    while not (folder / "curves.png").exists():  # so it is at the second picture, or about to be
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    training.send_signal(signal.SIGKILL)
+    training.wait()
+    training.stdout.close()
+    while drawer.exists() and "Z" not in (drawer / "stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the drawing lives on"
+        time.sleep(0.01)
+
+
+def test_a_training_with_a_run_folder_imports_no_matplotlib(tmp_path: Path) -> None:
+    script = f"""
+import sys, torch, torchrelay as tr
+from torchrelay.terminal import Terminal
+data = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+run = {str(tmp_path / "run")!r}
+tr.Trainer(model, data, data, epochs=2, batch_size=32, run=run, terminal=Terminal(quiet=True)).fit()
+print("matplotlib" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert (tmp_path / "run" / "curves.png").exists()
