@@ -298,8 +298,8 @@ def exactness_table(device: str, size: Size) -> Table:
         cost = exact.median / without.median - 1
         rows = [(f"{device}, bf16", exact, without, f"{cost:+.1%}")]
     note = (
-        f"`resnet18-small` as above, `run.exact` on and off, otherwise alike; ms a step, medians of {size.rounds} "
-        f"rounds of {count} steps in turns."
+        f"`resnet18-small` on images of 32x32, flipped and cropped, batches of {size.batch}, bf16, channels last, "
+        f"`run.exact` on and off; ms a step, medians of {size.rounds} rounds of {count} steps in turns."
     )
     goal = Goal("the exact step, beside one that isn't", cost, 0.1, 0.03, "{:+.1%}")
     return Table("What exactness costs on a GPU", ("", "exact", "not", "cost"), rows, note, [goal])
@@ -307,7 +307,8 @@ def exactness_table(device: str, size: Size) -> Table:
 
 # ------------------------------------------------------------------------------------------------ the program
 
-TABLES = (busy_table, tiny_table, exactness_table)  # the first one trains exactly, which must come before all others
+# What trains exactly comes first, as cuBLAS asks for; what the profiler looks at comes last, as it stays attached.
+TABLES = (exactness_table, tiny_table, busy_table)
 
 
 def tables(quick: bool = False) -> list[Table]:
