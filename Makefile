@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test test-slow lint types check bench docs clean
+.PHONY: install train test test-slow lint types check bench bench-gpu docs clean
 
 install: .venv/installed
 
@@ -31,6 +31,14 @@ check: lint types test
 
 bench: install
 	$(BIN)/python -m benchmarks --out docs/benchmarks.md
+
+# On a machine with a GPU, whose own Python serves where there is no .venv. The times to an accuracy take files of yours:
+# make bench-gpu RECORDS="--root FOLDER --airbench FILE --speedrun FILE --reference"
+GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+bench-gpu:
+	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu; tests=$$?; \
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu $(RECORDS) --out docs/measured/gpu.md && exit $$tests
 
 docs: install
 	$(BIN)/python -m benchmarks.augmentations --out docs/pictures/augmentations.png

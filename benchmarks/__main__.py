@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks import pictures
 from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
 
-SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness")
+SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness", "gpu", "records")
 SOMETIMES = ("photos", "folder_cache")  # where they are there
 OVERHEAD, ACCURACY = "pictures/overhead.png", "pictures/accuracy-over-time.png"
 

@@ -38,17 +38,19 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure, with the bar that it must pass and the aim beyond it."""
+    """A figure, with the bar that it must pass and the aim beyond it; None where there is no such limit."""
 
     what: str
     found: float | None  # None: not measured
-    bar: float
-    aim: float
+    bar: float | None
+    aim: float | None
     form: str  # how figures are written, such as "{:+.1%}"
     more: bool = False  # whether more is better
 
-    def verdict(self, limit: float) -> str:
+    def verdict(self, limit: float | None) -> str:
         """Return a limit, and whether the figure meets it; the figure counts, not how it is rounded."""
+        if limit is None:
+            return ""
         if self.found is None:
             return f"{self.form.format(limit)}: {NOT_MEASURED}"
         met = self.found >= limit if self.more else self.found <= limit

@@ -495,7 +495,9 @@ def test_predict_refuses_a_run_without_classes(tmp_path, capsys):
 def test_recipes_lists_what_ships(capsys):
     lines = say(["recipes"], capsys).splitlines()
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
-    assert {line.split()[0] for line in lines} >= {"digits", "cifar10-reference", "cifar10-fast", "image-folder"}
+    assert {line.split()[0] for line in lines} >= {
+        "digits", "cifar10-reference", "cifar10-fast", "cifar10-94", "image-folder",
+    }  # fmt: skip
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
 
 

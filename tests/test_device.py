@@ -178,6 +178,7 @@ def test_a_run_on_one_device_opens_no_listening_socket(digits, quiet, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -189,6 +190,7 @@ def test_a_gpu_trains_to_the_same_bytes_twice(digits, quiet, tmp_path, same_runs
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @needs_cuda
 def test_a_gpu_learns_what_the_cpu_learns(digits, quiet):
     on_gpu = train(digits, quiet, name="cuda").evaluate().values["accuracy"]
@@ -196,6 +198,7 @@ def test_a_gpu_learns_what_the_cpu_learns(digits, quiet):
     assert abs(on_gpu - on_cpu) < 0.03
 
 
+@pytest.mark.gpu
 @pytest.mark.gpu
 @needs_cuda
 def test_a_gpu_is_named_in_the_log_and_tf32_is_as_set(digits, quiet, tmp_path):

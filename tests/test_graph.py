@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrelay as tr
 from torchrelay import checkpoint, rng
@@ -79,6 +80,27 @@ def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
         torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-4, atol=1e-6)
 
 
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a tensor's value is asked for: that waits for a GPU, and can't be recorded."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "fused", "muon"])
+def test_what_is_recorded_reads_no_value(digits, quiet, optimizer):
+    made = trainer(digits, quiet, optimizer, name="cpu")
+    batch = next(made.batches.epoch(0))
+    for taken in range(2):  # the first one makes the optimizer's state
+        if taken:
+            keep_rates_on(made.optimizer, torch.device("cpu"))
+        with NothingIsRead():
+            step(made, batch.inputs, batch.targets)
+    with pytest.raises(AssertionError, match="a value is read"), NothingIsRead():
+        torch.zeros(1).add_(torch.ones(1), alpha=torch.ones(()))
+
+
 def test_a_rate_on_the_device_is_written_in_place():
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -127,6 +149,7 @@ def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------ on a GPU
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -158,6 +181,7 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path):
     settings = {"name": "cuda", "graph": True}

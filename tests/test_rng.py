@@ -117,6 +117,7 @@ def test_reseeding_repeats_what_pytorch_draws():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_words():
     assert torch.equal(rng.words(3, "a", 4, PLACES.cuda(), 6).cpu(), rng.words(3, "a", 4, PLACES, 6))

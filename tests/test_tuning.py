@@ -100,6 +100,7 @@ def test_a_fused_optimizer_is_offered_where_there_is_one():
     assert offered == {"sgd": True, "adamw": True, "muon": False}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_offered_its_own_settings():
     names = {name for _, name, _ in tuning._settings(recipe.load("digits"))}

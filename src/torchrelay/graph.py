@@ -122,6 +122,8 @@ def keep_rates_on(optimizer: Optimizer, device: torch.device) -> None:
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
         if "capturable" in group:
             group["capturable"] = True
+        elif isinstance(optimizer, torch.optim.SGD):
+            group |= {"fused": True, "foreach": False}  # its other kinds read the rate, which waits for the device
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

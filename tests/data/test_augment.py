@@ -138,6 +138,7 @@ def test_epochs_and_seeds_draw_anew(transform):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("transform", IMAGE_TRANSFORMS, ids=label)
 def test_a_gpu_augments_alike(transform):

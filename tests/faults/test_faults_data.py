@@ -447,6 +447,7 @@ def test_row_26_a_wrong_label_ends_a_run_with_one_line(cli, one_line, code, tmp_
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("kind", ["array, named", "array", "array, negative", "dataset, workers", "too few outputs"])
 def test_row_26_a_gpu_never_sees_a_label_out_of_range(quiet, kind):
@@ -501,6 +502,7 @@ def test_row_39_no_memory_left_is_an_error_with_the_batch_size_and_what_to_try(c
     assert parted.returncode == 0, parted.stderr
 
 
+@pytest.mark.gpu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_row_39_a_gpu_without_memory_says_the_same(quiet):

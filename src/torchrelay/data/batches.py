@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from torchrelay.data.ahead import ahead, beside, gather
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.loader import Key, Loader
 from torchrelay.data.order import Places, order
@@ -128,12 +129,16 @@ class Batches:
             raise RelayError(
                 f"data.drop_last leaves nothing: {self.samples} samples are fewer than a batch of {batch_size}"
             )
+        self._pins = device.device.type == "cuda"  # memory of the host's, so that copies don't wait
+        # What runs here of the user's own may look at the model: it stays where the loop is.
+        own = not pipeline.is_ours or (isinstance(source, DatasetSource) and workers == 0)
+        self._beside = None if own else beside(device.device)
         self._place_samples = _sampler(source, seed, sampling if train else "sequential")
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _resident(source, device.device)
             self._bytes = max(1, source.inputs.nbytes // self.samples)  # of a sample
         else:
-            self._loader = Loader(source, seed, workers, device.device.type == "cuda")
+            self._loader = Loader(source, seed, workers, self._pins)
 
     def __len__(self) -> int:
         """Return how many batches an epoch has."""
@@ -168,6 +173,9 @@ class Batches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, beginning with batch `start`; what comes before it is not read."""
+        return ahead(self._epoch(epoch, start), self._beside)
+
+    def _epoch(self, epoch: int, start: int) -> Generator[Batch]:
         # To keep this method in `self` would close a cycle: see `Loader`.
         read = self._read_arrays if isinstance(self.source, ArraySource) else self._read_dataset
         for inputs, targets, own in read(epoch, start):
@@ -220,9 +228,10 @@ class Batches:
 
     def _read_arrays(self, epoch: int, start: int) -> "Iterator[tuple[Any, Tensor, _Own]]":
         for some in _batched(self._own(epoch, start), max(1, _AT_ONCE // (self._bytes * self.batch_size))):
-            index = torch.from_numpy(np.concatenate([own.indices for own in some])).to(self._inputs.device)
-            # Brackets would do the same in ten times the time: they allow for more than one index.
-            inputs, targets = self._inputs.index_select(0, index), self._targets.index_select(0, index)
+            index = torch.from_numpy(np.concatenate([own.indices for own in some]))
+            index = index.to(self._inputs.device, non_blocking=True)
+            pin = self._pins and self._inputs.is_cpu
+            inputs, targets = gather(self._inputs, index, pin), gather(self._targets, index, pin)
             sizes = [len(own.indices) for own in some]
             for own, x, y in zip(some, torch.split(inputs, sizes), torch.split(targets, sizes), strict=True):
                 yield self.device.move(x), self.device.move(y), own

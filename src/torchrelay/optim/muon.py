@@ -84,7 +84,8 @@ class MuonOptimizer(Optimizer):
     def _sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]
         options = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        sgd(parameters, _gradients(parameters), buffers, **options, dampening=0.0, maximize=False)
+        fused = True if isinstance(group["lr"], Tensor) else None  # else it would read a rate on the device
+        sgd(parameters, _gradients(parameters), buffers, fused=fused, **options, dampening=0.0, maximize=False)
         for parameter, buffer in zip(parameters, buffers, strict=True):
             if buffer is not None:
                 self.state[parameter]["momentum_buffer"] = buffer

@@ -143,6 +143,11 @@ class Pipeline:
         if self.std is not None and min(self.std) <= 0:
             raise UsageError(f"std is {tuple(self.std)}, and images are divided by it: each must be above 0")
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether all transforms are this package's, and none is a function of the user's."""
+        return all(type(transform) in get_args(_Any) for transform in self.transforms)
+
     @cached_property
     def _normalise(self) -> Normalise | None:
         if self.mean is None or self.std is None:

@@ -1,0 +1,349 @@
+"""A training step on a GPU: how busy it keeps the device, what is added to it, and what exactness costs there.
+
+    python -m benchmarks.gpu [--quick] [--out FILE]
+    python -m benchmarks.gpu --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
+
+The second also takes the times to an accuracy: see `benchmarks/records.py`.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import torchrelay as tr
+from benchmarks import page, peers, records
+from benchmarks.measure import side_by_side
+from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
+from torchrelay.data import batches as batches_module
+from torchrelay.data.augment import Flip, PaddedCrop
+from torchrelay.data.batches import Batch
+from torchrelay.device import DeviceSettings
+from torchrelay.models.small import resnet18_small
+from torchrelay.terminal import Terminal
+
+TITLE = "A training step on a GPU"
+KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # what a GPU does, as a trace calls it
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    batch: int = 512
+    images: int = 98 * 512  # as many as CIFAR-10 has, in whole batches
+    warm: int = 20  # steps that don't count
+    steps: int = 100  # that are timed
+    traced: int = 20  # that are traced
+    tiny: int = 1000  # steps of the tiny model
+    rounds: int = 5
+
+
+FULL, QUICK = Size(), Size(steps=20, traced=5, tiny=200, rounds=1)
+
+
+def settle(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def photographs(device: str, size: Size, *, exact: bool = True, graph: bool = False, **how: Any) -> tr.Trainer:
+    """Return a trainer of ResNet-18 on random images of 32x32."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (size.images, 3, 32, 32), dtype=torch.uint8, generator=random)
+    placing = {"name": device, "precision": "bf16", "channels_last": True, "graph": graph and device == "cuda"}
+    usual: dict[str, Any] = {"settings": tr.RunSettings(exact=exact, epochs=1000), "terminal": Terminal(quiet=True)}
+    return tr.Trainer(
+        resnet18_small(10),
+        (images, torch.arange(size.images) % 10),
+        augment=[Flip(), PaddedCrop(padding=4)],
+        batch_size=size.batch,
+        device=DeviceSettings.model_validate(placing),
+        optimizer=tr.optim.SGD(lr=0.1, momentum=0.9),
+        **usual | how,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ how busy it is
+
+
+def together(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the length of what spans cover; where several streams work at once, it counts once."""
+    covered, end = 0.0, float("-inf")
+    for first, last in sorted(spans):
+        covered += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return covered
+
+
+def spans_of(trace: Path, kinds: Sequence[str]) -> list[tuple[float, float]]:
+    """Return when each of a trace's events of these kinds began and ended, in microseconds."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e.get("cat") in kinds]
+
+
+class Busy(tr.Callback):
+    """Takes the wall time of some steps, and then, by the profiler, how long the device has work in some more.
+
+    Args:
+        device: where it runs; on the CPU, operations stand for kernels.
+        size: how many steps.
+    """
+
+    def __init__(self, device: str, size: Size) -> None:
+        self._device, self._size = device, size
+        on_gpu = device == "cuda"
+        self._kinds = KERNELS if on_gpu else ("cpu_op",)
+        self._activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        # The profiler must be there before a CUDA graph is recorded, and stay: or it sees none of its kernels.
+        os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
+        with profile(activities=[self._activity]):
+            settle(device)
+        self.wall = self.device = 0.0  # seconds a step
+
+    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+        size, done = self._size, trainer.step - self._size.warm
+        if done == 0:
+            settle(self._device)
+            self._began = time.perf_counter()
+        elif done == size.steps:
+            settle(self._device)
+            self.wall = (time.perf_counter() - self._began) / size.steps
+            self._profile = profile(activities=[self._activity])
+            self._profile.start()
+        elif done == size.steps + size.traced:
+            settle(self._device)
+            self._profile.stop()
+            with tempfile.TemporaryDirectory() as folder:
+                self._profile.export_chrome_trace(f"{folder}/trace.json")
+                self.device = together(spans_of(Path(folder) / "trace.json", self._kinds)) / 1e6 / size.traced
+
+    @property
+    def share(self) -> float:
+        """The share of the wall time in which the device had work."""
+        return self.device / self.wall
+
+
+@contextmanager
+def in_host_memory() -> Iterator[None]:
+    """Leave arrays where they are, as those that are too large for the device."""
+    before, batches_module._ON_DEVICE = batches_module._ON_DEVICE, 0
+    yield
+    batches_module._ON_DEVICE = before
+
+
+def busy(device: str, size: Size, *, graph: bool = False, host: bool = False, beside: bool = True) -> Busy:
+    """Return how busy a run keeps the device."""
+    watch = Busy(device, size)
+    settings = tr.RunSettings(max_steps=size.warm + size.steps + size.traced, epochs=1000)
+    with in_host_memory() if host else tempfile.TemporaryDirectory():
+        made = photographs(device, size, graph=graph, callbacks=[watch], settings=settings)
+    if not beside:
+        made.batches._beside = None
+    made.fit()
+    return watch
+
+
+CASES: dict[str, dict[str, bool]] = {
+    "arrays on the device": {},
+    "arrays on the device, all on one stream": {"beside": False},
+    "arrays in the host's memory": {"host": True},
+    "arrays in the host's memory, all on one stream": {"host": True, "beside": False},
+    "arrays on the device, each step one CUDA graph": {"graph": True},
+}
+BUSY = """\
+`resnet18-small` on random images of 32x32, flipped and cropped, batches of {batch}, bf16, channels last, exact; the
+loop of `fit()` with its metrics. The wall time is of {steps} steps without the profiler, between two waits for the
+device. The GPU's time is of {traced} more steps: the union of all kernels and copies in the profiler's trace, so that
+what two streams do at once counts once. "All on one stream": the next batch is prepared where the step is computed."""
+
+
+def busy_table(device: str, size: Size) -> Table:
+    """Return the share of a step's time in which the GPU has work; no device: not measured."""
+    rows: list[Sequence[str | Spread]] = [(name, NOT_MEASURED, "", "") for name in CASES]
+    share = None
+    if device:
+        found = {name: busy(device, size, **how) for name, how in CASES.items()}
+        share = next(iter(found.values())).share
+        rows = [(n, f"{1e3 * b.wall:.2f}", f"{1e3 * b.device:.2f}", f"{b.share:.1%}") for n, b in found.items()]
+    goal = Goal("GPU time in a step, of its wall time", share, 0.97, 0.99, "{:.1%}", more=True)
+    heads = ("", "ms a step", "GPU's ms in it", "share")
+    note = BUSY.format(batch=size.batch, steps=size.steps, traced=size.traced)
+    return Table("How busy the GPU is", heads, rows, note, [goal])
+
+
+# ------------------------------------------------------------------------------------------------ what is added
+
+
+def tiny_loops(device: str) -> dict[str, peers.Loop]:
+    """Return the loops of the tiny model, the hand-written one first."""
+    loops: dict[str, peers.Loop] = {
+        "by hand": peers.by_hand,
+        "torchrelay, all off": partial(peers.prepared, device=device),
+    }
+    if importlib.util.find_spec("ignite"):
+        loops["pytorch-ignite"] = peers.ignite
+    loops["torchrelay, all off, one graph"] = partial(peers.prepared, device=graph_on(device))
+    loops[GRAPH] = partial(in_one_graph, device)
+    return loops
+
+
+def graph_on(device: str) -> DeviceSettings:
+    return DeviceSettings(name=device, graph=device == "cuda")
+
+
+def in_one_graph(device: str, pairs: peers.Pairs, **how: Any) -> peers.Clock:
+    """Train with metrics and a schedule by step."""
+    on: dict[str, Any] = {"task": tr.Classification(), "schedule": tr.optim.Cosine()}
+    return peers.prepared(pairs, device=graph_on(device), **on, **how)
+
+
+GRAPH = "torchrelay, metrics and a schedule, one graph"
+TINY = """\
+The tiny model of `benchmarks.overhead` on the GPU, batches of 32 that lie there; exact, but for the others' loops. us a
+step: {steps:,} steps between two waits for the device, the first {warm} aside; medians of {rounds} rounds in turns.
+"One graph": forward, backward, optimizer and metrics are replayed, the schedule's rate is written beside them. Its
+kernels' own time is the union of kernels and copies in the profiler's trace."""
+
+
+def tiny_times(device: str, size: Size) -> tuple[dict[str, Spread], float]:
+    """Return each loop's microseconds a step, and those of the kernels of a step that is one graph."""
+    pairs = [(inputs.to(device), targets.to(device)) for inputs, targets in peers.made(size.tiny)]
+    loops = tiny_loops(device)
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(size.rounds + 1):
+        for name, loop in loops.items():
+            torch.use_deterministic_algorithms(False)  # an exact run sets it, and a hand-written loop doesn't
+            gc.collect()
+            mean = loop(pairs).mean()
+            if number:  # a round before counts for nothing
+                times[name].append(1e6 * mean)
+    watch = Busy(device, replace(size, warm=min(size.warm, peers.WARM)))
+    in_one_graph(device, pairs, callbacks=[watch])
+    return {name: Spread(tuple(values)) for name, values in times.items()}, 1e6 * watch.device
+
+
+def tiny_table(device: str, size: Size) -> Table:
+    """Return what is added to the tiny model's step; no device: not measured."""
+    ignite, kernels = "pytorch-ignite", "the kernels of that graph"
+    added: float | None = None
+    of_hand, of_kernels = added, added
+    rows: list[Sequence[str | Spread]] = [(name, NOT_MEASURED, "", "") for name in (*tiny_loops("cpu"), kernels)]
+    if device:
+        found, own = tiny_times(device, size)
+        hand = found["by hand"]
+
+        def over(name: str) -> Spread:
+            return Spread(tuple(a - b for a, b in zip(found[name].values, hand.values, strict=True)))
+
+        rows = [(name, us, over(name), f"{us.median / hand.median:.2f}") for name, us in found.items()]
+        rows += [(kernels, f"{own:.1f}", "", f"{own / hand.median:.2f}")]
+        of_hand, of_kernels = found[GRAPH].median / hand.median, found[GRAPH].median / own if own else None
+        if ignite in found:
+            added = over("torchrelay, all off").median - over(ignite).median
+            rows = [(f"{r[0]} ({importlib.metadata.version(ignite)})", *r[1:]) if r[0] == ignite else r for r in rows]
+    if not importlib.util.find_spec("ignite"):
+        rows.append((ignite, "not installed", "", ""))
+    goals = [
+        Goal("eager: added to a step, less what Ignite adds", added, 0, None, "{:+.1f} us"),
+        Goal("one graph: the step, of the hand-written loop's", of_hand, 0.2, None, "{:.2f} times"),
+        Goal("one graph: the step, of its kernels' own time", of_kernels, None, 1, "{:.2f} times"),
+    ]
+    note = TINY.format(steps=size.tiny, warm=peers.WARM, rounds=size.rounds)
+    return Table("What is added to a step on a GPU", ("", "us a step", "added", "of by hand's"), rows, note, goals)
+
+
+# ------------------------------------------------------------------------------------------------ exactness
+
+
+def steps(device: str, size: Size, exact: bool) -> Callable[[], None]:
+    """Return what takes some steps, exactly or not; all else is alike."""
+    made = photographs(device, size, exact=exact)
+    made.model.train()
+
+    def run() -> None:
+        torch.use_deterministic_algorithms(exact)
+        for batch in islice(made.batches.epoch(0), size.steps):
+            made.train_step(batch)
+        settle(device)
+
+    return run
+
+
+def exactness_table(device: str, size: Size) -> Table:
+    """Return what exactness costs on the GPU; no device: not measured."""
+    rows: list[Sequence[str | Spread]] = [("cuda, bf16", NOT_MEASURED, "", "")]
+    cost = None
+    count = min(size.steps, size.images // size.batch)  # of an epoch
+    if device:
+        size = replace(size, steps=count)
+        times = side_by_side({str(exact): steps(device, size, exact) for exact in (True, False)}, size.rounds)
+        exact, without = (Spread(tuple(1e3 * t / count for t in times[str(on)]), 2) for on in (True, False))
+        cost = exact.median / without.median - 1
+        rows = [(f"{device}, bf16", exact, without, f"{cost:+.1%}")]
+    note = (
+        f"`resnet18-small` on images of 32x32, flipped and cropped, batches of {size.batch}, bf16, channels last, "
+        f"`run.exact` on and off; ms a step, medians of {size.rounds} rounds of {count} steps in turns."
+    )
+    goal = Goal("the exact step, beside one that isn't", cost, 0.1, 0.03, "{:+.1%}")
+    return Table("What exactness costs on a GPU", ("", "exact", "not", "cost"), rows, note, [goal])
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+# What trains exactly comes first, as cuBLAS asks for; what the profiler looks at comes last, as it stays attached.
+TABLES = (exactness_table, tiny_table, busy_table)
+
+
+def tables(quick: bool = False) -> list[Table]:
+    """Return all tables; without a GPU they say that they aren't measured."""
+    device = "cuda" if torch.cuda.is_available() else ""
+    return [table(device, QUICK if quick else FULL) for table in TABLES]
+
+
+def tried(table: Callable[[], Table]) -> Table:
+    """Return a table, or one that says why there is none: the others are worth having."""
+    try:
+        return table()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+        name = getattr(table, "func", table).__name__
+        return Table(f"Failed: {name}", ("", ""), [(type(error).__name__, " ".join(str(error).split()))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
+    parser.add_argument("--out", type=Path, help="where to write the tables")
+    records.add_arguments(parser)
+    options = parser.parse_args()
+    device, size = "cuda" if torch.cuda.is_available() else "", QUICK if options.quick else FULL
+    before = f"# On a GPU\n\n{page.circumstances()}\nMade by `python -m benchmarks.gpu`."
+    before += f"\n\n{page.QUICK}" if options.quick else ""
+    found: list[Table] = []
+    parts: list[Callable[[], Table]] = [partial(make, device, size) for make in TABLES]
+    for table in (*parts, *records.parts(options)):
+        found.append(tried(table))
+        text = f"{before}\n\n{page.sections(found, 2)}\n"
+        print(page.sections(found[-1:], 2), flush=True)
+        if options.out is not None:  # after each, as a machine may be lent for minutes
+            options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
