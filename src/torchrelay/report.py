@@ -386,7 +386,7 @@ def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence
     Colours are shares of the true class, on a scale that shows an error of one in a hundred; the numbers are samples.
 
     Args:
-        matrix: int64 (classes, classes); the row is what a sample is, the column what the network said.
+        matrix: int64 (classes, classes), on the CPU; the row is what a sample is, the column what the network said.
         classes: their names; their numbers are shown if these are missing.
     """
     import matplotlib as mpl
