@@ -3,8 +3,10 @@
 import gc
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -39,4 +41,15 @@ def machine() -> str:
     """Return what figures depend on, in a line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     threads = torch.get_num_threads()
-    return f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads{gpu}, torch {torch.__version__}"
+    return f"{processor()}, {os.cpu_count()} cores, {threads} threads{gpu}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """Return the processor's name, and what it has for products in bf16."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return platform.machine()
+    named = re.search(r"^model name\s*: (.+)$", facts, re.MULTILINE)
+    units = [unit for flag, unit in (("avx512_bf16", "AVX-512 bf16"), ("amx_bf16", "AMX")) if flag in facts]
+    return " ".join((named[1] if named else platform.machine(), f"({', '.join(units)})" if units else "")).strip()
