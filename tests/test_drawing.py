@@ -106,3 +106,17 @@ print("matplotlib" in sys.modules)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_drawing_gives_way_to_the_training(folder: Path) -> None:
+    said: list[str] = []
+    drawing = Drawing(folder, said.append)
+    drawing.start(HEADLINE)
+    process = drawing._process
+    assert process is not None
+    seen = 0
+    while drawing.busy and seen < 19:
+        seen = os.getpriority(os.PRIO_PROCESS, process.pid)
+    assert seen == 19
+    assert drawing.finish()
+    assert not drawing.busy

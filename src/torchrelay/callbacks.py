@@ -178,7 +178,9 @@ class Pictures(Callback):
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Draw the curves so far, now and then."""
-        if trainer.run is not None and time.monotonic() - self._drawn_at > _REDRAW:
+        if trainer.run is None or trainer.run.drawing.busy:
+            return
+        if time.monotonic() - self._drawn_at > _REDRAW:
             trainer.run.drawing.start(_headline(trainer))
             self._drawn_at = time.monotonic()
 

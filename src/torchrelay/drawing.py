@@ -20,6 +20,7 @@ import numpy as np
 from torchrelay.report import Headline, confusion_matrix, curves, save
 
 _PATIENCE = 60.0  # seconds that a drawing may take on a machine with much to do
+_LAST = 19  # a training's threads wait for each other: one that is held up for a moment holds up all of them for long
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -54,6 +55,11 @@ class Drawing:
             )
         except OSError as error:
             self._say(f"the pictures can't be drawn: {error}")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a drawing is under way."""
+        return self._process is not None and self._process.poll() is None
 
     def finish(self) -> bool:
         """Wait for the running drawing, if there is one, and say what went wrong; return whether all was drawn."""
@@ -92,6 +98,7 @@ def _end_with(parent: int) -> None:
 def main() -> None:
     """Draw what the command line asks for."""
     folder, parent, headline, *confusion = sys.argv[1:]
+    os.nice(_LAST)
     _end_with(int(parent))
     draw(Path(folder), Headline(**json.loads(headline)), confusion=bool(confusion))
 
