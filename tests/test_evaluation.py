@@ -146,20 +146,6 @@ def test_nothing_has_a_mean_of_zero():
     assert Sums().means() == {"loss": 0.0}
 
 
-# ------------------------------------------------------------------------------------------------ mirror images
-
-
-class Column(nn.Module):
-    """Looks at the images' first column alone, so that a mirror image gives another output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 10)
-
-    def forward(self, images):
-        return self.layer(images[:, 0, :, 0])
-
-
 def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_path):
     for measured in (True, False):
         torch.manual_seed(0)
