@@ -2,7 +2,6 @@
 
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,12 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from torchrelay.data.cache import Images, cached, default_folder, in_memory, key_of
 from torchrelay.data.files import Files
+from torchrelay.data.image_files import (
+    UnreadableImageError,
+    channels_first,
+    fitted,
+    open_image,
+    out_of_reach,
+    read_pixels,
+)
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, split
 from torchrelay.errors import RelayError, UsageError
 
@@ -27,7 +33,6 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", 
 _TESTS = ("test", "val", "validation", "valid")
 _CHUNK = 64  # images that one thread decodes before it takes the next
 _SAY_EVERY = 10.0  # seconds between two lines on how far decoding is
-_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # of PIL's readers
 _SMALL = 4096  # bytes; threads lose more by taking turns in Python than they gain by decoding such files at once
 
 
@@ -97,7 +102,7 @@ def decode_images(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
     channels, height, width = shape
     images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
     for image, path in zip(images, paths, strict=True):
-        image[...] = _pixels(_fitted(_open(str(path), channels), width, height))
+        image[...] = channels_first(fitted(read_pixels(str(path), channels), width, height))
     return torch.from_numpy(images)
 
 
@@ -146,7 +151,7 @@ def _scan(folder: Path, name: str) -> _Listing:
             classes = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
         found = [sorted(_images(f"{folder}/{class_name}", class_name, frozenset())) for class_name in classes]
     except OSError as error:  # no permission, or a link that leads to itself or to nothing
-        raise _out_of_reach(str(error.filename), error) from error
+        raise out_of_reach(str(error.filename), error) from error
     if not classes:
         raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
     files, labels = [], []
@@ -211,7 +216,7 @@ class _Files(Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(_open(self.paths[index], self.channels)), self.labels[index]
+        return self.transform(open_image(self.paths[index], self.channels)), self.labels[index]
 
     def fingerprint(self) -> str:
         return key_of(self.facts)
@@ -222,10 +227,6 @@ def _read_singly(listing: _Listing, transform: Callable[[Any], Any], channels: i
 
 
 # ------------------------------------------------------------------------------------------------ decoding
-
-
-class _UnreadableImageError(RelayError):
-    """What `on_error = "skip"` leaves out."""
 
 
 def _decoded(
@@ -274,21 +275,21 @@ def _fill(
         missing = []
         for place in places:
             try:
-                picture = _open(paths[place], channels)
-            except _UnreadableImageError:
+                pixels = read_pixels(paths[place], channels)
+            except UnreadableImageError:
                 if not allowed:
                     raise
                 missing.append(place)
                 continue
-            if first is not None and picture.size != (width, height):
-                raise _different(paths[place], picture.size, first, (width, height))
-            images[place] = _pixels(_fitted(picture, width, height))
+            if first is not None and pixels.shape[:2] != (height, width):
+                raise _different(paths[place], (pixels.shape[1], pixels.shape[0]), first, (width, height))
+            images[place] = channels_first(fitted(pixels, width, height))
         return missing
 
     chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
     missing: list[int] = []
     told = monotonic()
-    with ThreadPoolExecutor(threads) as pool:  # PIL lets other threads run while it decodes
+    with ThreadPoolExecutor(threads) as pool:  # both decoders let other threads run meanwhile
         for chunk, found in zip(chunks, pool.map(decode, chunks), strict=True):
             missing += found
             _check(missing, paths, allowed)
@@ -310,8 +311,8 @@ def _size_of_first(paths: Sequence[str], channels: int) -> tuple[str, int, int]:
     """Return the path, the width and the height of the first image that can be read."""
     for path in paths:
         try:
-            return (path, *_open(path, channels).size)
-        except _UnreadableImageError:
+            return (path, *open_image(path, channels).size)
+        except UnreadableImageError:
             continue  # it has no size; decoding names it or leaves it out
     raise RelayError(f"none of the {len(paths)} images can be read, beginning with {paths[0]}")
 
@@ -331,52 +332,3 @@ def _different(path: str, size: tuple[int, int], first: str, first_size: tuple[i
         f"{path} has {width}x{height} pixels, {first} has {first_width}x{first_height}: "
         "set data.size to the pixels a side that all shall have"
     )
-
-
-def _out_of_reach(path: str, error: OSError) -> RelayError:
-    """Return the error of a file that isn't given out, which says nothing of its content: it is never left out."""
-    return RelayError(f"{path} can't be read: {error.strerror}; restore it or its permissions, or remove it")
-
-
-def _open(path: str, channels: int) -> Image.Image:
-    """Return a picture, upright, as RGB (3 channels) or grey (1).
-
-    Raises:
-        RelayError: it can't be read; the text names it.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
-    except (*_DAMAGE, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
-            raise _out_of_reach(path, error) from error
-        cause = "its content is no image" if isinstance(error, UnidentifiedImageError) else error
-        raise _UnreadableImageError(
-            f"{path} can't be read as an image: {cause}; repair or remove it, or set data.on_error=skip"
-        ) from error
-
-
-def _converted(picture: Image.Image, mode: str) -> Image.Image:
-    """Return a picture of any kind as RGB or L, before anything resizes it: a palette's numbers can't be averaged."""
-    if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range it doesn't say")
-    if picture.mode.startswith("I"):  # 16 bits a pixel; the upper eight are what PIL keeps of 16-bit colour as well
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:  # is shown on white
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == mode else picture.convert(mode)
-
-
-def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Return a picture resized until it just covers these pixels, and its middle cut out."""
-    if picture.size == (width, height):
-        return picture
-    return ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-
-
-def _pixels(picture: Image.Image) -> Images:
-    """Return (channels, height, width) of an RGB or grey picture."""
-    array = np.asarray(picture)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

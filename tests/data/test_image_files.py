@@ -1,0 +1,141 @@
+"""JPEG files that go past PIL have PIL's pixels, byte for byte; whatever could differ goes through PIL."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from torchrelay.data import image_files
+from torchrelay.data.image_files import open_image, read_pixels
+from torchrelay.errors import RelayError
+
+
+@pytest.fixture
+def by_pil(monkeypatch):
+    """The paths that PIL was asked to read."""
+    asked = []
+
+    def noted(path, channels):
+        asked.append(path)
+        return open_image(path, channels)
+
+    monkeypatch.setattr(image_files, "open_image", noted)
+    return asked
+
+
+def scene(width: int, height: int, channels: int = 3) -> Image.Image:
+    """Edges, slopes and noise: what chroma upsampling, the cosine transform and clipping could tell apart."""
+    rng = np.random.default_rng(width * 1000 + height)
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    planes = [across, down, np.where(across > down, 255, 0)][:channels]
+    pixels = np.stack(planes, axis=-1) + rng.normal(0, 20, (height, width, channels))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).squeeze())
+
+
+def same(path: Path, channels: int) -> bool:
+    found, expected = read_pixels(str(path), channels), np.asarray(open_image(str(path), channels))
+    return found.dtype == expected.dtype and found.shape == expected.shape and found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 13), (32, 32), (201, 150)])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 30, "progressive": True}, {"keep_rgb": True}])
+def test_the_pixels_are_pils(size, subsampling, options, tmp_path, by_pil):
+    subsampling = "4:4:4" if "keep_rgb" in options else subsampling
+    scene(*size).save(tmp_path / "x.jpg", subsampling=subsampling, **options)
+    assert same(tmp_path / "x.jpg", 3)
+    assert not by_pil
+
+
+def test_a_grey_file_is_read_as_grey_and_as_colour(tmp_path, by_pil):
+    scene(33, 21, 1).save(tmp_path / "x.jpg")
+    assert same(tmp_path / "x.jpg", 1)
+    assert same(tmp_path / "x.jpg", 3)
+    assert not by_pil
+
+
+def test_a_colour_file_is_made_grey_by_pil(tmp_path, by_pil):
+    scene(33, 21).save(tmp_path / "x.jpg")
+    assert same(tmp_path / "x.jpg", 1)
+    assert by_pil
+
+
+def test_four_colours_go_through_pil(tmp_path, by_pil):
+    scene(33, 21).convert("CMYK").save(tmp_path / "x.jpg")
+    assert same(tmp_path / "x.jpg", 3)
+    assert by_pil
+
+
+@pytest.mark.parametrize(("orientation", "turned"), [(None, False), (1, False), (6, True)])
+def test_pil_turns_what_a_camera_marked_as_turned(orientation, turned, tmp_path, by_pil):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    scene(30, 20).save(tmp_path / "x.jpg", exif=exif)
+    assert read_pixels(str(tmp_path / "x.jpg"), 3).shape == ((30, 20, 3) if turned else (20, 30, 3))
+    assert same(tmp_path / "x.jpg", 3)
+    assert bool(by_pil) == turned
+
+
+def test_a_png_named_jpg_goes_through_pil(tmp_path, by_pil):
+    scene(30, 20).save(tmp_path / "x.jpg", format="png")
+    assert same(tmp_path / "x.jpg", 3)
+    assert by_pil
+
+
+def test_bytes_behind_the_image_are_left_alone(tmp_path):
+    scene(30, 20).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes() + b"more" * 1000)
+    assert same(tmp_path / "x.jpg", 3)
+
+
+def test_at_every_length_a_cut_file_is_refused_or_read_as_pil_does(tmp_path):
+    scene(30, 20).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    refused = 0
+    for length in range(0, len(whole), 7):
+        cut = tmp_path / "cut.jpg"
+        cut.write_bytes(whole[:length])
+        try:
+            expected = np.asarray(open_image(str(cut), 3))
+        except RelayError as error:
+            refused += 1
+            with pytest.raises(type(error), match=r"cut\.jpg can't be read as an image"):
+                read_pixels(str(cut), 3)
+        else:
+            assert read_pixels(str(cut), 3).tobytes() == expected.tobytes()
+    assert refused > 50
+
+
+def test_changed_bytes_are_refused_or_read_as_pil_does(tmp_path):
+    scene(64, 48).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    rng, read = np.random.default_rng(0), 0
+    for _ in range(200):
+        changed = bytearray(whole)
+        changed[rng.integers(2, len(whole))] = rng.integers(256)
+        damaged = tmp_path / "changed.jpg"
+        damaged.write_bytes(changed)
+        try:
+            expected = np.asarray(open_image(str(damaged), 3))
+        except RelayError:
+            with pytest.raises(RelayError):
+                read_pixels(str(damaged), 3)
+        else:
+            read += 1
+            assert read_pixels(str(damaged), 3).tobytes() == expected.tobytes()
+    assert read > 100
+
+
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    scene(30, 20).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(RelayError, match="600 pixels"):
+        read_pixels(str(tmp_path / "x.jpg"), 3)
+
+
+def test_a_file_that_is_not_given_out_says_so(tmp_path):
+    with pytest.raises(RelayError, match=r"gone\.jpg can't be read: No such file or directory; restore it"):
+        read_pixels(str(tmp_path / "gone.jpg"), 3)
