@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torchrelay.trainer import Trainer
 
 
-_REDRAW = 30.0  # seconds between two drawings of the curves, each of which takes a second of another process
+_REDRAW = 120.0  # seconds between two drawings of the curves, each of which takes a second or two from the training
 
 
 class Callback:
@@ -178,7 +178,8 @@ class Pictures(Callback):
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Draw the curves so far, now and then."""
-        if trainer.run is None or trainer.run.drawing.busy:
+        ends = trainer.step == trainer.total_steps or trainer.stop_reason is not None  # and on_end draws
+        if trainer.run is None or ends or trainer.run.drawing.busy:
             return
         if time.monotonic() - self._drawn_at > _REDRAW:
             trainer.run.drawing.start(_headline(trainer))
