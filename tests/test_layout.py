@@ -36,7 +36,7 @@ LAYERS = (
 )
 # Inside `data`, where the order matters most: a step of preparing data knows only the earlier ones.
 DATA_LAYERS = (
-    ("order", "cache", "files", "ahead"),
+    ("order", "cache", "files", "image_files", "ahead"),
     ("augment", "sources"),
     ("folder", "named", "loader"),
     ("batches",),

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import assemble, checkpoint, recipe
+from torchrelay import assemble, checkpoint, recipe, writer
 from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device import DeviceSettings
@@ -105,6 +106,51 @@ def test_two_runs_give_the_same_bytes(digits, quiet, tmp_path, same_runs):
     for name in "ab":
         build(digits, quiet, tmp_path / name).fit()
     same_runs(tmp_path / "a", tmp_path / "b")
+
+
+class Wide(nn.Module):
+    """Weights large enough to be copied while the training goes on."""
+
+    def __init__(self, writes_to_its_weights: bool) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.head = nn.Linear(64, 400), nn.BatchNorm1d(400), nn.Linear(400, 10)
+        self.writes_to_its_weights = writes_to_its_weights
+
+    def forward(self, images):
+        if self.writes_to_its_weights:
+            self.hidden.weight.data.div_(self.hidden.weight.data.norm(dim=1, keepdim=True))
+        return self.head(torch.relu(self.norm(self.hidden(images.flatten(1)))))
+
+
+@pytest.mark.parametrize("writes_to_its_weights", [False, True])
+def test_checkpoints_copied_meanwhile_have_the_bytes_of_those_copied_at_once(
+    writes_to_its_weights, digits, quiet, tmp_path, same_runs, monkeypatch
+):
+    meanwhile, copy, save = [], writer._copy, tr.Trainer.save
+
+    def watched(pairs):
+        if threading.current_thread().name == "checkpoint writer":
+            meanwhile.extend(pairs)
+            time.sleep(0.01)  # the forward pass is short
+        copy(pairs)
+
+    monkeypatch.setattr(writer, "_copy", watched)
+    counts = []
+    for name in ("meanwhile", "at once"):
+        if name == "at once":
+            monkeypatch.setattr(tr.Trainer, "save", lambda trainer, goes_on=False: save(trainer))
+        torch.manual_seed(1)
+        saving = CheckpointSettings(every="1 step", keep=100)
+        options = {"optimizer": tr.optim.AdamW(lr=0.01), "ema": 0.9, "checkpoint": saving, "terminal": quiet}
+        model = Wide(writes_to_its_weights)
+        tr.Trainer(model, *digits, epochs=2, batch_size=300, run=tmp_path / name, **options).fit()
+        counts.append(len(meanwhile))
+    same_runs(tmp_path / "meanwhile", tmp_path / "at once")
+    saves = len(checkpoint.whole(tmp_path / "at once" / "checkpoints"))
+    # Of each save but the first: the weights, two moments, the averages. The last is followed by no step, but is no
+    # different. The second run copies nothing meanwhile.
+    expected = 0 if writes_to_its_weights else 4 * (saves - 1)
+    assert counts == [expected, expected]
 
 
 def test_another_seed_gives_other_bytes(digits, quiet, tmp_path):

@@ -1,9 +1,12 @@
 """Checkpoints written behind the training's back: the copy in memory, the thread, its failures."""
 
+import threading
+
 import pytest
 import torch
 
 from torchrelay import checkpoint
+from torchrelay import writer as writer_module
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.errors import RelayError
 from torchrelay.writer import Writer, in_memory
@@ -126,3 +129,91 @@ def test_what_is_being_written_is_not_copied_over(tmp_path):
         found = checkpoint.read(path)
         assert set(found.model["w"].tolist()) == {float(step)}
         assert set(found.state["s"].tolist()) == {step}
+
+
+# ----------------------------------------------------------------------------------------------- while training goes on
+
+
+def state_of(step: int, size: int = 200_000) -> Contents:
+    weights, momentum = torch.full((size,), float(step)), torch.full((size,), step + 0.5)
+    buffer = torch.full((size,), step + 0.25)
+    state = {"optimizer": {"state": {0: {"momentum_buffer": momentum}}}, "callbacks": [torch.full((size,), step)]}
+    return Contents(step, {"w": weights, "buffer": buffer}, state, ema={"w": weights + 0.75}, trained=("w",))
+
+
+def in_place(contents: Contents) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What only an optimizer's step changes."""
+    assert contents.ema is not None
+    momentum = contents.state["optimizer"]["state"][0]["momentum_buffer"]
+    return contents.model["w"], momentum, contents.ema["w"]
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Lets the writer's thread copy nothing until it is released; the caller's thread copies as it likes."""
+    released, waiting, copy = threading.Event(), threading.Event(), writer_module._copy
+
+    def slowly(pairs):
+        if pairs and threading.current_thread().name == "checkpoint writer":
+            waiting.set()
+            assert released.wait(20)
+        copy(pairs)
+
+    monkeypatch.setattr(writer_module, "_copy", slowly)
+    return released, waiting
+
+
+def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
+    released, waiting = held_up
+    writer = Writer(tmp_path, CheckpointSettings())
+    writer.save(state_of(0), goes_on=True)
+    writer.settle()  # nobody changed the weights
+    second = state_of(1)
+    writer.save(second, goes_on=True)
+    assert waiting.wait(20)  # and `save` has returned
+    second.model["buffer"].zero_()  # a forward pass, which changes buffers
+    second.state["callbacks"][0].zero_()
+    settled = threading.Thread(target=writer.settle)
+    settled.start()
+    settled.join(0.2)
+    assert settled.is_alive()
+    released.set()
+    settled.join(20)
+    for tensor in in_place(second):
+        tensor.zero_()  # the optimizer's step
+    writer.close()
+    found, expected = checkpoint.read(checkpoint.whole(tmp_path)[-1]), state_of(1)
+    assert torch.equal(found.model["buffer"], expected.model["buffer"])
+    assert torch.equal(found.state["callbacks"][0], expected.state["callbacks"][0])
+    assert all(map(torch.equal, in_place(found), in_place(expected)))
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(goes_on, tmp_path):
+    writer = Writer(tmp_path, CheckpointSettings(keep=3))
+    for step in (0, 1) if not goes_on else (0,):
+        contents = state_of(step)
+        writer.save(contents, goes_on=goes_on)
+        for tensor in in_place(contents):
+            tensor.zero_()
+        writer.wait()
+    writer.close()
+    for step, path in enumerate(checkpoint.whole(tmp_path)):
+        assert all(map(torch.equal, in_place(checkpoint.read(path)), in_place(state_of(step))))
+
+
+def test_weights_that_a_forward_pass_changes_are_copied_at_once(tmp_path):
+    writer = Writer(tmp_path, CheckpointSettings())
+    contents = state_of(0)
+    writer.save(contents, goes_on=True)
+    contents.model["w"].data[7] += 1  # which no version counter sees
+    writer.settle()
+    for step in (1, 2):
+        contents = state_of(step)
+        writer.save(contents, goes_on=True)
+        contents.model["w"].data.zero_()
+        writer.settle()
+    writer.close()
+    for path in checkpoint.whole(tmp_path):
+        found = checkpoint.read(path)
+        assert torch.equal(found.model["w"], state_of(found.step).model["w"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrelay.errors import UsageError
 from torchrelay.report import Headline
+from torchrelay.terminal import epoch_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,6 +203,20 @@ class Pictures(Callback):
         if trainer.run.drawing.finish() and has_confusion:
             picture = trainer.run.folder / "confusion.png"
             trainer.run.tensorboard.figure("pictures/confusion matrix", picture, step=trainer.step)
+
+
+def epoch_text(trainer: "Trainer", epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:
+    """Return what people read of an epoch: what its parts came to, and how fast it was."""
+    return epoch_line(
+        epoch,
+        trainer.settings.epochs,
+        splits,
+        headline=trainer.task.headline,
+        percent=trainer.task.percent,
+        rate=clock["samples_per_second"],
+        seconds=clock["seconds"],
+        unit=trainer.unit,
+    )
 
 
 def _headline(trainer: "Trainer") -> Headline:

@@ -187,13 +187,17 @@ class Run:
         self.metrics_lines = min(lines, len(there))
         self.tensorboard.rewrite(read_metrics(self.folder))
 
-    def save(self, contents: Contents) -> None:
-        """Save a checkpoint behind the training's back.
+    def save(self, contents: Contents, *, goes_on: bool = False) -> None:
+        """Save a checkpoint behind the training's back; with `goes_on`, `settle` is called before a weight changes.
 
         Raises:
             RelayError: an earlier one could not be written.
         """
-        self._writer.save(contents)
+        self._writer.save(contents, goes_on=goes_on)
+
+    def settle(self) -> None:
+        """Wait until what is saved is copied, as the weights are about to change."""
+        self._writer.settle()
 
     def wait(self) -> None:
         """Wait until all checkpoints are on the disk.

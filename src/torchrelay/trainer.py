@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torchrelay import checkpoint as checkpoints
 from torchrelay import identity, rng
 from torchrelay.backward import go_back_from_mean, mean_of
-from torchrelay.callbacks import Callback, Pictures, StepLog
+from torchrelay.callbacks import Callback, Pictures, StepLog, epoch_text
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.data.augment import Augment, Pipeline
 from torchrelay.data.batches import Batch, Batches, Sampling, statistics
@@ -47,7 +47,7 @@ from torchrelay.sharing import share
 from torchrelay.signals import StopNow, StopSignal
 from torchrelay.spikes import LossGuard
 from torchrelay.task import Classification, Task
-from torchrelay.terminal import Terminal, epoch_line
+from torchrelay.terminal import Terminal
 from torchrelay.views import Forward, check_views, with_views
 from torchrelay.world import join
 
@@ -283,6 +283,7 @@ class Trainer:
             explain(error, batch, self.model)  # raises what names the sample, if one is to blame
             raise
         self.guard.watch(self.step + 1, loss, self.clip())
+        self._settle()
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
         forget_gradients(self.optimizer)
@@ -391,7 +392,7 @@ class Trainer:
             raise StopNow
         self._save_is_due = bool(asked & _SAVE) or self._save_times.after_step(self.step)
         if self.step % len(self.batches) and self._save_is_due:  # at an epoch's end the evaluation comes first
-            self.save()
+            self.save(goes_on=True)
 
     def _asked(self) -> int:
         """Return what any process asks of all: several see it a step later, and all at the same step."""
@@ -441,13 +442,13 @@ class Trainer:
             found = {split: self._evaluate_and_record(split) for split in self.evaluated}
         chosen = found.get(self.selects_on) or (None if self.evaluated else train)
         improved = chosen is not None and self.task.headline in chosen and self._is_best(chosen, epoch)
-        self.say(_epoch_line(self, epoch, {"train": train, **found}, clock))
+        self.say(epoch_text(self, epoch, {"train": train, **found}, clock))
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)
         if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
             self.epochs_done, self.sums = epoch, self._new_sums()
         if last or improved or self.stop_reason is not None or self._save_is_due:
-            self.save()
+            self.save(goes_on=True)
         self.stopwatch.start()
 
     def _evaluate_and_record(self, split: str) -> dict[str, float]:
@@ -485,6 +486,7 @@ class Trainer:
         """
         if split not in self.evaluated:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
+        self._settle()
         with self._averaged(), self.device.explained(self.batches.batch_size):
             found = evaluate(
                 self.model,
@@ -596,8 +598,12 @@ class Trainer:
             "precision": self.device.settings.precision,
         }
 
-    def save(self) -> None:
+    def save(self, *, goes_on: bool = False) -> None:
         """Save a checkpoint; only the copy to memory holds training up.
+
+        Args:
+            goes_on: whether nothing but the training changes the weights from here on; then it isn't held up by most
+                of the copying, either.
 
         Raises:
             RelayError: an earlier one could not be written, or a loss up to here wasn't finite.
@@ -619,9 +625,14 @@ class Trainer:
         self._save_times.saved()
         self._save_is_due = False
         if self.run is not None:
-            self.run.save(contents)
+            self.run.save(contents, goes_on=goes_on)
             stood_still = 1000 * (time.perf_counter() - began)
             self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
+
+    def _settle(self) -> None:
+        """Let a checkpoint that is being copied have its weights before they change."""
+        if self.run is not None:
+            self.run.settle()
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.
@@ -640,6 +651,7 @@ class Trainer:
 
     def load_weights(self, contents: Contents) -> None:
         """Take over a checkpoint's weights, the averaged ones included."""
+        self._settle()
         try:
             self.exchange.load(self.model, contents.model)
         except RuntimeError as error:
@@ -649,19 +661,6 @@ class Trainer:
             ) from error
         if self.ema is not None and contents.ema is not None:
             self.exchange.load(self.ema, contents.ema)
-
-
-def _epoch_line(trainer: Trainer, epoch: int, splits: dict[str, dict[str, float]], clock: dict[str, float]) -> str:
-    return epoch_line(
-        epoch,
-        trainer.settings.epochs,
-        splits,
-        headline=trainer.task.headline,
-        percent=trainer.task.percent,
-        rate=clock["samples_per_second"],
-        seconds=clock["seconds"],
-        unit=trainer.unit,
-    )
 
 
 def _own_record(trainer: Trainer) -> dict[str, Any]:

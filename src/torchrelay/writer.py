@@ -1,4 +1,9 @@
-"""Step 3: checkpoints written behind the training's back, from a copy in memory; only the copy holds training up."""
+"""Step 3: checkpoints written behind the training's back, from a copy in memory; only the copy holds training up.
+
+And most of it needn't: weights stand still until the optimizer's next step, so large ones are copied while the next
+batch goes forward and backward, and the optimizer waits for them (Mohan et al., "CheckFreq", FAST 2021). A network may
+write to its own weights as it goes forward, though. Whether this one does is seen after the first copy, made at once.
+"""
 
 import ctypes
 import queue
@@ -6,7 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +22,14 @@ _LARGE = 2**15  # bytes from which a tensor is worth a call of its own
 _PLAIN = {Tensor, nn.Parameter}  # a tensor of another class may keep its numbers elsewhere
 
 
+class _Pair(NamedTuple):
+    """A tensor, where it stands in the tree, and its place in memory."""
+
+    path: str
+    place: Tensor
+    tensor: Tensor
+
+
 def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Contents:
     """Return a copy in the CPU's memory, which further training doesn't touch.
 
@@ -25,23 +38,26 @@ def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Co
         memory: tensors of an earlier copy by their path, which may be written over, and to which new ones are
             added: fresh memory would take half as long again, since the system clears each page of it.
     """
-    memory = {} if memory is None else memory
-    pairs: list[tuple[Tensor, Tensor]] = []
-    copy = _placed({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "", pairs)
+    copy, pairs = _laid_out(contents, {} if memory is None else memory)
     _copy(pairs)
-    if any(tensor.is_cuda for tensor in contents.model.values()):
-        torch.cuda.current_stream().synchronize()
-    return replace(contents, model=copy["model"], state=copy["state"], ema=copy["ema"])
+    return copy
 
 
-def _placed(tree: Any, memory: dict[str, Tensor], path: str, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+def _laid_out(contents: Contents, memory: dict[str, Tensor]) -> tuple[Contents, list[_Pair]]:
+    """Return contents in memory whose numbers are yet to be copied, and what is to be copied to where."""
+    pairs: list[_Pair] = []
+    copy = _placed({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "", pairs)
+    return replace(contents, model=copy["model"], state=copy["state"], ema=copy["ema"]), pairs
+
+
+def _placed(tree: Any, memory: dict[str, Tensor], path: str, pairs: list[_Pair]) -> Any:
     """Return the tree with memory in place of its tensors; `pairs` gets each with the tensor that is to be copied."""
     if isinstance(tree, Tensor):
         place = memory.get(path)
         if place is None or place.shape != tree.shape or place.dtype != tree.dtype:
             # Laid out alike, which is copied fastest. Tied weights get tensors of their own, as safetensors asks for.
             place = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda, requires_grad=False)
-        pairs.append((place, tree))
+        pairs.append(_Pair(path, place, tree))
         return place
     if isinstance(tree, dict):
         return {key: _placed(value, memory, f"{path}.{key}", pairs) for key, value in tree.items()}
@@ -50,26 +66,29 @@ def _placed(tree: Any, memory: dict[str, Tensor], path: str, pairs: list[tuple[T
     return tree
 
 
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(pairs: list[_Pair]) -> None:
     """Copy tensors, each to its place.
 
     Large ones in the CPU's memory go by memmove: torch would copy them with its threads, which wait for each other at
     every tensor, and with instructions that read the target before they write it. That takes twice as long or more.
     """
     rest = []
-    for place, tensor in pairs:
-        if tensor.is_cpu and tensor.nbytes >= _LARGE and _lie_alike(place, tensor):
-            ctypes.memmove(place.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    for pair in pairs:
+        if _is_block(pair):
+            ctypes.memmove(pair.place.data_ptr(), pair.tensor.data_ptr(), pair.tensor.nbytes)
         else:
-            rest.append((place, tensor))
+            rest.append(pair)
     if rest:
         with torch.no_grad():  # all at once: one call for each would take as long as the copying
-            torch._foreach_copy_([place for place, _ in rest], [tensor for _, tensor in rest], non_blocking=True)
+            torch._foreach_copy_([pair.place for pair in rest], [pair.tensor for pair in rest], non_blocking=True)
+    if any(pair.tensor.is_cuda for pair in rest):
+        torch.cuda.current_stream().synchronize()
 
 
-def _lie_alike(place: Tensor, tensor: Tensor) -> bool:
-    """Return whether a tensor's memory, byte for byte, is what belongs into its place, which has no gaps."""
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+def _is_block(pair: _Pair) -> bool:
+    """Return whether a tensor is worth a memmove, and its memory, byte for byte, is what belongs into its place."""
+    _, place, tensor = pair
+    if not tensor.is_cpu or tensor.nbytes < _LARGE or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         return False
     return tensor.stride() == place.stride() and not tensor.is_conj() and not tensor.is_neg()
 
@@ -91,19 +110,44 @@ class Writer:
         clean(folder)
         self.settings = settings
         self._memory: dict[str, Tensor] = {}  # of the last copy; free once that is written
-        self._waiting: queue.Queue[Contents | None] = queue.Queue(maxsize=1)
+        self._waiting: queue.Queue[tuple[Contents, list[_Pair]] | None] = queue.Queue(maxsize=1)
+        self._copied = threading.Event()  # all that the last save was to copy
+        self._copied.set()
+        self._first: list[_Pair] | None = None  # the weights of the first copy, until they are compared
+        self._rest: bool | None = None  # whether the weights stand still until an optimizer's step; None: not known yet
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def save(self, contents: Contents) -> None:
+    def save(self, contents: Contents, *, goes_on: bool = False) -> None:
         """Copy `contents` to memory and return; the disk is written behind the caller's back.
+
+        Args:
+            contents: what to save.
+            goes_on: whether the caller calls `settle` before it changes weights, averages or the optimizer's state;
+                then large ones may be copied behind its back, too.
 
         Raises:
             RelayError: an earlier write failed.
         """
         self.wait()
-        self._waiting.put(in_memory(contents, self._memory))
+        copy, pairs = _laid_out(contents, self._memory)
+        weights = [pair for pair in pairs if _rests(pair.path, contents) and _is_block(pair)]
+        later = weights if goes_on and self._rest else []
+        chosen = set(map(id, later))
+        _copy([pair for pair in pairs if id(pair) not in chosen])
+        if self._rest is None:
+            self._first = weights
+        if later:
+            self._copied.clear()
+        self._waiting.put((copy, later))
+
+    def settle(self) -> None:
+        """Wait until everything is copied, as the weights are about to change."""
+        self._copied.wait()
+        if self._first is not None:  # they had a forward and a backward pass in which to change, and shouldn't have
+            self._rest = all(torch.equal(place, tensor) for _, place, tensor in self._first)
+            self._first = None
 
     def wait(self) -> None:
         """Wait until nothing is left to write.
@@ -124,8 +168,13 @@ class Writer:
         self.wait()
 
     def _work(self) -> None:
-        while (contents := self._waiting.get()) is not None:
+        while (found := self._waiting.get()) is not None:
+            contents, later = found
             try:
+                try:
+                    _copy(later)
+                finally:
+                    self._copied.set()
                 self._before()
                 contents.check_finite()  # here, where training doesn't wait for it
                 write(self.folder, contents)
@@ -135,3 +184,8 @@ class Writer:
             finally:
                 self._waiting.task_done()
         self._waiting.task_done()
+
+
+def _rests(path: str, contents: Contents) -> bool:
+    """Return whether a tensor at this place of the tree belongs to what only an optimizer's step changes."""
+    return path.startswith((".state.optimizer.", ".ema.")) or path.removeprefix(".model.") in contents.trained
