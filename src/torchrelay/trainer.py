@@ -283,7 +283,7 @@ class Trainer:
             explain(error, batch, self.model)  # raises what names the sample, if one is to blame
             raise
         self.guard.watch(self.step + 1, loss, self.clip())
-        self._settle()
+        self._settle()  # a checkpoint may still be copied from the weights
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
         forget_gradients(self.optimizer)
