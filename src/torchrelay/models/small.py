@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.models.convolution import Conv2d
 
 # ------------------------------------------------------------------------------------------------ features, digits
 
@@ -162,9 +163,9 @@ class _Group(nn.Sequential):
         )
 
 
-def _identity_conv(inputs: int, outputs: int) -> nn.Conv2d:
+def _identity_conv(inputs: int, outputs: int) -> Conv2d:
     """Build a 3x3 convolution whose first filters hand their input channels through."""
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    conv = Conv2d(inputs, outputs, 3, padding=1, bias=False)
     with torch.no_grad():
         nn.init.dirac_(conv.weight[:inputs])
     return conv

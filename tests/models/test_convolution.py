@@ -1,0 +1,132 @@
+"""The convolution whose weights get their gradient as a product: the same numbers, and only where it pays."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay.device import DeviceSettings
+from torchrelay.models import convolution
+from torchrelay.models.convolution import Conv2d, weight_gradient
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The shapes of weights whose gradient was a product; this CPU is taken for one with AMX."""
+    found = []
+
+    def noted(maps, gradient, shape, padding):
+        found.append(tuple(shape))
+        return weight_gradient(maps, gradient, shape, padding)
+
+    monkeypatch.setattr(convolution, "weight_gradient", noted)
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    return found
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (5, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 2)])
+@pytest.mark.parametrize("size", [(5, 5), (6, 7)])
+def test_the_gradient_is_pytorchs(kernel, padding, size):
+    maps = torch.randn(3, 4, *size, dtype=torch.float64)
+    weight = torch.randn(6, 4, *kernel, dtype=torch.float64, requires_grad=True)
+    out = nn.functional.conv2d(maps, weight, padding=padding)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps, gradient = (tensor.contiguous(memory_format=layout) for tensor in (maps, gradient))
+        torch.testing.assert_close(weight_gradient(maps, gradient, weight.shape, padding), weight.grad)
+
+
+def passes(layer: nn.Conv2d, maps: torch.Tensor, dtype: torch.dtype | None = torch.bfloat16) -> list[torch.Tensor]:
+    """Return what a layer gives, and the gradients of its maps and parameters."""
+    maps = maps.clone().requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        out = layer(maps)
+    out.float().square().mean().backward()
+    return [out.detach(), maps.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def both(maps: torch.Tensor, dtype: torch.dtype | None = torch.bfloat16, **options) -> None:
+    """Compare PyTorch's convolution and ours, of the same weights."""
+    options = {"kernel_size": 3, "padding": 1, "bias": False} | options
+    layers = [kind(maps.shape[1], 8, **options).to(memory_format=torch.channels_last) for kind in (nn.Conv2d, Conv2d)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    theirs, ours = (passes(layer, maps, dtype) for layer in layers)
+    assert torch.equal(theirs[0], ours[0])
+    assert torch.equal(theirs[1], ours[1])
+    for expected, found in zip(theirs[2:], ours[2:], strict=True):
+        assert found.dtype == expected.dtype
+        assert found.stride() == expected.stride()  # optimizers go through the memory as it lies
+        assert (found - expected).norm() <= 0.01 * expected.norm()
+
+
+def maps(channels: int = 128, size: int = 7) -> torch.Tensor:
+    return torch.randn(4, channels, size, size).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_small_maps_of_many_channels_get_a_product(size, products):
+    both(maps(size=size))
+    assert products == [(8, 128, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "options"),
+    [
+        (maps(size=8), torch.bfloat16, {}),
+        (maps(channels=64), torch.bfloat16, {}),
+        (maps().contiguous(), torch.bfloat16, {}),
+        (maps(), None, {}),
+        (maps(), torch.float16, {}),
+        (maps(), torch.bfloat16, {"bias": True}),
+        (maps(), torch.bfloat16, {"stride": 2}),
+        (maps(), torch.bfloat16, {"dilation": 2}),
+        (maps(), torch.bfloat16, {"groups": 4}),
+        (maps(), torch.bfloat16, {"padding": "same"}),
+        (maps(), torch.bfloat16, {"padding_mode": "reflect"}),
+    ],
+    ids=lambda value: str(value)[:12] if isinstance(value, dict) else None,
+)
+def test_all_else_is_left_to_pytorch(given, dtype, options, products):
+    both(given, dtype, **options)
+    assert not products
+
+
+def test_without_amx_nothing_changes(monkeypatch, products):
+    monkeypatch.setattr(convolution, "has_amx", lambda: False)
+    both(maps())
+    assert not products
+
+
+def test_a_frozen_weight_and_an_evaluation_need_no_product(products):
+    layer = Conv2d(128, 8, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(maps())
+    layer.weight.requires_grad_(False)
+    assert passes(layer, maps())[1] is not None
+    assert not products
+
+
+def test_the_fast_network_trains_with_it_and_goes_on_exactly(products, quiet, tmp_path):
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name, steps in (("whole", None), ("resumed", 3), ("resumed", None)):
+        torch.manual_seed(0)
+        trainer = tr.Trainer(
+            tr.models.build(tr.models.ModelSettings(name="fast-cnn"), classes=4, channels=3, image_size=32, log=print),
+            (images, torch.arange(64) % 4),
+            epochs=3,
+            batch_size=32,
+            optimizer=tr.optim.SGD(lr=0.01, momentum=0.9),
+            device=DeviceSettings(name="cpu", precision="bf16", channels_last=True),
+            settings=tr.RunSettings(max_steps=steps),
+            terminal=quiet,
+            run=tmp_path / name,
+        )
+        trainer.resume() if name == "resumed" and steps is None else trainer.fit()
+    assert set(products) == {(256, 256, 3, 3)}
+    weights = [
+        next((tmp_path / name / "checkpoints").glob("step-00000006/model.safetensors")).read_bytes()
+        for name in ("whole", "resumed")
+    ]
+    assert weights[0] == weights[1]
