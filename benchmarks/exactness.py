@@ -130,7 +130,7 @@ def pause(name: str, saves: int) -> tuple[Sequence[str | Spread], Goal]:
     after, others = (Spread(tuple(1e3 * t for t in pauses.step[saved])) for saved in (True, False))
     ratio = save.median / copy.median
     row = name, f"{pauses.bytes / 1e6:,.0f} MB", save, copy, f"{ratio:.2f}", after, others
-    return row, Goal(f"{name}: how long a checkpoint holds training up, of a memcpy", ratio, 1.2, 1.05, "{:.2f} times")
+    return row, Goal(f"{name}, of a memcpy", ratio, 1.2, 1.05, "{:.2f} times")
 
 
 def tables(quick: bool = False) -> list[Table]:
