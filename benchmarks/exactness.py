@@ -87,9 +87,9 @@ class Pauses(tr.Callback):
         assert run is not None  # noqa: S101
         settle = run.settle
 
-        def timed() -> None:
+        def timed(*, trained: bool = False) -> None:
             began = time.perf_counter()
-            settle()
+            settle(trained=trained)
             if self._saved:
                 self.save[-1] += time.perf_counter() - began
 

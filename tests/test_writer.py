@@ -167,13 +167,13 @@ def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
     released, waiting = held_up
     writer = Writer(tmp_path, CheckpointSettings())
     writer.save(state_of(0), goes_on=True)
-    writer.settle()  # nobody changed the weights
+    writer.settle(trained=True)  # nobody changed the weights
     second = state_of(1)
     writer.save(second, goes_on=True)
     assert waiting.wait(20)  # and `save` has returned
     second.model["buffer"].zero_()  # a forward pass, which changes buffers
     second.state["callbacks"][0].zero_()
-    settled = threading.Thread(target=writer.settle)
+    settled = threading.Thread(target=writer.settle, kwargs={"trained": True})
     settled.start()
     settled.join(0.2)
     assert settled.is_alive()
@@ -191,9 +191,11 @@ def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(goes_on, tmp_path):
     writer = Writer(tmp_path, CheckpointSettings(keep=3))
-    for step in (0, 1) if not goes_on else (0,):
+    for step in (0,) if goes_on else (0, 1):
         contents = state_of(step)
         writer.save(contents, goes_on=goes_on)
+        if not goes_on:
+            writer.settle(trained=True)  # from here on a training could have its copies made meanwhile
         for tensor in in_place(contents):
             tensor.zero_()
         writer.wait()
@@ -207,13 +209,28 @@ def test_weights_that_a_forward_pass_changes_are_copied_at_once(tmp_path):
     contents = state_of(0)
     writer.save(contents, goes_on=True)
     contents.model["w"].data[7] += 1  # which no version counter sees
-    writer.settle()
+    writer.settle(trained=True)
     for step in (1, 2):
         contents = state_of(step)
         writer.save(contents, goes_on=True)
         contents.model["w"].data.zero_()
-        writer.settle()
+        writer.settle(trained=True)
     writer.close()
     for path in checkpoint.whole(tmp_path):
         found = checkpoint.read(path)
         assert torch.equal(found.model["w"], state_of(found.step).model["w"])
+
+
+def test_what_waits_without_a_training_step_says_nothing_of_the_network(tmp_path):
+    """An evaluation before the first step: the forward pass that writes to the weights is yet to come."""
+    writer = Writer(tmp_path, CheckpointSettings())
+    contents = state_of(0)
+    writer.save(contents, goes_on=True)
+    writer.settle()
+    contents.model["w"].data[7] += 1
+    writer.settle(trained=True)
+    contents = state_of(1)
+    writer.save(contents, goes_on=True)
+    contents.model["w"].data.zero_()
+    writer.close()
+    assert torch.equal(checkpoint.read(checkpoint.whole(tmp_path)[-1]).model["w"], state_of(1).model["w"])

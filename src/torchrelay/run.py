@@ -195,9 +195,9 @@ class Run:
         """
         self._writer.save(contents, goes_on=goes_on)
 
-    def settle(self) -> None:
-        """Wait until what is saved is copied, as the weights are about to change."""
-        self._writer.settle()
+    def settle(self, *, trained: bool = False) -> None:
+        """Wait until what is saved is copied, as weights are about to change; `trained`: by a training step."""
+        self._writer.settle(trained=trained)
 
     def wait(self) -> None:
         """Wait until all checkpoints are on the disk.

@@ -283,7 +283,7 @@ class Trainer:
             explain(error, batch, self.model)  # raises what names the sample, if one is to blame
             raise
         self.guard.watch(self.step + 1, loss, self.clip())
-        self._settle()  # a checkpoint may still be copied from the weights
+        self._settle(trained=True)  # a checkpoint may still be copied from the weights
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
         forget_gradients(self.optimizer)
@@ -486,7 +486,6 @@ class Trainer:
         """
         if split not in self.evaluated:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
-        self._settle()
         with self._averaged(), self.device.explained(self.batches.batch_size):
             found = evaluate(
                 self.model,
@@ -528,6 +527,7 @@ class Trainer:
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
+        self._settle()
         return nullcontext() if self.ema is None else self.ema.swap(self.model)
 
     @property
@@ -629,10 +629,10 @@ class Trainer:
             stood_still = 1000 * (time.perf_counter() - began)
             self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
 
-    def _settle(self) -> None:
+    def _settle(self, *, trained: bool = False) -> None:
         """Let a checkpoint that is being copied have its weights before they change."""
         if self.run is not None:
-            self.run.settle()
+            self.run.settle(trained=trained)
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.

@@ -142,10 +142,14 @@ class Writer:
             self._copied.clear()
         self._waiting.put((copy, later))
 
-    def settle(self) -> None:
-        """Wait until everything is copied, as the weights are about to change."""
+    def settle(self, *, trained: bool = False) -> None:
+        """Wait until everything is copied, as the weights are about to change.
+
+        Args:
+            trained: whether a training step's forward and backward pass went through the model since the last save.
+        """
         self._copied.wait()
-        if self._first is not None:  # they had a forward and a backward pass in which to change, and shouldn't have
+        if trained and self._first is not None:  # weights had a chance to change, and shouldn't have
             self._rest = all(torch.equal(place, tensor) for _, place, tensor in self._first)
             self._first = None
 
