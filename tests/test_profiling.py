@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -81,6 +83,13 @@ def test_the_command_shows_a_table_and_leaves_a_picture_and_a_trace(tmp_path, ca
     events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
     assert sum(event.get("name") == "step" and event.get("ph") == "X" for event in events) == 3
     assert not (tmp_path / "runs").exists()
+
+
+def test_pytorchs_own_profiler_is_quiet(tmp_path):
+    command = [sys.executable, "-m", "torchrelay", "profile", "digits", "--steps", "1", "--out", tmp_path / "found"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr == ""
+    assert "USDT" not in done.stdout
 
 
 def test_a_run_is_not_profiled(quiet, tmp_path):

@@ -24,9 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         launched.attach()
-        os.environ.setdefault(
-            "KINETO_LOG_LEVEL", "5"
-        )  # PyTorch's profiler reads it at once, and tells of itself otherwise
+        # PyTorch's profiler reads it once, as torch is imported, and tells of itself otherwise.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "7")
         from torchrelay.commands import COMMANDS
 
         COMMANDS[options.command](options)

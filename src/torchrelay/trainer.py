@@ -51,6 +51,7 @@ from torchrelay.terminal import Terminal
 from torchrelay.views import Forward, check_views, with_views
 from torchrelay.world import join
 
+_NO_GRAD = torch.no_grad()  # to make one takes longer than to use it
 _STOP, _SAVE = 1, 2  # what any process may ask of all
 
 
@@ -353,7 +354,7 @@ class Trainer:
             loss = self.task.loss(outputs, targets)
         go_back_from_mean(loss, total, self.scaler.scale)
         if self.measures:
-            with torch.no_grad():
+            with _NO_GRAD:
                 self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
         return mean_of(loss, total)
 
