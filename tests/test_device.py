@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint
+from torchrelay import checkpoint, identity
 from torchrelay.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
 
@@ -93,6 +93,14 @@ def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
     assert torch.get_num_threads() == 2
     assert trainer.identity()["threads"] == 2
     assert "cpu, float32, 2 threads" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells here what a CPU has")
+def test_the_identity_tells_cpus_apart_by_the_units_that_kernels_are_chosen_by():
+    facts = Path("/proc/cpuinfo").read_text()
+    told = identity.of_machine(torch.device("cpu"))
+    for unit in ("avx512_bf16", "amx_bf16"):  # PyTorch's own word is AVX512 for CPUs with and without them
+        assert (unit in str(told["instructions"])) == (unit in facts)
 
 
 def test_bf16_trains_on_the_cpu_with_float32_weights(digits, quiet):

@@ -19,7 +19,8 @@ SOURCE = ROOT / "src"
 # A module, or a package as a whole, may import what stands in an earlier line, and nothing else of ours; those of one
 # line know nothing of each other.
 LAYERS = (
-    ("errors", "settings", "heap", "backward", "counts", "rng", "terminal", "pictures", "slurm", "meeting"),
+    ("errors", "settings", "heap", "backward", "counts", "rng", "processor"),
+    ("terminal", "pictures", "slurm", "meeting"),
     ("duration", "identity", "signals", "report", "device", "parallel", "models", "faults", "world", "launched"),
     ("trackers", "checkpoint", "data", "optim", "task", "views", "exchange", "unsharded", "shardable", "reports"),
     ("beside", "drawing"),

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from torchrelay import processor
 from torchrelay.device import DeviceSettings, set_up
 
 _PACKAGES = ("torchrelay", "torch", "torchvision", "timm", "torchmetrics", "tensorboard", "safetensors", "scikit-learn")
@@ -21,7 +22,7 @@ def findings() -> dict[str, str]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found = {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "processor": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{processor.name()}, {os.cpu_count()} cores, {processor.instructions()}",
         "memory": f"{memory / 2**30:.0f} GiB",
         "threads": f"{torch.get_num_threads()} for one operation (device.threads)",
         "CUDA": _cuda(),

@@ -4,12 +4,12 @@ It stands in every checkpoint and is compared at a resume. What changes the resu
 only its last bits is a warning.
 """
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from torchrelay import processor
 from torchrelay.errors import RelayError
 
 Identity = dict[str, str | int | bool]
@@ -40,8 +40,8 @@ def of_machine(device: torch.device) -> Identity:
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device.type} ({platform.machine()})",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        else f"{device.type} ({processor.name()})",
+        "instructions": processor.instructions(),
         "threads": torch.get_num_threads(),
     }
 

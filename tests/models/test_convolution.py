@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import torchrelay as tr
+from torchrelay import processor
 from torchrelay.device import DeviceSettings
 from torchrelay.models import convolution
 from torchrelay.models.convolution import Conv2d, weight_gradient
@@ -20,7 +21,7 @@ def products(monkeypatch):
         return weight_gradient(maps, gradient, shape, padding)
 
     monkeypatch.setattr(convolution, "weight_gradient", noted)
-    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    monkeypatch.setattr(processor, "has_amx", lambda: True)
     return found
 
 
@@ -94,7 +95,7 @@ def test_all_else_is_left_to_pytorch(given, dtype, options, products):
 
 
 def test_without_amx_nothing_changes(monkeypatch, products):
-    monkeypatch.setattr(convolution, "has_amx", lambda: False)
+    monkeypatch.setattr(processor, "has_amx", lambda: False)
     both(maps())
     assert not products
 

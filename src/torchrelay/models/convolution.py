@@ -6,13 +6,14 @@ of 4x4 with 256 channels, 20 ms as a product. Lowering a convolution to a produc
 Performance Convolutional Neural Networks for Document Processing" (IWFHR 2006).
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
+
+from torchrelay import processor
 
 _SMALL = 7 * 7  # pixels of a map up to which the product is faster, seen with 256 channels
 _MANY = 128  # channels of the input from which it is
@@ -46,14 +47,7 @@ def _pays(maps: Tensor) -> bool:
     if maps.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False
     is_bf16 = torch.get_autocast_dtype("cpu") is torch.bfloat16
-    return is_bf16 and maps.is_contiguous(memory_format=torch.channels_last) and has_amx()
-
-
-@cache
-def has_amx() -> bool:
-    """Return whether this CPU multiplies matrices of bf16 in tiles."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which an older PyTorch doesn't have
-    return bool(capabilities.get("amx_bf16", False))
+    return is_bf16 and maps.is_contiguous(memory_format=torch.channels_last) and processor.has_amx()
 
 
 class _Convolution(torch.autograd.Function):
