@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -25,6 +27,7 @@ def test_the_hand_written_loop_is_its_own():
     assert "from torchrelay" not in text
 
 
+@pytest.mark.slow
 def test_the_comparison_can_fail(tmp_path):
     """With another learning rate by one part in a million the weights differ, and the program says so."""
     script = """

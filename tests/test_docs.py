@@ -33,7 +33,11 @@ def ids(page: Path) -> str:
 RUNNING = [page for page in PAGES if page.name != "README.zh-CN.md"]  # whose blocks are the README's, see below
 
 
-@pytest.mark.parametrize("page", RUNNING, ids=ids)
+LONG = ("clusters.md", "devices.md", "speed.md")
+MARKED = [pytest.param(page, marks=pytest.mark.slow) if page.name in LONG else page for page in RUNNING]
+
+
+@pytest.mark.parametrize("page", MARKED, ids=ids)
 def test_every_command_and_code_block_runs(page, tmp_path):
     """The blocks of a page run one after another in one folder; a block marked `test: no` is only checked."""
     for kind, mark, text in blocks(page, "console", "python"):

@@ -63,6 +63,7 @@ def test_own_task_learns_to_reconstruct_run_by_its_own_name(tmp_path):
     assert json.loads((tmp_path / "runs" / "own-task" / "evaluation.json").read_text())["squared_error"] < 2.5
 
 
+@pytest.mark.slow
 def test_fine_tune_takes_the_weights_over_and_a_new_head(tmp_path):
     assert outcome("fine_tune", "fine_tune.main(epochs=4)", tmp_path) > 0.95
     for part in ("before", "after"):
@@ -77,6 +78,7 @@ def test_own_data_gives_the_same_bytes_with_and_without_workers(tmp_path, same_r
     same_runs(tmp_path / "0", tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
     epochs = 40
     steps = outcome("own_loop", f"own_loop.main(run='undisturbed', epochs={epochs})", tmp_path)
@@ -96,6 +98,7 @@ def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_several_devices_leaves_the_same_weights_from_one_process_and_from_two(tmp_path):
     path = str(EXAMPLES / "several_devices.py")
     several = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]

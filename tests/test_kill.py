@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import kill  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_leaves_what_the_undisturbed_one_leaves(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kill", "--kills", "3", "--epochs", "3", "--longest", "7"]
     done = subprocess.run(

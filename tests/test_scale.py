@@ -38,7 +38,7 @@ def hosts(processes):
     return [1 << k for k in range(1, 6) if processes % (1 << k) == 0 and 1 << k < processes]
 
 
-@pytest.mark.parametrize("first", range(1, 65, 8))
+@pytest.mark.parametrize("first", [*range(1, 41, 8), *(pytest.param(n, marks=pytest.mark.slow) for n in (41, 49, 57))])
 def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_the_same_bits(first):
     for processes in range(first, first + 8):
         values = rows(processes)
@@ -62,7 +62,7 @@ def test_three_levels_are_the_same_tree(levels):
     assert all(torch.equal(total[:ELEMENTS], add_neighbours(values.clone().unbind())) for total in totals)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 8, 12, 24, 64])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 12, 24, pytest.param(64, marks=pytest.mark.slow)])
 def test_formulas_of_rings_are_what_the_simulation_counts(processes):
     values = rows(processes)
     for on_host in [*hosts(processes), processes]:

@@ -60,6 +60,7 @@ def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, 
     same_runs(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_row_14_a_host_dies_and_the_other_goes_on_to_the_same_bytes(tmp_path, same_runs, undisturbed):
     """It dies as from a power cut: the other one isn't told."""
     run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
@@ -74,6 +75,7 @@ def test_row_14_a_host_dies_and_the_other_goes_on_to_the_same_bytes(tmp_path, sa
     assert "going on after step" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
     run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
     command = [*train(run), "--set", "run.epochs=2000"]

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import torch
 from torchrelay.world import join
@@ -15,6 +17,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_processes_on_one_core_end_without_an_abort(tmp_path):
     """Gloo's threads come late to their last words there: without leaving in order, most of such runs abort."""
     (tmp_path / "script.py").write_text(SCRIPT)

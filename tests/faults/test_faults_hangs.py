@@ -70,7 +70,10 @@ def main(step: int, folder: Path) -> None:
     os.kill(children[1], 9)
 
 
-@pytest.mark.parametrize(("step", "patience"), [(1, 2 * WAITS), (20, WAITS)], ids=["in the first steps", "later"])
+@pytest.mark.parametrize(
+    ("step", "patience"),
+    [pytest.param(1, 2 * WAITS, id="in the first steps"), pytest.param(20, WAITS, id="later", marks=pytest.mark.slow)],
+)
 def test_row_15_a_process_that_hangs_is_named_with_what_waits_for_it(tmp_path, step, patience):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, __file__, str(step), tmp_path], env=environment, timeout=100, check=True)
