@@ -22,8 +22,9 @@ SOMETIMES = ("photos", "folder_cache")  # where they are there
 OVERHEAD, ACCURACY = "pictures/overhead.png", "pictures/accuracy-over-time.png"
 
 NOTE_ON_TIME = """\
-The fast recipe was tested after each epoch for this picture, which takes 25 s of its time. The reference's accuracies
-are those that the tutorial prints after 1, 10, 20 and 30 epochs; its times follow from the rate of its step here."""
+Made by `python -m benchmarks.pictures --root FOLDER`. The fast recipe was tested after each epoch for this picture; its
+times are without the earlier tests, which it doesn't make otherwise. The reference's accuracies are those that the
+tutorial prints after 1, 10, 20 and 30 epochs; its times follow from the rate of its step on the same machine."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ seed, which is compared with their mean, since a machine's speed may change from
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,9 +23,11 @@ import torchvision
 from torch import nn
 
 from benchmarks.measure import machine
+from torchrelay.report import read_metrics
 
 IMAGES, ACCURACY = 1_500_000, 88.44  # of the reference: 30 epochs, and what they reach
 BATCH, STEPS = 256, 3
+RUN = "cifar10-fast"  # the run's folder, whose name its pictures bear
 
 
 def reference_rate() -> float:
@@ -45,17 +46,24 @@ def reference_rate() -> float:
     return BATCH / median(times[1:])  # the first one takes the memory
 
 
-def fast(root: Path, seed: int, folder: Path) -> tuple[float, float]:
-    """Train with one seed; return the seconds from start to end and the test accuracy in percent."""
+def fast(root: Path, seed: int, folder: Path, **more: object) -> tuple[float, float]:
+    """Train with one seed; return the seconds from start to end and the test accuracy in percent.
+
+    Args:
+        root: the photographs.
+        seed: of the run.
+        folder: where the run, whose folder is named `RUN`, and its cache go.
+        more: other settings of the section "run".
+    """
     settings = ["data.name=image-folder", f"data.root={root}", f"data.cache_dir={folder / 'cache'}", f"run.seed={seed}"]
+    settings += [f"run.{name}={value}" for name, value in more.items()]
     options = [part for setting in settings for part in ("--set", setting)]
-    run = folder / "run"
+    run = folder / RUN
     command = [sys.executable, "-m", "torchrelay", "train", "cifar10-fast", *options, "--run", str(run), "--quiet"]
     began = time.perf_counter()
     subprocess.run(command, check=True, env=os.environ)
     seconds = time.perf_counter() - began
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return seconds, 100 * [line["accuracy"] for line in lines if line["split"] == "test"][-1]
+    return seconds, 100 * [line["accuracy"] for line in read_metrics(run) if line["split"] == "test"][-1]
 
 
 def main() -> None:

@@ -1,17 +1,20 @@
 """Pictures of what was measured: bars of overhead, and accuracy over time.
 
-    python -m benchmarks.pictures REFERENCE.json FAST.json [--out docs/pictures/accuracy-over-time.png]
+    python -m benchmarks.pictures --root FOLDER [--out docs/pictures]
 
-draws two trainings, each a JSON list of [seconds, accuracy] pairs, an evaluation each. `python -m benchmarks` draws
-the bars.
+trains `cifar10-fast` on the photographs in FOLDER, tested after each epoch, and draws its accuracy over time beside the
+reference's, whose times follow from the rate of its step before and after; the run's own pictures are put beside it.
+`python -m benchmarks` draws the bars.
 """
 
 import argparse
-import json
 import math
-from collections.abc import Sequence
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import matplotlib as mpl
@@ -20,13 +23,16 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from benchmarks import accuracy as measured
 from benchmarks.page import Spread, Table
+from torchrelay.report import read_metrics
 
 INK, GREY, RULE, OURS, OTHERS = "#16181d", "#6b7280", "#d9dde3", "#c2410c", "#9aa3b2"
 WIDTH, MARGIN, DPI = 1040, 48, 100  # pixels, pixels, pixels an inch
 BAR = 40  # pixels from a bar to the next
 MARKS = {1: "1 s", 10: "10 s", 30: "30 s", 60: "1 min", 180: "3 min", 600: "10 min", 1800: "30 min"}
 MARKS |= {3600: "1 h", 10_800: "3 h", 36_000: "10 h"}  # seconds
+TUTORIAL = {1: 0.5148, 10: 0.7652, 20: 0.8255, 30: 0.8844}  # test accuracy by epoch; the last one is its best
 Points = Sequence[tuple[float, float]]  # seconds, accuracy in [0, 1]
 
 
@@ -93,16 +99,24 @@ def draw_overhead(table: Table, path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ accuracy over time
 
 
-def read(path: Path) -> Points:
-    """Return the points of a training.
+def of_tutorial(rate: float) -> Points:
+    """Return the tutorial's evaluations, at the times that follow from the images a second of its step."""
+    return [(epoch * 50_000 / rate, accuracy) for epoch, accuracy in TUTORIAL.items()]
 
-    Raises:
-        SystemExit: the file isn't a list of pairs of numbers.
+
+def of_run(lines: Sequence[Mapping[str, Any]], began: float) -> Points:
+    """Return a run's evaluations, at the seconds from its start without the earlier evaluations.
+
+    Args:
+        lines: of its metrics.jsonl.
+        began: when its process was started, in seconds of the clock.
     """
-    try:
-        return [(float(seconds), float(accuracy)) for seconds, accuracy in json.loads(path.read_text())]
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"error: {path} holds no list of [seconds, accuracy] pairs: {error}") from None
+    found, left_out = [], 0.0
+    trained = {line["epoch"]: line["time"] for line in lines if line["split"] == "train"}
+    for line in (line for line in lines if line["split"] == "test"):
+        found.append((line["time"] - began - left_out, line["accuracy"]))
+        left_out += line["time"] - trained[line["epoch"]]
+    return found
 
 
 def draw_accuracy(reference: Points, fast: Points, path: Path) -> None:
@@ -151,12 +165,21 @@ def _compare(axes: Axes, reference: Points, fast: Points) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the accuracy of two trainings over time.")
-    parser.add_argument("reference", type=Path)
-    parser.add_argument("fast", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("docs/pictures/accuracy-over-time.png"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="the photographs, as an image folder")
+    parser.add_argument("--out", type=Path, default=Path("docs/pictures"))
     options = parser.parse_args()
-    draw_accuracy(read(options.reference), read(options.fast), options.out)
+    rates = [measured.reference_rate()]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        measured.fast(options.root.resolve(), 0, Path(folder), evaluate_every=1)
+        rates.append(measured.reference_rate())
+        run = Path(folder) / measured.RUN
+        draw_accuracy(
+            of_tutorial(fmean(rates)), of_run(read_metrics(run), began), options.out / "accuracy-over-time.png"
+        )
+        for name in ("curves.png", "confusion.png"):
+            shutil.copyfile(run / name, options.out / name)
 
 
 if __name__ == "__main__":

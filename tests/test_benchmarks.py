@@ -1,6 +1,5 @@
 """The page of benchmarks: a verdict follows from the figure alone, and every benchmark runs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -122,17 +121,25 @@ def test_the_bars_are_drawn(tmp_path):
 
 @pytest.mark.parametrize("best", [0.9, 0.7])
 def test_accuracy_over_time_is_drawn_whether_or_not_the_goal_is_met(tmp_path, best):
-    for name, points in (("a", [[100, 0.5], [1000, 0.8]]), ("b", [[10, 0.4], [20, best]])):
-        (tmp_path / name).write_text(json.dumps(points))
-    pictures.draw_accuracy(pictures.read(tmp_path / "a"), pictures.read(tmp_path / "b"), tmp_path / "found.png")
+    pictures.draw_accuracy([(100, 0.5), (1000, 0.8)], [(10, 0.4), (20, best)], tmp_path / "found.png")
     assert width(tmp_path / "found.png") == 2 * pictures.WIDTH
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "[[1]]", "no JSON", "[[1, null]]"])
-def test_points_that_are_none_are_refused(tmp_path, content):
-    (tmp_path / "points.json").write_text(content)
-    with pytest.raises(SystemExit, match=r"^error: .*points\.json holds no list of \[seconds, accuracy\] pairs"):
-        pictures.read(tmp_path / "points.json")
+def test_the_references_times_follow_from_its_rate():
+    assert pictures.of_tutorial(50.0)[-1] == (1_500_000 / 50.0, 0.8844)
+
+
+def test_a_runs_times_are_from_its_start_without_its_earlier_tests():
+    lines = [
+        {"split": "step", "epoch": 1, "time": 105.0, "loss": 2.0},
+        {"split": "train", "epoch": 1, "time": 110.0, "accuracy": 0.3},
+        {"split": "test", "epoch": 1, "time": 113.0, "accuracy": 0.4},
+        {"split": "train", "epoch": 2, "time": 120.0, "accuracy": 0.5},
+        {"split": "test", "epoch": 2, "time": 122.0, "accuracy": 0.6},
+        {"split": "train", "epoch": 3, "time": 130.0, "accuracy": 0.7},
+        {"split": "test", "epoch": 3, "time": 131.0, "accuracy": 0.8},
+    ]
+    assert pictures.of_run(lines, began=100.0) == [(13.0, 0.4), (19.0, 0.6), (26.0, 0.8)]
 
 
 @pytest.mark.slow
