@@ -30,6 +30,7 @@ types: install
 check: lint types test
 
 bench: install
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
 	$(BIN)/python -m benchmarks --out docs/benchmarks.md
 
 # On a machine with a GPU, whose own Python serves where there is no .venv. The times to an accuracy take files of yours:

@@ -37,12 +37,12 @@ class Long:
 
 
 LONG = (
-    Long("one run killed again and again, compared byte by byte", "python -m benchmarks.kill", "measured/kill.md"),
+    Long("one run killed again and again, compared byte by byte", "python -m benchmarks.kill --root FOLDER --epochs 20", "measured/kill.md"),
     Long("a run that goes on with other numbers of processes", "python -m benchmarks.elastic", "measured/elastic.md"),
     Long("several processes beside DistributedDataParallel", "python -m benchmarks.parallel", "measured/parallel.md"),
     Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),
-    Long("losses and weights against a plain loop", "python -m benchmarks.agreement", "agreement.md"),
-    Long("the time to the reference's accuracy", "python -m benchmarks.accuracy", "measured/accuracy.md"),
+    Long("losses and weights against a plain loop", "python -m benchmarks.agreement --data FOLDER", "agreement.md"),
+    Long("the time to the reference's accuracy", "python -m benchmarks.accuracy --root FOLDER", "measured/accuracy.md"),
     Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
 )
 

@@ -113,7 +113,7 @@ def main() -> None:
     heading = "| recipe | what ran | steps | last loss | losses | weights |\n| --- | --- | ---: | ---: | --- | --- |\n"
     note = (
         f"float32 on the CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        "made by `python -m benchmarks.agreement`.\n"
+        f"made by `python -m benchmarks.agreement{' --data FOLDER' if options.data else ''}`.\n"
     )
     text = f"# The recipes against a hand-written loop, bit by bit\n\n{note}\n{heading}" + "\n".join(rows) + "\n"
     print(text)

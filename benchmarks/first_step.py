@@ -100,7 +100,7 @@ def tables(quick: bool = False) -> list[Table]:
     goal = Goal(f"{OURS}, later than the script by hand", later, 0.5, 0.2, "{:+.2f} s")
     note = (
         f"Seconds, fresh processes, medians of {rounds}. By hand: the same data, network, optimizer, schedule and crop "
-        "in 25 lines, without log, checkpoint or run folder; once more with TensorBoard's `SummaryWriter`."
+        "in 23 lines, without log, checkpoint or run folder; once more with TensorBoard's `SummaryWriter`."
     )
     return [Table("Start to first step", ("", "seconds", "later than by hand"), rows, note, [goal])]
 

@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it each time, and compare all that it leaves with the run that nobody touched.
 
-    python -m benchmarks.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/kill.md]
+    python -m benchmarks.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/measured/kill.md]
 
 The run reads an image folder (`--root`, such as CIFAR-10's photographs; without it, pictures of handwritten digits)
 image by image in two worker processes, by a transform that draws from PyTorch, NumPy and Python; on top of that batched
@@ -225,7 +225,7 @@ def digits(folder: Path) -> Path:
     return folder
 
 
-def table(deaths: Deaths, found: list[str], steps: int, data: str) -> str:
+def table(deaths: Deaths, found: list[str], steps: int, data: str, command: str) -> str:
     """Return the page of results."""
     rows = [
         ("kills by SIGKILL", f"{deaths.kills:,}"),
@@ -241,7 +241,7 @@ def table(deaths: Deaths, found: list[str], steps: int, data: str) -> str:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     return (
         f"# A run that was killed, beside one that nobody touched\n\n{data}; {machine}; made by "
-        "`python -m benchmarks.kill`.\nCompared are all checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` "
+        f"`{command}`.\nCompared are all checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` "
         f"to the byte,\nmetrics and TensorBoard's points but for the clock.\n\n| | |\n| --- | ---: |\n{lines}\n"
     )
 
@@ -275,7 +275,8 @@ def main() -> None:
         deaths = kill_repeatedly(root, folder / "killed", options.epochs, options.kills, options.longest, options.seed)
         found = differences(folder / "undisturbed", folder / "killed")
         steps = metrics(folder / "killed")[-1]["step"]
-        text = table(deaths, found, steps, data)
+        command = f"python -m benchmarks.kill{' --root FOLDER' if options.root else ''} --epochs {options.epochs}"
+        text = table(deaths, found, steps, data, command)
     print(text)
     if options.out is not None:
         options.out.write_text(text)

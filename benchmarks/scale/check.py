@@ -12,7 +12,7 @@ from benchmarks.scale.model import Phase, evaluation_bytes, hierarchical, leavin
 from torchrelay.parallel import add_neighbours
 
 SIMULATED = range(1, 65)
-FRAME = 48  # bytes that gloo puts before each message; two notices of as many go with it
+FRAME = 48  # bytes that gloo puts before each message; up to two notices of as many go with it
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -51,9 +51,11 @@ def simulation(counts: Counts) -> str:
         shapes = [(size,), *((1 << k, size >> k) for k in range(1, 6) if size % (1 << k) == 0 and 1 << k < size)]
         bits = True
         for levels in shapes:
-            wire, totals = simulate_tree(values, levels)
-            bits &= all(torch.equal(total[: values.shape[1]], expected) for total in totals)
-            compare(counts, f"tree {levels}", wire, tree(values.shape[1], levels, levels[0]), levels[0])
+            for backend in ("nccl", "gloo"):
+                wire, totals = simulate_tree(values, levels, backend)
+                bits &= all(torch.equal(total[: values.shape[1]], expected) for total in totals)
+                said = tree(values.shape[1], levels, levels[0], backend)
+                compare(counts, f"tree {levels}, {backend}", wire, said, levels[0])
         wire, _ = simulate_rings(values, (size,))
         compare(counts, f"ring of {size}", wire, ring(values.shape[1], size, size), size)
         if len(shapes) > 1:
@@ -82,15 +84,14 @@ def links_table(counts: Counts, found: dict[int, list[Any]]) -> str:
     for size, processes in found.items():
         for name in [name for name, value in processes[0].items() if isinstance(value, dict) and name != "all_reduce"]:
             levels = (size,) if name == "flat" else tuple(int(part) for part in name.split(" x "))
-            wire, _ = simulate_tree(torch.zeros(size, measured.ELEMENTS), levels)
-            said = tree(measured.ELEMENTS, levels, levels[0])
+            wire, _ = simulate_tree(torch.zeros(size, measured.ELEMENTS), levels, "gloo")
+            said = tree(measured.ELEMENTS, levels, levels[0], "gloo")
             links, frames = measured.links_of(processes, name), 0
             for (source, target), carried in links.items():
                 extra = carried - wire.bytes[source][target]
                 frames += extra // FRAME
                 counts.same(f"{size} processes, {name}, {source} to {target}: bytes beside frames", extra % FRAME, 0)
-            # gloo hands each chunk of an all_gather on in two halves; a message goes with two notices.
-            told = size * (sum(phase.messages * (1 + phase.in_turn) for phase in said))
+            told = size * messages(said)  # each of which goes with one notice or two
             if size > 1:
                 counts.same(f"{size} processes, {name}: messages", 2 * told <= frames <= 3 * told, True)
             took, stock = (processes[0][which]["seconds"] for which in (name, "all_reduce"))

@@ -92,13 +92,48 @@ class Group:
         return self.wire.receive(self.ranks[place], self.ranks[self.place])
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What is on its way to a simulated process."""
+
+    target: Tensor
+    group: Group
+    place: int  # where it comes from
+
+    def wait(self, _patience: object) -> None:
+        self.target.copy_(self.group.receive(self.place))
+
+
 class Simulated:
-    """The collectives that the exchange calls, as gloo does them; in place of `torch.distributed`."""
+    """What the exchange calls, in place of `torch.distributed`.
+
+    Args:
+        backend: whose way the exchange takes: "gloo", where each process sends its chunk to each other; else an
+            all_gather, here around a ring, as NCCL may do it.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def get_backend(self, _group: Group) -> str:
+        return self._backend
 
     @staticmethod
-    def get_backend(_group: Group) -> str:
-        """Return a name."""
-        return "simulated"
+    def get_world_size(group: Group) -> int:
+        return len(group.ranks)
+
+    @staticmethod
+    def get_rank(group: Group) -> int:
+        return group.place
+
+    @staticmethod
+    def isend(content: Tensor, group: Group, group_dst: int) -> None:
+        """Send at once: nobody needs to wait for it."""
+        group.send(group_dst, content)
+
+    @staticmethod
+    def irecv(target: Tensor, group: Group, group_src: int) -> Arrival:
+        return Arrival(target, group, group_src)
 
     @staticmethod
     def all_to_all_single(received: Tensor, flat: Tensor, group: Group) -> None:
@@ -149,18 +184,19 @@ def padded(values: Tensor) -> list[Tensor]:
     return list(torch.nn.functional.pad(values, (0, -values.shape[1] % len(values))).clone().unbind())
 
 
-def simulate_tree(values: Tensor, levels: Sequence[int]) -> tuple[Wire, list[Tensor]]:
+def simulate_tree(values: Tensor, levels: Sequence[int], backend: str = "nccl") -> tuple[Wire, list[Tensor]]:
     """Add vectors by the exchange's own code.
 
     Args:
         values: (processes, elements).
         levels: sizes of the groups, from inside a host outwards.
+        backend: "gloo", or what has an all_gather around a ring.
 
     Returns:
         What was sent, and what each process has in the end, padding included.
     """
     wire, own = Wire(len(values)), padded(values)
-    with patch.object(tree_exchange, "dist", Simulated):
+    with patch.object(tree_exchange, "dist", Simulated(backend)):
         return wire, wire.run(lambda rank: tree_exchange.add(own[rank], groups_of(wire, rank, levels)))
 
 

@@ -45,13 +45,14 @@ def chunk(elements: int, processes: int, item: int = 4) -> int:
     return -(-elements // processes) * item
 
 
-def tree(elements: int, levels: Sequence[int], on_host: int) -> list[Phase]:
-    """Return the phases of the fixed tree: all_to_all from the inside out, and all_gather from the outside in.
+def tree(elements: int, levels: Sequence[int], on_host: int, backend: str = "nccl") -> list[Phase]:
+    """Return the phases of the fixed tree: all_to_all from the inside out, and sums handed round from the outside in.
 
     Args:
         elements: numbers in the vector, of four bytes each.
         levels: sizes of the groups, from inside a host outwards; (processes,): flat.
         on_host: how many processes share a host.
+        backend: how sums are handed round: over "gloo" from each to all others, else by an all_gather around a ring.
     """
     own, processes = chunk(elements, prod(levels)), prod(levels)
     there, back = [], []
@@ -63,7 +64,8 @@ def tree(elements: int, levels: Sequence[int], on_host: int) -> list[Phase]:
         away = on_host * (size - together) * message if crossing else 0
         there.append(Phase(size - 1, message, False, away))
         # In a ring, the last one of a host sends out of it; every one does where each is alone there.
-        back.append(Phase(size - 1, message, True, (on_host // together) * (size - 1) * message if crossing else 0))
+        around = (on_host // together) * (size - 1) * message if crossing else 0
+        back.append(Phase(size - 1, message, backend != "gloo", away if backend == "gloo" else around))
     return [*there, *reversed(back)]
 
 
