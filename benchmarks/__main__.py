@@ -37,7 +37,11 @@ class Long:
 
 
 LONG = (
-    Long("one run killed again and again, compared byte by byte", "python -m benchmarks.kill --root FOLDER --epochs 20", "measured/kill.md"),
+    Long(
+        "one run killed again and again, compared byte by byte",
+        "python -m benchmarks.kill --root FOLDER --epochs 20",
+        "measured/kill.md",
+    ),
     Long("a run that goes on with other numbers of processes", "python -m benchmarks.elastic", "measured/elastic.md"),
     Long("several processes beside DistributedDataParallel", "python -m benchmarks.parallel", "measured/parallel.md"),
     Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),

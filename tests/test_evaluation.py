@@ -48,6 +48,15 @@ def by_hand(model: Seen, source) -> torch.Tensor:
         return model.layer(source.inputs.flatten(1).float() / 255)
 
 
+def test_a_batch_that_counts_nothing_leaves_the_loss_a_number(digits, device):
+    places = digits[1].targets.argsort(stable=True)  # the first batch holds one class alone
+    source, model = digits[1].take(places), Seen()
+    weights = torch.tensor([0.0, *[1.0] * 9])
+    found = evaluate(model, batches(source, 10, device), Classification(class_weights=weights), device, model)
+    expected = nn.functional.cross_entropy(by_hand(model, source).double(), source.targets, weights.double())
+    assert found.values["loss"] == pytest.approx(float(expected))
+
+
 @pytest.mark.parametrize("size", [1, 100, 359, 1000])
 def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
     model, source = Seen(), digits[1]

@@ -183,7 +183,8 @@ class StopAt(Callback):
 
 @pytest.mark.gpu
 @needs_cuda
-def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, in_place):
     settings = {"name": "cuda", "graph": True}
     through = trainer(digits, quiet, run=tmp_path / "through", **settings)
     through.fit()
@@ -191,7 +192,8 @@ def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path):
     stopped.callbacks.append(StopAt(11))
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
-    resumed = trainer(digits, quiet, run=tmp_path / "stopped", **settings)
+    resumed = stopped if in_place else trainer(digits, quiet, run=tmp_path / "stopped", **settings)
+    resumed.callbacks = [callback for callback in resumed.callbacks if not isinstance(callback, StopAt)]
     resumed.resume()
     last = [checkpoint.find(tmp_path / name / "checkpoints", "last") for name in ("through", "stopped")]
     for file in ("model.safetensors", "ema.safetensors"):

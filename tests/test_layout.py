@@ -47,9 +47,9 @@ DATA_LAYERS = (
 
 # Lines of a module. Raise one knowingly, or split the module.
 LINES, MORE_LINES = 300, {
-    "trainer": 675,
+    "trainer": 690,
     "report": 450,
-    "checkpoint": 430,
+    "checkpoint": 440,
     "data.folder": 400,
     "task": 370,
     "terminal": 340,
@@ -57,7 +57,7 @@ LINES, MORE_LINES = 300, {
 }  # fmt: skip
 
 # Lines of a function, its docstring aside.
-FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 137}
+FUNCTION, LONGER_FUNCTIONS = 60, {"trainer.Trainer.__init__": 138}
 
 
 def modules() -> dict[str, Path]:

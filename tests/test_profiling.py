@@ -64,6 +64,20 @@ def test_what_is_slow_is_found(quiet, phase, how, measured):
     assert sum(found.seconds.values()) - found.seconds[phase] < LONG / 2
 
 
+class Unmeasured(tr.Classification):
+    measure = tr.Task.measure
+
+
+def test_a_task_that_measures_nothing_has_its_backward_pass_told(quiet):
+    made = trainer(quiet, model=SlowBackward(nn.Flatten(), nn.Linear(64, 10)), task=Unmeasured())
+    assert profiling.examine(made, steps=5).seconds["backward"] >= LONG
+
+
+def test_the_samples_of_a_step_are_those_of_a_full_batch(quiet):
+    made = trainer(quiet)
+    assert profiling.examine(made, steps=len(made.batches) - 5).samples == 64  # the last one has 30
+
+
 def test_the_phases_are_the_step(quiet):
     made = trainer(quiet)
     began = time.perf_counter()

@@ -200,6 +200,113 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_r
     same_runs(run, tmp_path / "undisturbed")
 
 
+class StoppedInTest(tr.Classification):
+    """Sends the process a real signal while a batch is tested, counted over all evaluations."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.tested = at, 0
+
+    def predict(self, outputs):
+        self.tested += 1
+        if self.tested == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().predict(outputs)
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "settings"),
+    [
+        pytest.param(1, 12, {}, id="the first part"),
+        pytest.param(4, 12, {}, id="the second part"),
+        pytest.param(8, 20, {"max_steps": 20}, id="where max_steps ends an epoch early"),
+        pytest.param(8, 24, {"max_steps": 24}, id="where max_steps ends with an epoch"),
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_bytes(
+    digits, quiet, tmp_path, same_runs, at, step, settings
+):
+    """Nothing of the evaluation counts twice: no line of metrics, no patience; and it is made up for."""
+    rest, part = tr.data.split(digits[0], 0.2, seed=3)
+
+    def made(name: str, at: int) -> tr.Trainer:
+        stopping = tr.EarlyStopping(patience=1)
+        how = {"validation": part, "callbacks": [stopping], "settings": tr.RunSettings(**settings)}
+        return build((rest, digits[1]), quiet, tmp_path / name, task=StoppedInTest(at), **how)
+
+    undisturbed = made("undisturbed", -1).fit()
+    with pytest.raises(Interrupted, match=f"after step {step}, saved"):
+        made("stopped", at).fit()
+    assert made("stopped", -1).resume() == undisturbed
+    same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+def test_a_finished_run_stopped_in_its_evaluation_keeps_its_best(digits, quiet, tmp_path):
+    build(digits, quiet, tmp_path / "run").fit()
+    best = checkpoint.best(tmp_path / "run" / "checkpoints")
+    assert best is not None
+    manifest = checkpoint.read_manifest(best)
+    assert manifest.score is not None
+    with pytest.raises(Interrupted):
+        build(digits, quiet, tmp_path / "run", task=StoppedInTest(1)).resume()
+    assert checkpoint.best(tmp_path / "run" / "checkpoints") == best
+    last = checkpoint.find(tmp_path / "run" / "checkpoints", "last")
+    assert checkpoint.read_manifest(last).score is not None
+
+
+def test_after_a_signal_the_trainer_can_still_test(digits, quiet, tmp_path):
+    trainer = build(digits, quiet, tmp_path / "run", callbacks=[StopAt(3)])
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    assert trainer.evaluate().samples == len(digits[1])
+
+
+class Broken:
+    """A metric that isn't finite at first."""
+
+    found = iter(())
+
+    def to(self, _device):
+        return self
+
+    def update(self, predictions, targets) -> None:
+        pass
+
+    def compute(self):
+        return torch.tensor(next(Broken.found))
+
+
+class Judged(tr.Classification):
+    """A task that is judged by it."""
+
+    headline = "broken"
+
+    def metrics(self):
+        return {"broken": Broken()}
+
+
+def test_a_metric_that_is_not_finite_spoils_no_checkpoint_and_is_never_the_best(digits, quiet, tmp_path):
+    Broken.found = iter([math.nan, 0.25, math.inf])
+    callbacks = [tr.EarlyStopping(patience=2)]
+    trainer = build(
+        digits, quiet, tmp_path / "run", task=Judged(), callbacks=callbacks, checkpoint=CheckpointSettings(keep=9)
+    )
+    trainer.fit()
+    assert trainer.best == tr.trainer.Best(0.25, 2)
+    saved = checkpoint.whole(tmp_path / "run" / "checkpoints")
+    assert [checkpoint.read(path).step for path in saved] == [0, 15, 30, 45]  # each can be read
+    assert math.isnan(checkpoint.read(saved[1]).metrics["broken"])
+    assert checkpoint.best(tmp_path / "run" / "checkpoints") == saved[2]
+
+
+def test_a_frozen_mask_may_hold_minus_infinity(digits, quiet, tmp_path):
+    trainer = build(digits, quiet, tmp_path / "run", epochs=1)
+    trainer.model.mask = nn.Parameter(torch.full((4, 4), -math.inf).triu(1), requires_grad=False)
+    trainer.fit()
+    last = checkpoint.find(tmp_path / "run" / "checkpoints", "last")
+    assert load_file(last / "model.safetensors")["mask"][0, 1] == -math.inf
+
+
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
     """A real process, killed by SIGKILL at five moments, resumed each time."""
     script = tmp_path / "run.py"

@@ -37,12 +37,15 @@ def images():
 ONLY = ("precision", "channels_last", "batch_size")  # not compile, which takes long
 
 
-def trials(tmp_path, last: str, first: str, seconds: float = 60) -> dict[str, tuning.Trial]:
+def trials(
+    tmp_path, last: str, first: str, seconds: float = 60, batch: int = 32, only: tuple[str, ...] = ONLY
+) -> dict[str, tuning.Trial]:
     path = tmp_path / "code.py"
     path.write_text(CODE.format(last=last, first=first))
-    overrides = ["data.name=images", "model.name=slow", "data.batch_size=32", "data.augment=[]", "device.name=cpu"]
+    overrides = ["data.name=images", "model.name=slow", "data.augment=[]", "device.name=cpu"]
+    overrides.append(f"data.batch_size={batch}")
     loaded = recipe.load("digits", overrides)
-    found = tuning.tune(loaded, seconds, code=load_code(path), only=ONLY, say=lambda _: None)
+    found = tuning.tune(loaded, seconds, code=load_code(path), only=only, say=lambda _: None)
     return {trial.setting: trial for trial in found}
 
 
@@ -64,6 +67,23 @@ def test_what_is_slower_is_not_kept(tmp_path):
     found = trials(tmp_path, last="time.sleep(0.02)", first="pass")
     assert not found["device.channels_last = true"].kept
     assert found["device.channels_last = true"].times < 0.7
+
+
+def test_data_smaller_than_a_batch_is_timed_as_it_is(tmp_path):
+    found = trials(tmp_path, last="pass", first="pass", batch=100)
+    assert found["as it stands"].samples == found["data.batch_size = 200"].samples == 64
+    assert found["data.batch_size = 50"].samples == 50
+
+
+def test_a_trials_number_of_threads_is_its_own(tmp_path):
+    torch.set_num_threads(2)
+    note = f"with open({str(tmp_path / 'seen')!r}, 'a') as file: file.write(str(torch.get_num_threads()))"
+    slow_alone = "time.sleep(0.02 * (torch.get_num_threads() == 1))"
+    found = trials(tmp_path, last=note, first=slow_alone, only=("threads", "channels_last"))
+    assert not found["device.threads = 1"].kept
+    assert found["device.threads = 1"].times < 0.7
+    assert set((tmp_path / "seen").read_text()) == {"2"}  # after the trial with one
+    assert torch.get_num_threads() == 2
 
 
 def test_the_time_is_kept(tmp_path):

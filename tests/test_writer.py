@@ -138,7 +138,7 @@ def state_of(step: int, size: int = 200_000) -> Contents:
     weights, momentum = torch.full((size,), float(step)), torch.full((size,), step + 0.5)
     buffer = torch.full((size,), step + 0.25)
     state = {"optimizer": {"state": {0: {"momentum_buffer": momentum}}}, "callbacks": [torch.full((size,), step)]}
-    return Contents(step, {"w": weights, "buffer": buffer}, state, ema={"w": weights + 0.75}, trained=("w",))
+    return Contents(step, {"w": weights, "buffer": buffer}, state, ema={"w": weights + 0.75}, weights=("w",))
 
 
 def in_place(contents: Contents) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

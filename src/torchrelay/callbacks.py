@@ -79,7 +79,7 @@ class EarlyStopping(Callback):
         is_cost = name.endswith(("loss", "error"))
         higher_is_better = trainer.task.higher_is_better if name == trainer.task.headline else not is_cost
         value = values[name] if higher_is_better else -values[name]
-        if self.best is None or value > self.best + self.least:
+        if math.isfinite(value) and (self.best is None or value > self.best + self.least):
             self.best, self.waited = value, 0
             return
         self.waited += 1

@@ -73,7 +73,7 @@ class Manifest(BaseModel, extra="forbid"):
     format: int
     step: int
     score: float | None
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]  # None: not finite, which JSON can't say
     files: dict[str, File]
     checksum: str = ""  # of all above
 
@@ -92,7 +92,8 @@ class Contents:
     ema: dict[str, Tensor] | None = None
     score: float | None = None  # the headline metric, higher is better; None where nothing was evaluated
     metrics: dict[str, float] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()  # names in `model` that are updated, and so must be finite; a mask may hold -inf
+    weights: tuple[str, ...] = ()  # names in `model` that only an optimizer's step changes
+    trained: tuple[str, ...] = ()  # those that it does change, and that must be finite; a mask may hold -inf
 
     def check_finite(self) -> None:
         """Look for numbers that aren't finite.
@@ -181,7 +182,11 @@ def write(folder: Path, contents: Contents) -> Path:
         _write_flushed(staging / "state.json", json.dumps(skeleton, allow_nan=False).encode())
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         manifest = Manifest(
-            format=FORMAT, step=contents.step, score=contents.score, metrics=contents.metrics, files=files
+            format=FORMAT,
+            step=contents.step,
+            score=_finite(contents.score),
+            metrics={name: _finite(value) for name, value in contents.metrics.items()},
+            files=files,
         )
         manifest.checksum = manifest.own_checksum()
         _write_flushed(staging / "manifest.json", manifest.model_dump_json(indent=1).encode())
@@ -226,7 +231,8 @@ def read(path: Path) -> Contents:
     state = unpack(skeleton, _read_tensors(path / "state.safetensors"))
     ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None
     model = _read_tensors(path / "model.safetensors")
-    return Contents(manifest.step, model, state, ema, manifest.score, manifest.metrics)
+    metrics = {name: math.nan if value is None else value for name, value in manifest.metrics.items()}
+    return Contents(manifest.step, model, state, ema, manifest.score, metrics)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -412,6 +418,10 @@ def _flush_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _sha256(path: Path) -> str:

@@ -69,7 +69,7 @@ class Device:
     def move(self, value: Any) -> Any:
         """Move a tensor, or the tensors of a tuple, list or dict, without waiting for the copy."""
         if isinstance(value, Tensor):
-            return value.to(self.device, non_blocking=True)
+            return value.to(self.device, non_blocking=self.device.type == "cuda")  # MPS may read what is freed by then
         if isinstance(value, dict):
             return {key: self.move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):

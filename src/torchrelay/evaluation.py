@@ -78,7 +78,7 @@ class Sums:
     def fetch(self) -> None:
         """Add up what waits, which waits for the device."""
         for loss, weight in self._losses:
-            self.loss += float(loss) * float(weight)
+            self.loss += float(loss) * float(weight) if float(weight) else 0.0  # a mean over nothing is no number
             self.weight += float(weight)
         names, rows = self._in_order()
         if len(rows):
@@ -93,6 +93,8 @@ class Sums:
     def _in_order(self) -> tuple[list[str], npt.NDArray[np.float64]]:
         """Return the measures' names, and (rows, 1 + names) counts and measures in the order of one process."""
         names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
+        if self._world is not None and self._world.size > 1:  # one that had no sample yet doesn't know them
+            names = json.loads(self._world.broadcast_bytes(json.dumps(names).encode()))
         own = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
         rows = np.array(own, dtype=np.float64).reshape(len(own), 1 + len(names))
         if not own or self._world is None or self._world.size == 1:

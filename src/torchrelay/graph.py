@@ -46,6 +46,10 @@ class GraphedStep:
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._found: Found = {}
 
+    def forget(self) -> None:
+        """Record anew: what a graph has recorded works on the optimizer's state of that time, which was replaced."""
+        self._graph, self._taken, self._found = None, 0, {}
+
     def train_step(self, trainer: "Trainer", batch: Batch) -> Tensor:
         """Take one optimizer step on a batch, and return its mean loss."""
         rng.reseed(rng.step_seed(trainer.settings.seed, "model", trainer.step, 0), self._device)

@@ -36,7 +36,10 @@ _MAY_CHANGE = {
 
 def of_machine(device: torch.device) -> Identity:
     """Return what of this machine decides the last bits of a result."""
-    return {
+    on_gpu: Identity = {}
+    if device.type == "cuda":
+        on_gpu["cudnn"] = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return on_gpu | {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

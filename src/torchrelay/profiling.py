@@ -138,7 +138,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     batches, size = _forever(trainer), 0
     clock.mark("rest")
     for _ in range(_WARM + steps):
-        size = _step(trainer, batches, clock)
+        size = max(size, _step(trainer, batches, clock))  # an epoch's last batch may be smaller
     timed = clock.steps[_WARM:]
     seconds = {phase: median(step[phase] for step in timed) for phase in PHASES}
     found = Profile(seconds, median(sum(step.values()) for step in timed), size, trainer.device.describe())
@@ -196,5 +196,5 @@ def _watch(trainer: Trainer, clock: Clock) -> None:
     around(trainer.task, "loss", "forward", "forward")
     # Between the loss and what follows it, there is nothing but the backward pass.
     around(trainer.task, "measure", "backward", "metrics")
-    around(trainer.sums, "add_loss", "rest" if trainer.settings.train_metrics else "backward", "rest")
+    around(trainer.sums, "add_loss", "rest" if trainer.measures else "backward", "rest")
     around(trainer.optimizer, "step", "rest", "optimizer")

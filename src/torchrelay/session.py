@@ -118,9 +118,8 @@ def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
             "and start again"
         )
     trainer.optimizer.zero_grad()
-    trainer.load_weights(contents)
     skipped = trainer.skipped | {step: _samples(trainer, step) for step in steps}
-    trainer.load_state_dict(contents.state)
+    _stand_at(trainer, contents)
     trainer.skipped = skipped
     if run is not None:
         checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
@@ -129,7 +128,15 @@ def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
     trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
 
 
+def _stand_at(trainer: "Trainer", contents: checkpoint.Contents) -> None:
+    """Stand where a checkpoint stands; what it was judged by stays with it, should it be saved again."""
+    trainer.load_weights(contents)
+    trainer.load_state_dict(contents.state)
+    trainer.evaluated_at = (contents.step, contents.metrics)
+
+
 def _close(trainer: "Trainer") -> None:
+    trainer.signal = StopSignal()  # one that came ended this session, not what is evaluated after it
     for batches in (trainer.batches, *trainer.evaluated.values()):
         batches.close()
     run, trainer.run = trainer.run, None
@@ -183,8 +190,7 @@ def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
     if trainer.run is not None:
         _compare(trainer, trainer.run, contents, accept_changes)
     options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
-    trainer.load_weights(contents)
-    trainer.load_state_dict(contents.state)
+    _stand_at(trainer, contents)
     if accept_changes:  # then the recipe's rates and decays count, not those that were saved
         for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
             group.update({key: value for key, value in fresh.items() if key != "params"})

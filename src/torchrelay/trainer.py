@@ -220,7 +220,8 @@ class Trainer:
         self.epochs_done = 0  # epochs trained and evaluated
         self.best: Best | None = None
         self.last_evaluation: Evaluation | None = None  # of the part that `selects_on` names
-        self._evaluated_at = -1
+        self.evaluated_at: tuple[int, dict[str, float]] = (-1, {})  # after which step, and what came out
+        self._ended = 0  # the step after which an epoch's end was last done
         self.sums = self._new_sums()  # of the running epoch
         self.saving = checkpoint or CheckpointSettings()
         self._save_times = SaveTimes(self.saving, len(self.batches), self.total_steps)
@@ -371,6 +372,9 @@ class Trainer:
 
     def _batches_from_here(self) -> Iterator[Batch]:
         """Yield the batches of the running epoch from where the run stands, but for the skipped ones."""
+        self._stop_at_limit()
+        if self.stop_reason is not None:  # a run that a signal stopped in its last evaluation
+            return
         for batch in self.batches.epoch(self.epochs_done, start=self.step - self.epochs_done * len(self.batches)):
             if self.step + 1 not in self.skipped:
                 yield batch
@@ -416,13 +420,13 @@ class Trainer:
     def record_line(self, split: str, values: dict[str, Any]) -> None:
         """Append a line to the run's metrics, if there is a run."""
         if self.run is not None:
-            epoch = -(-self.step // len(self.batches))
-            self.run.record(
-                {"step": self.step, "epoch": epoch, "split": split, **values, "time": round(time.time(), 3)}
-            )
+            epoch, now = -(-self.step // len(self.batches)), round(time.time(), 3)
+            line = {"step": self.step, "epoch": epoch, "split": split, **values}
+            self.run.record({**line, "time": values.get("time", now)})
 
     def _goes_on(self) -> bool:
-        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not self._at_limit()
+        at_end = self._at_limit() and self._ended == self.step
+        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not at_end
 
     def _at_limit(self) -> bool:
         return self.settings.max_steps is not None and self.step >= self.settings.max_steps
@@ -436,11 +440,15 @@ class Trainer:
         self.guard.read()
         epoch = self.epochs_done + 1
         last = epoch == self.settings.epochs or self.stop_reason is not None
-        train, clock = self.sums.means(), self.stopwatch.lap()
-        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **clock})
+        train, clock, now = self.sums.means(), self.stopwatch.lap(), {"time": round(time.time(), 3)}
         found: dict[str, dict[str, float]] = {}
         if last or epoch % self.settings.evaluate_every == 0:
-            found = {split: self._evaluate_and_record(split) for split in self.evaluated}
+            found = self._evaluate_all()  # a signal ends it, and a resume repeats it: nothing is on record before
+        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **clock, **now})
+        for split, values in found.items():
+            self.record_line(split, values)
+            for callback in self.callbacks:
+                callback.on_evaluate(self, split, values)
         chosen = found.get(self.selects_on) or (None if self.evaluated else train)
         improved = chosen is not None and self.task.headline in chosen and self._is_best(chosen, epoch)
         self.say(epoch_text(self, epoch, {"train": train, **found}, clock))
@@ -448,22 +456,22 @@ class Trainer:
             callback.on_epoch(self, epoch, train)
         if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
             self.epochs_done, self.sums = epoch, self._new_sums()
+        self._ended = self.step
         if last or improved or self.stop_reason is not None or self._save_is_due:
             self.save(goes_on=True)
         self.stopwatch.start()
 
-    def _evaluate_and_record(self, split: str) -> dict[str, float]:
+    def _evaluate_all(self) -> dict[str, dict[str, float]]:
         self.phase = "evaluating"
-        found = self.evaluate(split)
+        found = {split: self.evaluate(split).values for split in self.evaluated}
         self.phase = ""
-        self.record_line(split, found.values)
-        for callback in self.callbacks:
-            callback.on_evaluate(self, split, found.values)
-        return found.values
+        return found
 
     def _is_best(self, values: dict[str, float], epoch: int) -> bool:
         value = values[self.task.headline]
         self.schedule.update(self._score(values))
+        if not math.isfinite(value):
+            return False
         if self.best is not None and self._score(values) <= self._score({self.task.headline: self.best.value}):
             return False
         self.best = Best(value, epoch)
@@ -499,7 +507,7 @@ class Trainer:
                 together=self.exchange.together,
             )
         if split == self.selects_on:
-            self.last_evaluation, self._evaluated_at = found, self.step
+            self.last_evaluation, self.evaluated_at = found, (self.step, found.values)
         return found
 
     def predict(self, data: Any) -> Tensor:
@@ -549,6 +557,7 @@ class Trainer:
         return {
             "step": self.step,
             "epochs_done": self.epochs_done,
+            "ended": self._ended,
             "best": None if self.best is None else asdict(self.best),
             "sums": self.sums.state_dict(),
             "guard": self.guard.state_dict(),
@@ -569,8 +578,11 @@ class Trainer:
         self.sums.load_state_dict(state["sums"])
         self.guard.load_state_dict(state["guard"])
         self.skipped = dict(state["skipped"])
-        self._evaluated_at = -1
+        self._ended = state.get("ended", self.step)
+        self.evaluated_at = (-1, {})
         self.exchange.load(self.optimizer, state["optimizer"])
+        if self.graph is not None:
+            self.graph.forget()
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
@@ -613,15 +625,17 @@ class Trainer:
             return
         self.guard.read()
         began = time.perf_counter()
-        values = self.last_evaluation.values if self.last_evaluation and self._evaluated_at == self.step else {}
+        at, values = self.evaluated_at
+        values = values if at == self.step else {}
         contents = Contents(
             step=self.step,
             model=self.exchange.whole(self.model.state_dict()),
             state=self.exchange.whole(self.state_dict()),
             ema=self.exchange.whole(self.ema.state_dict()) if self.ema is not None else None,
-            score=self._score(values) if values else None,
+            score=self._score(values) if self.task.headline in values else None,
             metrics=values,
-            trained=tuple(name for name, _ in self.model.named_parameters()),
+            weights=tuple(name for name, _ in self.model.named_parameters()),
+            trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
         )
         self._save_times.saved()
         self._save_is_due = False

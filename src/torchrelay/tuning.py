@@ -63,8 +63,22 @@ def tune(
     Raises:
         RelayError: the recipe can't be trained as it stands.
     """
-    until = time.monotonic() + seconds
-    best, place = recipe, _Place(recipe, code)
+    threads = torch.get_num_threads()  # where a recipe doesn't say how many
+    try:
+        return _trials(recipe, time.monotonic() + seconds, code, only, say, threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trials(
+    recipe: Recipe,
+    until: float,
+    code: ModuleType | None,
+    only: Sequence[str],
+    say: Callable[[str], None],
+    threads: int,
+) -> list[Trial]:
+    best, place = recipe, _Place(recipe, code, threads)
     (took,) = _in_turns([place])
     trials = [Trial("as it stands", took, place.samples, kept=True)]
     for section, name, value in _settings(recipe):
@@ -77,7 +91,7 @@ def tune(
         say(f"trying {setting}")
         changed = _with(best, section, name, value)
         try:
-            other = _Place(changed, code)
+            other = _Place(changed, code, threads)
             before, took = _in_turns([place, other])
         except (RelayError, RuntimeError) as error:
             trials.append(Trial(setting, note=f"fails: {str(error).splitlines()[0][:80]}"))
@@ -151,10 +165,18 @@ def _toml(value: Any) -> str:
 
 
 class _Place:
-    """A trainer of a recipe, and where its training stands."""
+    """A trainer of a recipe, and where its training stands.
 
-    def __init__(self, recipe: Recipe, code: ModuleType | None) -> None:
+    Args:
+        recipe: what it trains.
+        code: a module of the user's own.
+        threads: of an operation on the CPU, where the recipe doesn't say how many.
+    """
+
+    def __init__(self, recipe: Recipe, code: ModuleType | None, threads: int) -> None:
+        self._threads = recipe.device.threads or threads
         self.trainer = assemble.trainer(recipe, code=code, terminal=Terminal(quiet=True))
+        torch.set_num_threads(self._threads)
         self.trainer.model.train()
         self._batches = _forever(self.trainer)
         began = time.perf_counter()
@@ -169,7 +191,8 @@ class _Place:
 
     def time(self) -> float:
         """Return the seconds of a step, meant over some."""
-        set_up(self.trainer.device.settings, self.trainer.settings.exact)  # the number of threads belongs to all
+        set_up(self.trainer.device.settings, self.trainer.settings.exact)  # switches of the whole process
+        torch.set_num_threads(self._threads)
         device, began, steps = self.trainer.device.device, time.perf_counter(), 0
         while steps < _STEPS or time.perf_counter() - began < _LONG_ENOUGH:
             self._step()
@@ -181,8 +204,9 @@ class _Place:
 
 def _forever(trainer: Trainer) -> Iterator[Batch]:
     """Yield full batches of the first epoch again and again: a later one may have larger images."""
+    full = next(iter(trainer.batches.epoch(0))).size  # of data smaller than a batch, all of it
     while True:
-        yield from (batch for batch in trainer.batches.epoch(0) if batch.size == trainer.batches.batch_size)
+        yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
 
 
 def _in_turns(places: list[_Place]) -> list[float]:

@@ -78,10 +78,11 @@ def _copy(pairs: list[_Pair]) -> None:
             ctypes.memmove(pair.place.data_ptr(), pair.tensor.data_ptr(), pair.tensor.nbytes)
         else:
             rest.append(pair)
+    on_gpu = any(pair.tensor.is_cuda for pair in rest)  # elsewhere nobody would wait for such a copy
     if rest:
         with torch.no_grad():  # all at once: one call for each would take as long as the copying
-            torch._foreach_copy_([pair.place for pair in rest], [pair.tensor for pair in rest], non_blocking=True)
-    if any(pair.tensor.is_cuda for pair in rest):
+            torch._foreach_copy_([pair.place for pair in rest], [pair.tensor for pair in rest], non_blocking=on_gpu)
+    if on_gpu:
         torch.cuda.current_stream().synchronize()
 
 
@@ -192,4 +193,4 @@ class Writer:
 
 def _rests(path: str, contents: Contents) -> bool:
     """Return whether a tensor at this place of the tree belongs to what only an optimizer's step changes."""
-    return path.startswith((".state.optimizer.", ".ema.")) or path.removeprefix(".model.") in contents.trained
+    return path.startswith((".state.optimizer.", ".ema.")) or path.removeprefix(".model.") in contents.weights

@@ -71,6 +71,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"device": DeviceSettings(name="cpu", precision="bf16", channels_last=True), "epochs": 1},
     "muon": {"optimizer": tr.optim.Muon(lr=0.02), "epochs": 1, "net": Plain},
     "rollback": {"settings": RunSettings(on_spike="rollback", log_every=2), "epochs": 1},
+    # More replicas than samples: the second process never has any, and doesn't know what is measured.
+    "few": {"net": Plain, "batch_size": 3, "settings": RunSettings(max_steps=6, log_every=2), "epochs": 1},
     "workers": {"workers": 2, "epochs": 1},
 }
 
