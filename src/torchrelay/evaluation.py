@@ -93,15 +93,16 @@ class Sums:
     def _in_order(self) -> tuple[list[str], npt.NDArray[np.float64]]:
         """Return the measures' names, and (rows, 1 + names) counts and measures in the order of one process."""
         names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
-        if self._world is not None and self._world.size > 1:  # one that had no sample yet doesn't know them
-            names = json.loads(self._world.broadcast_bytes(json.dumps(names).encode()))
+        world = self._world if self._world is not None and self._world.size > 1 and self._measures else None
+        if world is not None:  # a process that has had no sample yet doesn't know them
+            names = json.loads(world.broadcast_bytes(json.dumps(names).encode()))
         own = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
         rows = np.array(own, dtype=np.float64).reshape(len(own), 1 + len(names))
-        if not own or self._world is None or self._world.size == 1:
+        if world is None:
             return names, rows
-        gathered = self._world.gather(torch.from_numpy(rows)).numpy()
+        gathered = world.gather(torch.from_numpy(rows)).numpy()
         # Of each step, the last process's come first, as the last replica does.
-        steps = gathered.reshape(self._world.size, len(own) // self._each, self._each, 1 + len(names))
+        steps = gathered.reshape(world.size, len(own) // self._each, self._each, 1 + len(names))
         return names, steps[::-1].transpose(1, 0, 2, 3).reshape(-1, 1 + len(names))
 
     def means(self) -> dict[str, float]:
