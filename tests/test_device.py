@@ -96,6 +96,7 @@ def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells here what a CPU has")
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this PyTorch doesn't tell what a CPU has")
 def test_the_identity_tells_cpus_apart_by_the_units_that_kernels_are_chosen_by():
     facts = Path("/proc/cpuinfo").read_text()
     told = identity.of_machine(torch.device("cpu"))

@@ -235,8 +235,10 @@ def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_bytes(
         return build((rest, digits[1]), quiet, tmp_path / name, task=StoppedInTest(at), **how)
 
     undisturbed = made("undisturbed", -1).fit()
+    stopped = made("stopped", at)
     with pytest.raises(Interrupted, match=f"after step {step}, saved"):
-        made("stopped", at).fit()
+        stopped.fit()
+    assert stopped.phase == ""  # or the bar of what comes next would say that it tests
     assert made("stopped", -1).resume() == undisturbed
     same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
 

@@ -29,7 +29,7 @@ class Callback:
         """Called after each optimizer step. `loss` is on the device: reading its value waits for the device."""
 
     def on_evaluate(self, trainer: "Trainer", split: str, values: dict[str, float]) -> None:
-        """Called after each evaluation, with the split's name and its metrics."""
+        """Called for each part of an epoch's end that was tested, once all are, with its name and its metrics."""
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:
         """Called at the end of each epoch (counted from 1), after its evaluation, with its training metrics."""

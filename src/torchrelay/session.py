@@ -136,7 +136,7 @@ def _stand_at(trainer: "Trainer", contents: checkpoint.Contents) -> None:
 
 
 def _close(trainer: "Trainer") -> None:
-    trainer.signal = StopSignal()  # one that came ended this session, not what is evaluated after it
+    trainer.signal, trainer.phase = StopSignal(), ""  # a signal ended this session, not what comes after it
     for batches in (trainer.batches, *trainer.evaluated.values()):
         batches.close()
     run, trainer.run = trainer.run, None

@@ -204,7 +204,7 @@ class _Place:
 
 def _forever(trainer: Trainer) -> Iterator[Batch]:
     """Yield full batches of the first epoch again and again: a later one may have larger images."""
-    full = next(iter(trainer.batches.epoch(0))).size  # of data smaller than a batch, all of it
+    full = next(trainer.batches.epoch(0)).size  # of data smaller than a batch, all of it
     while True:
         yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
 

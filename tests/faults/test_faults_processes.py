@@ -237,14 +237,13 @@ def test_row_14_nobody_outlives_a_killed_launcher(launch, goes_on):
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
 def test_row_14_a_process_whose_other_is_killed_says_so(pair, run, goes_on, one_line, killed):
-    """Where nobody looks after them: at once as a rule, and within the timeout where gloo misses that it is gone."""
-    both = pair(sets=(*SETTINGS, "parallel.timeout=20"))
+    """Where nobody looks after them."""
+    both = pair()
     both[0].until(lambda: max(steps(run), default=0) >= 6)
     both[killed].send(signal.SIGKILL)
     asked = time.monotonic()
-    line = one_line(both[1 - killed].done(), f"process {1 - killed} of 2 ")
-    assert re.search(f"lost another process while it |waited 20 s for process {killed}, which hangs", line)
-    assert time.monotonic() - asked < 60
+    one_line(both[1 - killed].done(), f"process {1 - killed} of 2 lost another process while it ")
+    assert time.monotonic() - asked < 20
     goes_on()
 
 
