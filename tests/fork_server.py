@@ -10,6 +10,7 @@ should be: whose parent ends is given to the next ancestor that has asked for it
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import fcntl
 import gc
 import json
@@ -104,6 +105,7 @@ def become(request: dict[str, Any]) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.closerange(3, 1024)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.enable()  # whatever crashes it, or sends SIGABRT as it hangs, is told each thread's place
     sys.argv = request["argv"]
     if request["forks"]:
         fork_children()

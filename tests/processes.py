@@ -40,6 +40,7 @@ class Process:
         if self.returncode is None:
             self.returncode = self.server.ask(do="wait", pid=self.pid, timeout=timeout)
         if self.returncode is None:
+            self.end(signal.SIGABRT)  # each prints where its threads stand
             self.end()
             pytest.fail(f"the process was still running after {timeout} s:\n{self.output}\n{self.errors}")
         return self.returncode
@@ -84,11 +85,11 @@ class Process:
                 found.append(int(stat.parent.name))
         return found
 
-    def end(self) -> None:
+    def end(self, number: int = signal.SIGKILL) -> None:
         """Kill it and all it started."""
         for pid in [*([] if self.returncode is not None else [self.pid]), *self.family()]:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
             except ProcessLookupError:
                 continue
         if self.returncode is None:

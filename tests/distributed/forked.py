@@ -1,5 +1,6 @@
 """Several processes that import PyTorch once: they are forked by one that has done so."""
 
+import faulthandler
 import os
 import sys
 import traceback
@@ -12,6 +13,7 @@ def fork(size: int, run: Callable[[int], None]) -> None:
     for rank in range(size):
         if (child := os.fork()) == 0:
             code = 1
+            faulthandler.enable()  # a crash of PyTorch's own tells its place
             try:
                 run(rank)
                 code = 0
