@@ -58,11 +58,25 @@ def names() -> tuple[str, ...]:
 
 
 def run(name: str, quick: bool) -> list[Table]:
-    """Run a benchmark in a fresh process, which has no threads, settings or memory of another one."""
+    """Run a benchmark in a process of its own."""
     tables = importlib.import_module(f"benchmarks.{name}").tables
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with fresh_process() as pool:
         found: list[Table] = pool.submit(tables, quick).result()
     return found
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """Return a process that has no threads, settings or memory of another benchmark.
+
+    What it starts is started as in any program. A spawned process would spawn a loader's workers, too, and each of
+    them would import PyTorch anew, in each epoch, at the peers' cost.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_as_usual)
+
+
+def _start_as_usual() -> None:
+    multiprocessing.set_start_method(None, force=True)
 
 
 def title(name: str) -> str:

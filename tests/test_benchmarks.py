@@ -1,5 +1,6 @@
 """The page of benchmarks: a verdict follows from the figure alone, and every benchmark runs."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -64,6 +65,12 @@ def test_the_page_repeats_every_goal_at_its_head():
     assert summary < text.index(f"## {memory.TITLE}") < text.index("### Images") < text.index("## The long ones")
     assert "--quick" not in text
     assert "believe no verdict" in all_of_them.text({}, "A machine.", quick=True)
+
+
+def test_a_loaders_workers_start_in_a_benchmark_as_they_do_anywhere():
+    """Spawned ones import PyTorch in each epoch: torchvision once looked a third as fast as it is."""
+    with all_of_them.fresh_process() as pool:
+        assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
 
 
 def test_the_tables_of_the_long_ones_are_there():

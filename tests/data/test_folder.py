@@ -3,6 +3,8 @@
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +228,37 @@ def test_sizes_are_made_alike_by_the_shorter_side_and_the_middle(parted):
     assert train.inputs.shape == (6, 3, 5, 5)
     assert test.inputs.shape == (4, 3, 5, 5)
     assert (train.inputs[0] == 200).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(5, 5), (64, 64), (40, 90), (500, 400)])
+@pytest.mark.parametrize("made", [(100, 60), (60, 101), (7, 300), (1, 1)])
+def test_pixels_are_averaged_as_pil_does(made, size, channels, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (made[1], made[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert("RGB" if channels == 3 else "L").save(tmp_path / "x.png")
+    found = decoded(tmp_path / "x.png", channels, size).astype(int)
+    with Image.open(tmp_path / "x.png") as image:
+        width, height = (
+            min(made[0], round(made[1] * size[0] / size[1])),
+            min(made[1], round(made[0] * size[1] / size[0])),
+        )
+        left, top = (made[0] - max(1, width)) // 2, (made[1] - max(1, height)) // 2
+        middle = image.crop((left, top, left + max(1, width), top + max(1, height)))
+        there = np.asarray(middle.resize(size, Image.Resampling.BILINEAR)).reshape(size[1], size[0], channels)
+    assert np.abs(found - there.transpose(2, 0, 1)).max() <= 1  # the rounding of a weight
+
+
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="there is one kind of instructions")
+@pytest.mark.parametrize("other", ["default", "avx2"])
+def test_resized_pixels_are_the_same_on_other_processors(other, tmp_path):
+    save(tmp_path / "x.png", size=(100, 77))
+    code = "import sys; from pathlib import Path; from torchrelay.data.folder import decode_images\n"
+    code += "sys.stdout.buffer.write(decode_images([Path('x.png')], (3, 30, 30)).numpy().tobytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"ATEN_CPU_CAPABILITY": other}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == decoded(tmp_path / "x.png", size=(30, 30)).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])

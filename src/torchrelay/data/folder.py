@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchrelay.data.cache import Images, cached, default_folder, in_memory, key_of
 from torchrelay.data.files import Files
 from torchrelay.data.image_files import (
+    FITTING,
     UnreadableImageError,
     channels_first,
     fitted,
@@ -246,7 +247,7 @@ def _decoded(
         found = in_memory(shape, fill)
     else:
         place = key_of([os.path.realpath(listing.folder), shape[1:]])
-        found = cached(cache, place, key_of([listing.files, shape]), shape, fill)
+        found = cached(cache, place, key_of([listing.files, shape, FITTING]), shape, fill)
     _check(found.missing, paths, allowed)  # a cache may come from a run that allowed more
     source = ArraySource(
         torch.from_numpy(found.images),

