@@ -8,13 +8,12 @@ Each runs in a process of its own. The long ones have commands of their own, whi
 import argparse
 import importlib
 import importlib.util
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import pictures
+from benchmarks.measure import fresh_process
 from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
 
 SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness", "gpu", "records")
@@ -63,20 +62,6 @@ def run(name: str, quick: bool) -> list[Table]:
     with fresh_process() as pool:
         found: list[Table] = pool.submit(tables, quick).result()
     return found
-
-
-def fresh_process() -> ProcessPoolExecutor:
-    """Return a process that has no threads, settings or memory of another benchmark.
-
-    What it starts is started as in any program. A spawned process would spawn a loader's workers, too, and each of
-    them would import PyTorch anew, in each epoch, at the peers' cost.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_as_usual)
-
-
-def _start_as_usual() -> None:
-    multiprocessing.set_start_method(None, force=True)
 
 
 def title(name: str) -> str:

@@ -1,11 +1,13 @@
 """What the benchmarks share: times side by side, and the machine they were taken on."""
 
 import gc
+import multiprocessing
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -53,3 +55,17 @@ def processor() -> str:
     named = re.search(r"^model name\s*: (.+)$", facts, re.MULTILINE)
     units = [unit for flag, unit in (("avx512_bf16", "AVX-512 bf16"), ("amx_bf16", "AMX")) if flag in facts]
     return " ".join((named[1] if named else platform.machine(), f"({', '.join(units)})" if units else "")).strip()
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """Return a process that has no threads, settings or memory of another benchmark.
+
+    What it starts is started as in any program. A spawned process would spawn a loader's workers, too, and each of
+    them would import PyTorch anew, in each epoch, at the peers' cost.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_as_usual)
+
+
+def _start_as_usual() -> None:
+    multiprocessing.set_start_method(None, force=True)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
 
 from benchmarks import __main__ as all_of_them  # noqa: E402
-from benchmarks import memory, overhead, peers, pictures, startup  # noqa: E402
+from benchmarks import measure, memory, overhead, peers, pictures, startup  # noqa: E402
 from benchmarks.page import Goal, Spread, Table, sections  # noqa: E402
 
 
@@ -69,8 +69,15 @@ def test_the_page_repeats_every_goal_at_its_head():
 
 def test_a_loaders_workers_start_in_a_benchmark_as_they_do_anywhere():
     """Spawned ones import PyTorch in each epoch: torchvision once looked a third as fast as it is."""
-    with all_of_them.fresh_process() as pool:
+    with measure.fresh_process() as pool:
         assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
+
+
+def test_the_page_is_made(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "order", "--out", tmp_path / "page.md"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all_of_them.title("order") in (tmp_path / "page.md").read_text()
 
 
 def test_the_tables_of_the_long_ones_are_there():
