@@ -159,6 +159,22 @@ def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
     assert untold.skipped == {}
 
 
+def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(quiet, tmp_path, monkeypatch):
+    """On another device losses are read later: here when `max_steps` has said already that the run ends."""
+    settings = ROLLBACK | {"max_steps": 17, "log_every": 50}
+    sample = int(build(quiet, None, settings=settings).batches.indices(*divmod(17 - 1, 10))[0])
+    at_once = build(quiet, tmp_path / "at-once", bad={sample: math.nan}, settings=settings)
+    at_once.fit()
+    monkeypatch.setattr(LossGuard, "watch", lambda self, *seen: self._unread.append(seen))
+    later = build(quiet, tmp_path / "later", bad={sample: math.nan}, settings=settings)
+    later.fit()
+    assert 17 in later.skipped
+    assert later.skipped == at_once.skipped
+    assert later.step == at_once.step == 17
+    for mine, theirs in zip(later.model.state_dict().values(), at_once.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_too_many_spikes_stop_the_run_after_all(quiet, tmp_path):
     bad = dict.fromkeys(range(0, 120, 9), math.nan)
     trainer = build(quiet, tmp_path / "run", bad=bad, settings=ROLLBACK | {"max_skipped": 4})

@@ -121,6 +121,7 @@ def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
     skipped = trainer.skipped | {step: _samples(trainer, step) for step in steps}
     _stand_at(trainer, contents)
     trainer.skipped = skipped
+    trainer.stop_reason = None  # the steps that follow decide anew whether the run ends
     if run is not None:
         checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
         run.rewind(contents.state["metrics_lines"])
