@@ -86,7 +86,7 @@ class Process:
         return found
 
     def end(self, number: int = signal.SIGKILL) -> None:
-        """Kill it and all it started."""
+        """Send this signal, which ends them, to it and all it started."""
         for pid in [*([] if self.returncode is not None else [self.pid]), *self.family()]:
             try:
                 os.kill(pid, number)

@@ -250,15 +250,18 @@ def test_pixels_are_averaged_as_pil_does(made, size, channels, tmp_path):
 
 @pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="there is one kind of instructions")
 @pytest.mark.parametrize("other", ["default", "avx2"])
-def test_resized_pixels_are_the_same_on_other_processors(other, tmp_path):
-    save(tmp_path / "x.png", size=(100, 77))
+@pytest.mark.parametrize("made", [(100, 77), (4, 330)])
+@pytest.mark.parametrize("size", [(30, 30), (1, 50), (50, 1), (1, 1)])
+def test_resized_pixels_are_the_same_on_other_processors(other, made, size, tmp_path):
+    save(tmp_path / "x.png", size=made)
     code = "import sys; from pathlib import Path; from torchrelay.data.folder import decode_images\n"
-    code += "sys.stdout.buffer.write(decode_images([Path('x.png')], (3, 30, 30)).numpy().tobytes())"
+    code += "sys.stdout.buffer.write(decode_images([Path('x.png')], (3, *SIZE)).numpy().tobytes())"
+    code = code.replace("*SIZE", f"{size[1]}, {size[0]}")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"ATEN_CPU_CAPABILITY": other}, capture_output=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == decoded(tmp_path / "x.png", size=(30, 30)).tobytes()
+    assert done.stdout == decoded(tmp_path / "x.png", size=size).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
