@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import torchrelay as tr
-from torchrelay import assemble, recipe
 from torchrelay.data.batches import Batch
-from torchrelay.terminal import Terminal
+from torchrelay.recipe import build as assemble
+from torchrelay.recipe import recipe
+from torchrelay.run.terminal import Terminal
 
 TWIN = Path(__file__).with_name("twin.py")
 

@@ -22,7 +22,7 @@ from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 
 TITLE = "Input work"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

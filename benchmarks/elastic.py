@@ -50,10 +50,10 @@ class Net(nn.Module):
 def train(run: Path) -> None:
     """Train as the environment says, from the beginning or from what a killed process left."""
     import torchrelay as tr
-    from torchrelay.checkpoint import CheckpointSettings
-    from torchrelay.device import DeviceSettings
-    from torchrelay.parallel import ParallelSettings
-    from torchrelay.terminal import Terminal
+    from torchrelay.checkpoint.format import CheckpointSettings
+    from torchrelay.device.device import DeviceSettings
+    from torchrelay.distributed.replicas import ParallelSettings
+    from torchrelay.run.terminal import Terminal
 
     torch.manual_seed(0)
     data, test = tr.data.digits()
@@ -142,7 +142,7 @@ def until(
 
 def newest(run: Path) -> int:
     """Return the step of the newest checkpoint."""
-    from torchrelay import checkpoint
+    from torchrelay.checkpoint import format as checkpoint
 
     whole = checkpoint.whole(run / "checkpoints")
     return int(whole[-1].name.removeprefix("step-")) if whole else -1

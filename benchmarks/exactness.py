@@ -24,9 +24,9 @@ from benchmarks.measure import side_by_side
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay.data.augment import Flip, PaddedCrop
 from torchrelay.data.batches import Batch
-from torchrelay.device import DeviceSettings
+from torchrelay.device.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
-from torchrelay.terminal import Terminal
+from torchrelay.run.terminal import Terminal
 
 TITLE = "What exactness costs"
 STEPS = 4  # of an epoch, which is a round

@@ -22,7 +22,7 @@ from torchrelay.data import image_folder
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource, Source
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 
 TITLE = "An image folder's cache"
 IMAGES, ROUNDS, BATCH, PROCESSES = 20_000, 5, 256, 4

@@ -33,9 +33,9 @@ from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay.data import batches as batches_module
 from torchrelay.data.augment import Flip, PaddedCrop
 from torchrelay.data.batches import Batch
-from torchrelay.device import DeviceSettings
+from torchrelay.device.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
-from torchrelay.terminal import Terminal
+from torchrelay.run.terminal import Terminal
 
 TITLE = "A training step on a GPU"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # what a GPU does, as a trace calls it

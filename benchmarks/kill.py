@@ -46,9 +46,9 @@ def transform(image: Any) -> Tensor:
 def train(root: Path, run: Path, epochs: int) -> None:
     """Train, or go on with what a killed process left."""
     import torchrelay as tr
-    from torchrelay.checkpoint import CheckpointSettings
-    from torchrelay.parallel import ParallelSettings
-    from torchrelay.terminal import Terminal
+    from torchrelay.checkpoint.format import CheckpointSettings
+    from torchrelay.distributed.replicas import ParallelSettings
+    from torchrelay.run.terminal import Terminal
 
     class Place(tr.Callback):
         """Leaves the number of steps done where whoever kills us finds it."""
@@ -120,7 +120,7 @@ def start(root: Path, run: Path, epochs: int) -> "subprocess.Popen[bytes]":
 
 def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: float, seed: int) -> Deaths:
     """Start the run, kill it at a random moment, and so on; then let it come to its end."""
-    from torchrelay import checkpoint
+    from torchrelay.checkpoint import format as checkpoint
 
     chance, deaths = random.Random(seed), Deaths()
     while True:

@@ -66,7 +66,7 @@ def by_hand(name: str, steps: int) -> None:
 def by_torchrelay(name: str, steps: int, folder: str | None = None) -> None:
     """Do the same with the trainer."""
     import torchrelay as tr
-    from torchrelay.terminal import Terminal
+    from torchrelay.run.terminal import Terminal
 
     train = samples(name, test=False)
     tr.Trainer(

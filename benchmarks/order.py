@@ -24,7 +24,7 @@ from benchmarks.page import Spread, Table
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.order import order
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 
 TITLE = "The order of samples"
 BATCH = 256

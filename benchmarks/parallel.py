@@ -83,9 +83,9 @@ def by_hand(name: str, rank: int, size: int, device: torch.device) -> list[float
 def with_torchrelay(name: str, size: int, device: torch.device, exact: bool) -> list[float]:
     """Return the seconds of each step of `fit`."""
     import torchrelay as tr
-    from torchrelay.parallel import ParallelSettings
-    from torchrelay.run import RunSettings
-    from torchrelay.terminal import Terminal
+    from torchrelay.distributed.replicas import ParallelSettings
+    from torchrelay.run.folder import RunSettings
+    from torchrelay.run.terminal import Terminal
 
     class Times(tr.Callback):
         def __init__(self) -> None:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import torchrelay as tr
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batch, Batches
-from torchrelay.terminal import Terminal
+from torchrelay.run.terminal import Terminal
 
 FEATURES, WIDTH, CLASSES, BATCH = 64, 64, 10, 32
 WARM = 20  # steps at the beginning that don't count

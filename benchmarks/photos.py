@@ -25,7 +25,7 @@ from benchmarks.page import Goal, Spread, Table
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, Pipeline, RandomResizedCrop
 from torchrelay.data.batches import Batches
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 
 TITLE = "Large photographs"
 IMAGES, ROUNDS, BATCH, WORKERS, SIDE, CROP = 2_000, 5, 64, 2, 256, 224

@@ -29,10 +29,12 @@ import torch
 
 from benchmarks import page
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
-from torchrelay import assemble, data, recipe
+from torchrelay import data
 from torchrelay.data.settings import DataSettings
 from torchrelay.data.sources import ArraySource
-from torchrelay.terminal import Terminal
+from torchrelay.recipe import build as assemble
+from torchrelay.recipe import recipe
+from torchrelay.run.terminal import Terminal
 
 TITLE = "The time to an accuracy, on a GPU"
 SCRIPTS = ("airbench94_muon.py", "cifar10_speedrun.py")

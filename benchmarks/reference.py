@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrelay import optim
-from torchrelay.recipe import Recipe
+from torchrelay.recipe.recipe import Recipe
 from torchrelay.settings import Settings
 
 START, END = "<!-- keys: begin -->\n", "<!-- keys: end -->\n"

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchrelay as tr
-from torchrelay import checkpoint, device, rng
+from torchrelay import rng
+from torchrelay.checkpoint import format as checkpoint
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
+from torchrelay.device import device
 
 SEED, NOISE = 0, 16
 

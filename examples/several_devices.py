@@ -14,12 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchrelay as tr
-from torchrelay import checkpoint, device, rng
+from torchrelay import rng
+from torchrelay.checkpoint import format as checkpoint
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batch, Batches
-from torchrelay.parallel import Buffers, GradientTree
-from torchrelay.sharing import share
-from torchrelay.world import join
+from torchrelay.device import device
+from torchrelay.distributed.process_group import join
+from torchrelay.distributed.replicas import Buffers, GradientTree
+from torchrelay.distributed.strategy import share
 
 SEED, REPLICAS = 0, 4
 

@@ -9,8 +9,8 @@ import torch
 
 import torchrelay as tr
 from processes import _namespace, _server, cli, namespace, one_line, server, start, terminal  # noqa: F401 - fixtures
-from torchrelay import checkpoint
-from torchrelay.terminal import Terminal
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.run.terminal import Terminal
 
 CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that the wall clock decides
 

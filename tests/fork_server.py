@@ -42,9 +42,9 @@ def preload() -> None:
     import torch.utils.tensorboard
     import torchmetrics
 
-    import torchrelay.commands
+    import torchrelay.commands.commands
     import torchrelay.models.summary
-    import torchrelay.report
+    import torchrelay.report.plots
 
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)

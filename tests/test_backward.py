@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrelay.backward import go_back_from_mean, mean_of
+from torchrelay.train.backward import go_back_from_mean, mean_of
 
 
 @pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchrelay import checkpoint
-from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import Contents
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -211,8 +211,8 @@ def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_p
 import os, sys
 from pathlib import Path
 import torch
-from torchrelay import checkpoint
-from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import Contents
 countdown = int(sys.argv[2])
 def hook(event, arguments):
     global countdown

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import torchrelay as tr
-from torchrelay import checkpoint, cli
+from torchrelay import cli
+from torchrelay.checkpoint import format as checkpoint
 
 FAST = ("--set", "device.threads=1")
 
@@ -246,7 +247,8 @@ def test_predict_agrees_with_the_labels(run, pictures, capsys):
 
 
 def test_predict_gives_what_the_trainer_predicts(run, pictures, capsys):
-    from torchrelay import assemble, recipe
+    from torchrelay.recipe import build as assemble
+    from torchrelay.recipe import recipe
 
     paths, _ = pictures
     trainer = assemble.trainer(recipe.load(str(run / "recipe.toml")), run, fresh=False)

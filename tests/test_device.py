@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint, identity
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
+from torchrelay.run import identity
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay import checkpoint, cli, recipe
+from torchrelay import cli
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.recipe import recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]

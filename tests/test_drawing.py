@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from torchrelay.drawing import Drawing
-from torchrelay.report import Headline
+from torchrelay.report.plots import Headline
+from torchrelay.run.drawing import Drawing
 
 HEADLINE = Headline("accuracy", percent=True, higher_is_better=True)
 LINES = [
@@ -71,8 +71,8 @@ def test_nothing_draws_on_when_the_training_is_killed(folder: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from torchrelay.drawing import Drawing
-from torchrelay.report import Headline
+from torchrelay.run.drawing import Drawing
+from torchrelay.report.plots import Headline
 drawing = Drawing(Path({str(folder)!r}), print)
 drawing.start(Headline("accuracy", True, True), confusion=True)
 print(drawing._process.pid, flush=True)
@@ -96,7 +96,7 @@ time.sleep(60)
 def test_a_training_with_a_run_folder_imports_no_matplotlib(tmp_path: Path) -> None:
     script = f"""
 import sys, torch, torchrelay as tr
-from torchrelay.terminal import Terminal
+from torchrelay.run.terminal import Terminal
 data = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
 run = {str(tmp_path / "run")!r}

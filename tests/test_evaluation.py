@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import report
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
-from torchrelay.evaluation import Evaluation, Sums, evaluate, predict
-from torchrelay.run import RunSettings
-from torchrelay.task import Classification
+from torchrelay.report import plots as report
+from torchrelay.run.folder import RunSettings
+from torchrelay.tasks.task import Classification
+from torchrelay.train.evaluation import Evaluation, Sums, evaluate, predict
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

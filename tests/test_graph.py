@@ -6,14 +6,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrelay as tr
-from torchrelay import checkpoint, rng
-from torchrelay.callbacks import Callback
+from torchrelay import rng
+from torchrelay.checkpoint import format as checkpoint
 from torchrelay.cli import main
 from torchrelay.data.batches import Batch
-from torchrelay.device import Device, DeviceSettings
+from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.errors import UsageError
-from torchrelay.graph import GraphedStep, graphed, keep_rates_on, set_rate, step
 from torchrelay.optim.muon import MuonOptimizer
+from torchrelay.train.callbacks import Callback
+from torchrelay.train.graph import GraphedStep, graphed, keep_rates_on, set_rate, step
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 OPTIMIZERS = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from torchrelay.distributed.replicas import GradientTree, ParallelSettings, blocks, check_replicas, replicas_of
 from torchrelay.errors import UsageError
-from torchrelay.parallel import GradientTree, ParallelSettings, blocks, check_replicas, replicas_of
 
 
 def tree_of(leaves: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import profiling
 from torchrelay.cli import main
+from torchrelay.commands import profiling
 from torchrelay.errors import UsageError
 
 LONG = 0.02  # seconds, far above what a step of this network takes

@@ -8,9 +8,9 @@ import pytest
 from pydantic import BaseModel
 
 import torchrelay as tr
-from torchrelay import recipe
 from torchrelay.data.augment import Flip, PaddedCrop, RandomResizedCrop
 from torchrelay.errors import UsageError
+from torchrelay.recipe import recipe
 from torchrelay.settings import Settings
 
 
@@ -35,7 +35,7 @@ def test_a_shipped_recipe_survives_being_written_down(name):
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
-    lines = (recipe.resources.files("torchrelay") / "recipes" / f"{name}.toml").read_text().splitlines()
+    lines = (recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml").read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[0].endswith(".")
     assert any(line.startswith(f"# torchrelay train {name}") for line in lines)
@@ -43,7 +43,7 @@ def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_a_shipped_recipe_says_its_replicas(name):
-    assert "replicas" in tomllib.loads((recipe.resources.files("torchrelay") / "recipes" / f"{name}.toml").read_text())[
+    assert "replicas" in tomllib.loads((recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml").read_text())[
         "parallel"
     ]  # fmt: skip
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint
-from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.report import read_metrics
-from torchrelay.run import Run, SaveTimes, Stopwatch, free_folder
+from torchrelay.report.plots import read_metrics
+from torchrelay.run.folder import Run, SaveTimes, Stopwatch, free_folder
 
 
 def opened(folder: Path, quiet, resume: bool = False) -> Run:
@@ -68,9 +68,9 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from torchrelay.checkpoint import CheckpointSettings
-from torchrelay.run import Run
-from torchrelay.terminal import Terminal
+from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay.run.folder import Run
+from torchrelay.run.terminal import Terminal
 
 run = Run(Path(sys.argv[1]), Terminal(quiet=True), CheckpointSettings())
 run.write_recipe({})

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint
-from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.errors import RelayError
-from torchrelay.signals import Interrupted
-from torchrelay.spikes import LossGuard, SpikeError
+from torchrelay.train.recovery import LossGuard, SpikeError
+from torchrelay.train.signals import Interrupted
 
 ROLLBACK = {"on_spike": "rollback", "log_every": 3}
 

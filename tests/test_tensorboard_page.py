@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchrelay.report import confusion_matrix
-from torchrelay.trackers import TensorBoard
+from torchrelay.report.plots import confusion_matrix
+from torchrelay.run.trackers import TensorBoard
 
 pytestmark = pytest.mark.browser
 

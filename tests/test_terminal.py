@@ -15,14 +15,24 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay.terminal import Counters, Progress, Terminal, clock_time, duration, epoch_line, folded, metric, number
+from torchrelay.run.terminal import (
+    Counters,
+    Progress,
+    Terminal,
+    clock_time,
+    duration,
+    epoch_line,
+    folded,
+    metric,
+    number,
+)
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 # A training of 1.2 s: three epochs of two steps each, with an evaluation in the second.
 TRAINING = """
     import sys, time
-    from torchrelay.terminal import Counters, Terminal
+    from torchrelay.run.terminal import Counters, Terminal
 
     class State:
         epoch, step, samples, loss, phase, reads = 1, 0, 0, None, "", 0
@@ -155,7 +165,7 @@ def test_a_line_is_written_out_when_it_is_said() -> None:
         [
             sys.executable,
             "-c",
-            "import time; from torchrelay.terminal import Terminal; Terminal().say('now'); time.sleep(60)",
+            "import time; from torchrelay.run.terminal import Terminal; Terminal().say('now'); time.sleep(60)",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -184,7 +194,7 @@ def test_a_training_goes_on_when_nobody_reads_any_more(tmp_path: Path) -> None:
     script = f"""
         import time
         from pathlib import Path
-        from torchrelay.terminal import Terminal
+        from torchrelay.run.terminal import Terminal
         terminal = Terminal()
         terminal.say("first")
         time.sleep(0.5)
@@ -254,7 +264,7 @@ def test_a_worker_forked_under_the_bar_can_print() -> None:
     shown = run_in_terminal(
         """
         import os, sys, time
-        from torchrelay.terminal import Counters, Terminal
+        from torchrelay.run.terminal import Counters, Terminal
         with Terminal().progress(lambda: Counters(1, 1, 1, 2)):
             time.sleep(0.3)
             for _ in range(20):

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 
-from torchrelay.pictures import image_grid
-from torchrelay.trackers import TensorBoard
+from torchrelay.run.pictures import image_grid
+from torchrelay.run.trackers import TensorBoard
 
 
 def lines_of(epochs: int, steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
@@ -118,7 +118,7 @@ def test_after_a_resume_no_point_is_doubled_and_none_is_missing(tmp_path: Path) 
     killed_in_epoch_3 = f"""
 import json, os, signal, sys, torch
 from pathlib import Path
-from torchrelay.trackers import TensorBoard
+from torchrelay.run.trackers import TensorBoard
 board = TensorBoard(Path({str(broken)!r}))
 board.images("first batch", torch.rand(4, 3, 8, 8), None, None, step=0)
 for line in json.load(sys.stdin):
@@ -145,7 +145,7 @@ def test_nothing_is_opened_or_imported_before_it_is_needed(tmp_path: Path) -> No
     script = f"""
 import sys
 from pathlib import Path
-from torchrelay.trackers import TensorBoard
+from torchrelay.run.trackers import TensorBoard
 board = TensorBoard(Path({str(tmp_path)!r}))
 board.close()
 print([name for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "torchvision") if name in sys.modules])

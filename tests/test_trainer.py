@@ -16,13 +16,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import assemble, checkpoint, recipe, writer
-from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint import writer
+from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
-from torchrelay.device import DeviceSettings
+from torchrelay.device.device import DeviceSettings
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.parallel import ParallelSettings
-from torchrelay.signals import Interrupted
+from torchrelay.recipe import build as assemble
+from torchrelay.recipe import recipe
+from torchrelay.train.signals import Interrupted
 
 
 class Net(nn.Module):
@@ -317,8 +320,8 @@ import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_trainer import build
 import torchrelay as tr
-from torchrelay.terminal import Terminal
-from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.run.terminal import Terminal
+from torchrelay.checkpoint.format import CheckpointSettings
 torch.set_num_threads(1)
 folder = sys.argv[1]
 import pathlib
@@ -558,7 +561,7 @@ def test_ema_weights_are_evaluated_and_raw_ones_saved(digits, quiet, tmp_path):
 def test_the_second_signal_ends_the_process_at_once(tmp_path):
     script = """
 import os, signal, time
-from torchrelay.signals import StopSignal
+from torchrelay.train.signals import StopSignal
 with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.1)

@@ -5,9 +5,10 @@ import time
 import pytest
 import torch
 
-from torchrelay import recipe, tuning
-from torchrelay.assemble import load_code
 from torchrelay.cli import main
+from torchrelay.commands import tuning
+from torchrelay.recipe import recipe
+from torchrelay.recipe.build import load_code
 
 CODE = """
 import time

@@ -6,8 +6,8 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay.errors import UsageError
-from torchrelay.run import RunSettings
-from torchrelay.views import with_views
+from torchrelay.run.folder import RunSettings
+from torchrelay.train.views import with_views
 
 
 class Column(nn.Module):

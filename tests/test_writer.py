@@ -5,11 +5,11 @@ import threading
 import pytest
 import torch
 
-from torchrelay import checkpoint
-from torchrelay import writer as writer_module
-from torchrelay.checkpoint import CheckpointSettings, Contents
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint import writer as writer_module
+from torchrelay.checkpoint.format import CheckpointSettings, Contents
+from torchrelay.checkpoint.writer import Writer, in_memory
 from torchrelay.errors import RelayError
-from torchrelay.writer import Writer, in_memory
 
 
 def test_tied_and_strided_weights_are_saved(tmp_path):

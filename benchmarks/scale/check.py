@@ -9,7 +9,7 @@ import torch
 from benchmarks.scale import measure as measured
 from benchmarks.scale.count import Wire, simulate_rings, simulate_tree
 from benchmarks.scale.model import Phase, evaluation_bytes, hierarchical, leaving, messages, ring, sent, tree
-from torchrelay.parallel import add_neighbours
+from torchrelay.distributed.replicas import add_neighbours
 
 SIMULATED = range(1, 65)
 FRAME = 48  # bytes that gloo puts before each message; up to two notices of as many go with it

@@ -21,8 +21,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from torchrelay import tree_exchange
-from torchrelay.tree_exchange import Levels
+from torchrelay.distributed import exact_ddp as tree_exchange
+from torchrelay.distributed.exact_ddp import Levels
 
 Link = tuple[int, int]  # from, to
 # Where Linux's struct tcp_info has bytes_sent, of which what was sent again is no message, and bytes_received.

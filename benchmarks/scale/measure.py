@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import torchrelay as tr
 from benchmarks.scale.count import Link, Ports, by_link, connections, since
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.writer import in_memory
 from torchrelay.data.order import order
-from torchrelay.evaluation import Sums
-from torchrelay.parallel import ParallelSettings
-from torchrelay.terminal import Terminal
-from torchrelay.tree_exchange import Levels, add, levels
-from torchrelay.world import ManyProcesses, World, join
-from torchrelay.writer import in_memory
+from torchrelay.distributed.exact_ddp import Levels, add, levels
+from torchrelay.distributed.process_group import ManyProcesses, World, join
+from torchrelay.distributed.replicas import ParallelSettings
+from torchrelay.run.terminal import Terminal
+from torchrelay.train.evaluation import Sums
 
 ELEMENTS = 2**20 + 4  # of a vector, four bytes each: no multiple of 8
 BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Trainer": "torchrelay.trainer",
-    "RunSettings": "torchrelay.run",
-    "Recipe": "torchrelay.recipe",
-    "Task": "torchrelay.task",
-    "Classification": "torchrelay.task",
-    "MultiLabel": "torchrelay.task",
-    "Regression": "torchrelay.task",
-    "NextToken": "torchrelay.task",
-    "Callback": "torchrelay.callbacks",
-    "EarlyStopping": "torchrelay.callbacks",
+    "Trainer": "torchrelay.train.trainer",
+    "RunSettings": "torchrelay.run.folder",
+    "Recipe": "torchrelay.recipe.recipe",
+    "Task": "torchrelay.tasks.task",
+    "Classification": "torchrelay.tasks.task",
+    "MultiLabel": "torchrelay.tasks.task",
+    "Regression": "torchrelay.tasks.task",
+    "NextToken": "torchrelay.tasks.task",
+    "Callback": "torchrelay.train.callbacks",
+    "EarlyStopping": "torchrelay.train.callbacks",
     "RelayError": "torchrelay.errors",
 }
 _MODULES = ("augment", "data", "models", "optim")
@@ -43,13 +43,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from torchrelay import data, models, optim
-    from torchrelay.callbacks import Callback, EarlyStopping
     from torchrelay.data import augment
     from torchrelay.errors import RelayError
-    from torchrelay.recipe import Recipe
-    from torchrelay.run import RunSettings
-    from torchrelay.task import Classification, MultiLabel, NextToken, Regression, Task
-    from torchrelay.trainer import Trainer
+    from torchrelay.recipe.recipe import Recipe
+    from torchrelay.run.folder import RunSettings
+    from torchrelay.tasks.task import Classification, MultiLabel, NextToken, Regression, Task
+    from torchrelay.train.callbacks import Callback, EarlyStopping
+    from torchrelay.train.trainer import Trainer
 
 
 def __getattr__(name: str) -> Any:

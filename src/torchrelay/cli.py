@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from torchrelay import __version__, launched
+from torchrelay import __version__
+from torchrelay.distributed import launched
+from torchrelay.distributed.failures import LaunchError, report
 from torchrelay.errors import RelayError, UsageError, nearest
-from torchrelay.reports import LaunchError, report
 
 _FAILED, _STOPPED = 1, 75
 
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launched.attach()
         # PyTorch's profiler reads it once, as torch is imported, and tells of itself otherwise.
         os.environ.setdefault("KINETO_LOG_LEVEL", "7")
-        from torchrelay.commands import COMMANDS
+        from torchrelay.commands.commands import COMMANDS
 
         COMMANDS[options.command](options)
     except LaunchError as error:  # of a process that we started, which has shown its traceback if it shall

@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 
 import torchrelay as tr
 from torchrelay.data import batches as module
-from torchrelay.data.ahead import SideStream, _tensors, ahead, beside, gather
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
 from torchrelay.data.batches import Batch, Batches
+from torchrelay.data.prefetch import SideStream, _tensors, ahead, beside, gather
 from torchrelay.data.sources import arrays, dataset
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -21,7 +21,7 @@ from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
 from torchrelay.data.batches import Batch, Batches, statistics
 from torchrelay.data.sources import ArraySource, arrays, dataset
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError
 
 CPU = set_up(DeviceSettings(name="cpu"), exact=False)
@@ -409,7 +409,7 @@ def test_too_little_shared_memory_is_an_error_with_the_remedy():
         from torchrelay.data.augment import Pipeline
         from torchrelay.data.batches import Batches
         from torchrelay.data.sources import dataset
-        from torchrelay.device import DeviceSettings, set_up
+        from torchrelay.device.device import DeviceSettings, set_up
         from torchrelay.errors import RelayError
 
         class Large(torch.utils.data.Dataset):

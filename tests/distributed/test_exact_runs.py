@@ -16,15 +16,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import torchrelay as tr
-from torchrelay import report, tree_exchange
-from torchrelay.callbacks import Pictures
-from torchrelay.device import DeviceSettings
+from torchrelay.device.device import DeviceSettings
+from torchrelay.distributed import exact_ddp as tree_exchange
+from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.errors import RelayError
-from torchrelay.parallel import GradientTree, ParallelSettings
-from torchrelay.run import RunSettings
-from torchrelay.signals import Interrupted
-from torchrelay.task import Classification
-from torchrelay.terminal import Terminal
+from torchrelay.report import plots as report
+from torchrelay.run.folder import RunSettings
+from torchrelay.run.terminal import Terminal
+from torchrelay.tasks.task import Classification
+from torchrelay.train.callbacks import Pictures
+from torchrelay.train.signals import Interrupted
 
 SAMPLES, BATCH = 403, 80  # five batches, and one of three samples for eight replicas
 STEPS = 6  # of an epoch

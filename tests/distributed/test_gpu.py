@@ -12,11 +12,11 @@ from test_sharded import ADAMW, Case, alone, compare, train
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.device import DeviceSettings, set_up
-from torchrelay.parallel import GradientTree, ParallelSettings
-from torchrelay.run import RunSettings
-from torchrelay.sharing import share
-from torchrelay.world import ManyProcesses
+from torchrelay.device.device import DeviceSettings, set_up
+from torchrelay.distributed.process_group import ManyProcesses
+from torchrelay.distributed.replicas import GradientTree, ParallelSettings
+from torchrelay.distributed.strategy import share
+from torchrelay.run.folder import RunSettings
 
 DEVICE, BACKEND = "cuda", "nccl"
 pytestmark = [

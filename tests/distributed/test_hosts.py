@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from benchmarks.hosts import hosts, why_not
 
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from processes import clean_environment
-from torchrelay import checkpoint, launch, launched
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.distributed import launch, launched
 from torchrelay.errors import UsageError
 
 TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2")
@@ -41,7 +42,7 @@ import sys
 import torch
 
 import torchrelay as tr
-from torchrelay.parallel import ParallelSettings
+from torchrelay.distributed.replicas import ParallelSettings
 
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Dropout(0.1))

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import torch
-from torchrelay.world import join
+from torchrelay.distributed.process_group import join
 
 torch.set_num_threads(1)
 world = join(torch.device("cpu"))

@@ -16,14 +16,15 @@ from forked import fork
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from torchrelay import optim, shardable
-from torchrelay.device import DeviceSettings, set_up
+from torchrelay import optim
+from torchrelay.device.device import DeviceSettings, set_up
+from torchrelay.distributed import fsdp_checks as shardable
+from torchrelay.distributed.fsdp import Sharded
+from torchrelay.distributed.fsdp_checks import check_optimizer, update_in_one_call
+from torchrelay.distributed.fsdp_state import divide, gather
+from torchrelay.distributed.process_group import ManyProcesses, World
+from torchrelay.distributed.replicas import Buffers, GradientTree, blocks, give_gradients, take_gradients
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.parallel import Buffers, GradientTree, blocks, give_gradients, take_gradients
-from torchrelay.shardable import check_optimizer, update_in_one_call
-from torchrelay.sharded import Sharded
-from torchrelay.unsharded import divide, gather
-from torchrelay.world import ManyProcesses, World
 
 STEPS = 4
 LARGEST_NORM = 0.2  # which every step is above

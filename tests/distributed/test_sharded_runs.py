@@ -20,14 +20,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import cli, shardable
-from torchrelay.callbacks import Pictures
-from torchrelay.device import DeviceSettings
+from torchrelay import cli
+from torchrelay.device.device import DeviceSettings
+from torchrelay.distributed import fsdp_checks as shardable
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.parallel import ParallelSettings
-from torchrelay.run import RunSettings
-from torchrelay.signals import Interrupted
-from torchrelay.terminal import Terminal
+from torchrelay.run.folder import RunSettings
+from torchrelay.run.terminal import Terminal
+from torchrelay.train.callbacks import Pictures
+from torchrelay.train.signals import Interrupted
 
 SAMPLES, BATCH = 402, 100  # the last batch has two samples for four replicas: none for the second process
 STEPS = 5  # of an epoch
@@ -174,7 +175,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     tr.data.digits()
-    importlib.import_module("torchrelay.commands")
+    importlib.import_module("torchrelay.commands.commands")
     imported = [name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))]
     (folder / "imported.json").write_text(json.dumps(imported))
     with socket.socket() as free:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay import checkpoint
-from torchrelay.slurm import expand_hosts, from_slurm
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.distributed.slurm import expand_hosts, from_slurm
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "clusters"
 TASK = {

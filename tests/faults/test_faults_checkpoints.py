@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrelay import checkpoint
-from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import Contents
 
 SETTINGS = ("run.epochs=4", 'checkpoint.every="10 steps"', "checkpoint.keep=3")
 
@@ -55,8 +55,8 @@ import os, signal, sys
 from pathlib import Path
 
 import torch
-from torchrelay import checkpoint
-from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import Contents
 
 folder, step, value, keep, moment = Path(sys.argv[1]), *map(int, sys.argv[2:6])
 WATCHED = {"mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "write", "serialize_file", "truncate"}

@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import torchrelay as tr
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError
-from torchrelay.parallel import ParallelSettings
-from torchrelay.task import MultiLabel, Regression
+from torchrelay.tasks.task import MultiLabel, Regression
 
 # A dataset whose transform draws from all three generators, and what makes it fail, by variables of the environment.
 CODE = """

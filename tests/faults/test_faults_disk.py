@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import torchrelay as tr
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 
 # ------------------------------------------------------------------------------------------------ 7: a full disk
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import torchrelay as tr
-from torchrelay import world
+from torchrelay.distributed import process_group as world
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError
-from torchrelay.parallel import ParallelSettings
-from torchrelay.terminal import Terminal
+from torchrelay.run.terminal import Terminal
 
 WAITS, HANGS = 2, 60  # seconds
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 from torchrelay.cli import main
 
 SETTINGS = ("model.name=mlp", "model.options.widths=[16]", "run.max_steps=3", "schedule.name=constant")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from processes import clean_environment
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 
 SLOW = pytest.mark.slow  # as well, where it may be
 SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"')

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay import checkpoint
+from torchrelay.checkpoint import format as checkpoint
 
 # Images that workers read one by one, with a random transform; a step takes long enough to be met.
 CODE = """

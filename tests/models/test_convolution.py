@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import processor
-from torchrelay.device import DeviceSettings
+from torchrelay.device import processor
+from torchrelay.device.device import DeviceSettings
 from torchrelay.models import convolution
 from torchrelay.models.convolution import Conv2d, weight_gradient
 

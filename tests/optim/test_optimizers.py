@@ -9,13 +9,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from torchrelay import optim, recipe
-from torchrelay.checkpoint import pack, unpack
+from torchrelay import optim
+from torchrelay.checkpoint.format import pack, unpack
+from torchrelay.distributed.process_group import World
+from torchrelay.distributed.single import Exchange
 from torchrelay.errors import UsageError
-from torchrelay.exchange import Exchange
 from torchrelay.optim import SGD, AdamW, Muon, OptimizerSettings, Other
-from torchrelay.recipe import Recipe
-from torchrelay.world import World
+from torchrelay.recipe import recipe
+from torchrelay.recipe.recipe import Recipe
 
 TORCH_NAMES = ["Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
 EVERY = [

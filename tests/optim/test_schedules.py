@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.optim import lr_scheduler
 
-from torchrelay.checkpoint import pack, unpack
+from torchrelay.checkpoint.format import pack, unpack
 from torchrelay.optim import (
     Constant,
     Cosine,

@@ -1,8 +1,8 @@
 """Step 2: data: where samples come from, in which order, how augmented, and in which batches."""
 
 from torchrelay.data import augment
+from torchrelay.data.builtin import cifar10, cifar100, digits, text
 from torchrelay.data.folder import image_folder
-from torchrelay.data.named import cifar10, cifar100, digits, text
 from torchrelay.data.settings import DataSettings, Parts, load
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, arrays, as_source, dataset, split
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from torchrelay.data.ahead import ahead, beside, gather
 from torchrelay.data.augment import Pipeline
-from torchrelay.data.loader import Key, Loader
 from torchrelay.data.order import Places, order
+from torchrelay.data.prefetch import ahead, beside, gather
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
-from torchrelay.device import Device
+from torchrelay.data.workers import Key, Loader
+from torchrelay.device.device import Device
+from torchrelay.distributed.replicas import blocks
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.faults import TargetError
-from torchrelay.parallel import blocks
 from torchrelay.rng import words
+from torchrelay.tasks.targets import TargetError
 
 Sampling = Literal["shuffle", "balanced", "sequential"]
 _AHEAD = 16_384  # places whose order is computed at once; one call for many batches costs less than one for each

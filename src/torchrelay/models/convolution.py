@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from torchrelay import processor
+from torchrelay.device import processor
 
 _SMALL = 7 * 7  # pixels of a map up to which the product is faster, seen with 256 channels
 _MANY = 128  # channels of the input from which it is

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrelay.data.augment.colour import ColourJitter, Normalise
+from torchrelay.data.augment.color import ColourJitter, Normalise
 from torchrelay.data.augment.draw import Draw
 from torchrelay.data.augment.geometry import (
     AlternatingFlip,

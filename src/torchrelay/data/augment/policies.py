@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from torchrelay.data.augment import colour
+from torchrelay.data.augment import color
 from torchrelay.data.augment.draw import Draw
 from torchrelay.data.augment.geometry import warp
 from torchrelay.data.augment.pixels import as_floats, like
@@ -18,14 +18,14 @@ from torchrelay.settings import Settings
 _LEVELS = 31  # strengths from none to full, as published
 _GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _BLENDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "brightness": colour.adjust_brightness,
-    "saturation": colour.adjust_saturation,
-    "contrast": colour.adjust_contrast,
-    "sharpness": colour.adjust_sharpness,
+    "brightness": color.adjust_brightness,
+    "saturation": color.adjust_saturation,
+    "contrast": color.adjust_contrast,
+    "sharpness": color.adjust_sharpness,
 }
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "auto_contrast": colour.auto_contrast,
-    "equalize": colour.equalize,
+    "auto_contrast": color.auto_contrast,
+    "equalize": color.equalize,
 }
 OPERATIONS = ("identity", *_GEOMETRIC, *_BLENDED, "posterize", "solarize", *_PLAIN)
 
@@ -127,10 +127,10 @@ def _operate(group: str, images: Tensor, choices: Sequence[Choice], reach: Reach
         operation = _BLENDED[group]
     elif group == "posterize":
         amounts = [8.0 - round(choice.strength * reach.bits) for choice in choices]
-        operation = colour.posterize
+        operation = color.posterize
     else:
         amounts = [1 - choice.strength for choice in choices]
-        operation = colour.solarize
+        operation = color.solarize
     amount = torch.tensor(amounts).view(-1, 1, 1, 1).to(images.device, non_blocking=True)
     return like(operation(as_floats(images), amount), images)
 

@@ -1,0 +1,200 @@
+"""Where a training step's time goes: a table, a picture, and a trace for Perfetto.
+
+A `Clock` is marked at the seams of a step; the time since the last mark goes to a phase, so the phases add up to the
+step. Nothing in the loop knows of it: hooks and wrapped methods mark it from outside.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from torchrelay.data.batches import Batch
+from torchrelay.errors import UsageError
+from torchrelay.train.trainer import Trainer
+
+PHASES = {
+    "input": "wait for a batch: gather, augment, copy",
+    "forward": "the model, and the loss",
+    "backward": "the gradients",
+    "metrics": "measure the training batch",
+    "optimizer": "the update",
+    "rest": "the loop's own: schedule, clipping, sums",
+}
+_COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#999999")  # Okabe and Ito
+_WARM, _TRACED = 5, 3  # steps before, and steps of the trace after
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, from one mark to the next; on a GPU, of the work that was given to it.
+
+    Args:
+        device: where the model computes.
+    """
+
+    device: torch.device
+    steps: list[dict[str, float]] = field(default_factory=list)
+    _marks: list[tuple[str, Any]] = field(default_factory=list)
+
+    def mark(self, phase: str) -> None:
+        """Give what has passed since the last mark to a phase."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def end_step(self) -> None:
+        """Add up a step's phases; the next one begins where this one ended."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
+            found[phase] += before.elapsed_time(now) / 1e3 if self.device.type == "cuda" else now - before
+        self.steps.append(found)
+        self._marks = []
+        self.mark("rest")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a step's time went into."""
+
+    seconds: dict[str, float]  # by phase, the median of the steps
+    step: float  # seconds of a step, the median
+    samples: int  # of a global batch
+    device: str
+
+    @property
+    def _headline(self) -> str:
+        return f"{1e3 * self.step:,.2f} ms a step, {self.samples / self.step:,.0f} samples a second"
+
+    def table(self) -> Table:
+        """Return a table of the phases."""
+        table = Table(
+            title=f"{self._headline}; {self.device}",
+            title_justify="left",
+            title_style="",
+            box=None,
+        )
+        for name, justify in (("phase", "left"), ("ms", "right"), ("share", "right"), ("", "left"), ("what", "left")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for phase, what in PHASES.items():
+            share = self.seconds[phase] / sum(self.seconds.values())
+            bar = "█" * round(20 * share)
+            table.add_row(phase, f"{1e3 * self.seconds[phase]:.2f}", f"{share:.1%}", f"[blue]{bar}[/]", what)
+        return table
+
+    def draw(self, path: Path) -> None:
+        """Draw the phases as one bar into a PNG."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 1.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes, left, whole = figure.add_subplot(), 0.0, sum(self.seconds.values())
+        for (phase, seconds), colour in zip(self.seconds.items(), _COLOURS, strict=True):
+            share = seconds / whole
+            axes.barh(0, 1e3 * seconds, left=left, color=colour, label=f"{phase} {share:.0%}", height=0.6)
+            left += 1e3 * seconds
+        axes.set(yticks=[], xlabel="milliseconds of a step", xlim=(0, left))
+        axes.set_title(
+            f"{1e3 * self.step:.1f} ms a step, {self.samples / self.step:,.0f} samples a second",
+            loc="left",
+            fontsize=10,
+        )
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+        figure.savefig(path, dpi=200)
+
+
+def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Profile:
+    """Train some steps and say where their time goes. No run folder is touched; the trainer is used up.
+
+    Args:
+        trainer: not started, and without a run folder.
+        steps: how many are timed, after some that aren't.
+        folder: where `profile.png` and `trace.json.gz` (for ui.perfetto.dev) are written; None: nowhere.
+
+    Raises:
+        UsageError: the trainer has a run folder, or several processes.
+    """
+    if trainer.folder is not None or trainer.world.size > 1:
+        raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
+    trainer.graph = None  # a replayed step has no parts: what is timed is the step that it was recorded from
+    clock = Clock(trainer.device.device)
+    _watch(trainer, clock)
+    trainer.model.train()
+    batches, size = _forever(trainer), 0
+    clock.mark("rest")
+    for _ in range(_WARM + steps):
+        size = max(size, _step(trainer, batches, clock))  # an epoch's last batch may be smaller
+    timed = clock.steps[_WARM:]
+    seconds = {phase: median(step[phase] for step in timed) for phase in PHASES}
+    found = Profile(seconds, median(sum(step.values()) for step in timed), size, trainer.device.describe())
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        found.draw(folder / "profile.png")
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (clock.device.type == "cuda")
+        with profile(activities=activities) as traced:
+            for _ in range(_TRACED):
+                with torch.profiler.record_function("step"):
+                    _step(trainer, batches, clock)
+        traced.export_chrome_trace(str(folder / "trace.json.gz"))
+    return found
+
+
+def show(found: Profile, folder: Path) -> None:
+    """Print a profile, and where its files are."""
+    console = Console(highlight=False)
+    console.print(found.table())
+    console.print(f"\n{folder / 'profile.png'}\n{folder / 'trace.json.gz'} for https://ui.perfetto.dev", soft_wrap=True)
+
+
+def _forever(trainer: Trainer) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from trainer.batches.epoch(epoch)
+        epoch += 1
+
+
+def _step(trainer: Trainer, batches: Iterator[Batch], clock: Clock) -> int:
+    batch = next(batches)
+    clock.mark("input")
+    trainer._after_step(batch, trainer.train_step(batch))
+    clock.mark("rest")
+    clock.end_step()
+    return batch.size
+
+
+def _watch(trainer: Trainer, clock: Clock) -> None:
+    """Mark the clock at the seams of a step."""
+
+    def around(owner: Any, name: str, before: str, after: str) -> None:
+        method: Callable[..., Any] = getattr(owner, name)
+
+        @wraps(method)
+        def watched(*arguments: Any, **named: Any) -> Any:
+            clock.mark(before)
+            result = method(*arguments, **named)
+            clock.mark(after)
+            return result
+
+        setattr(owner, name, watched)
+
+    trainer.model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
+    around(trainer.task, "loss", "forward", "forward")
+    # Between the loss and what follows it, there is nothing but the backward pass.
+    around(trainer.task, "measure", "backward", "metrics")
+    around(trainer.sums, "add_loss", "rest" if trainer.measures else "backward", "rest")
+    around(trainer.optimizer, "step", "rest", "optimizer")

@@ -1,0 +1,214 @@
+"""Which settings train a recipe fastest on this machine: timed side by side, one setting after another.
+
+Each setting is tried on top of the best ones so far, in turns with them, so that what slows the machine slows both.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from torchrelay.data.batches import Batch
+from torchrelay.device.device import set_up
+from torchrelay.errors import RelayError
+from torchrelay.recipe import build as assemble
+from torchrelay.recipe.recipe import Recipe
+from torchrelay.run.terminal import Terminal
+from torchrelay.train.trainer import Trainer
+
+_ROUNDS, _STEPS = 3, 2  # turns of a comparison, and the fewest steps of a turn
+_LONG_ENOUGH = 0.15  # seconds of a turn
+_GAIN = 0.03  # a smaller one isn't told from chance
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting, and what it brings."""
+
+    setting: str  # as a recipe has it, such as "device.precision = \"bf16\""
+    seconds: float | None = None  # of a step; None: it wasn't tried, or it failed
+    samples: int = 0  # of a step
+    times: float = 1.0  # how many times as many samples a second as the best before
+    kept: bool = False
+    note: str = ""
+
+
+def tune(
+    recipe: Recipe,
+    seconds: float = 60.0,
+    *,
+    code: ModuleType | None = None,
+    only: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[Trial]:
+    """Time settings of the device and the optimizer for a recipe. Nothing is written, and no run is touched.
+
+    Args:
+        recipe: what to train; its own settings come first.
+        seconds: after which nothing more is begun.
+        code: a module of the user's own, in which the recipe's names are looked up first.
+        only: names of the settings to try, such as "precision"; none: all.
+        say: is told what is being tried.
+
+    Returns:
+        The recipe's own settings, then each other one as it was tried.
+
+    Raises:
+        RelayError: the recipe can't be trained as it stands.
+    """
+    threads = torch.get_num_threads()  # where a recipe doesn't say how many
+    try:
+        return _trials(recipe, time.monotonic() + seconds, code, only, say, threads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trials(
+    recipe: Recipe,
+    until: float,
+    code: ModuleType | None,
+    only: Sequence[str],
+    say: Callable[[str], None],
+    threads: int,
+) -> list[Trial]:
+    best, place = recipe, _Place(recipe, code, threads)
+    (took,) = _in_turns([place])
+    trials = [Trial("as it stands", took, place.samples, kept=True)]
+    for section, name, value in _settings(recipe):
+        if only and name not in only:
+            continue
+        setting = f"{section}.{name} = {_toml(value)}"
+        if time.monotonic() > until:
+            trials.append(Trial(setting, note="no time left"))
+            continue
+        say(f"trying {setting}")
+        changed = _with(best, section, name, value)
+        try:
+            other = _Place(changed, code, threads)
+            before, took = _in_turns([place, other])
+        except (RelayError, RuntimeError) as error:
+            trials.append(Trial(setting, note=f"fails: {str(error).splitlines()[0][:80]}"))
+            continue
+        times = (other.samples / took) / (place.samples / before)
+        is_batch = name == "batch_size"  # which trains another network
+        kept = times > 1 + _GAIN and not is_batch
+        note = "trains otherwise" if is_batch else f"first step {other.first:.1f} s"
+        trials.append(Trial(setting, took, other.samples, times, kept, note if is_batch or name == "compile" else ""))
+        if kept:
+            best, place = changed, other
+    return trials
+
+
+def show(trials: list[Trial]) -> None:
+    """Print the trials as a table, and the recipe's lines to keep."""
+    console = Console(highlight=False)
+    table = Table(box=None)
+    for name in ("", "ms a step", "samples/s", "to the best"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("")
+    for trial in trials:
+        if trial.seconds is None:
+            table.add_row(trial.setting, "", "", "", trial.note)
+            continue
+        style = "bold green" if trial.kept and trial is not trials[0] else ""
+        rate, ms = trial.samples / trial.seconds, 1e3 * trial.seconds
+        table.add_row(trial.setting, f"{ms:,.2f}", f"{rate:,.0f}", f"{trial.times:.2f}", trial.note, style=style)
+    console.print(table)
+    kept = [trial.setting for trial in trials[1:] if trial.kept]
+    if not kept:
+        console.print("\nThe recipe's own settings are the fastest of these.")
+        return
+    console.print("\nKeep (the run's numbers differ from those without, in their last bits or, by precision, more):\n")
+    for section in dict.fromkeys(setting.partition(".")[0] for setting in kept):
+        console.print(f"[{section}]", markup=False)
+        for setting in kept:
+            if setting.startswith(f"{section}."):
+                console.print(setting.removeprefix(f"{section}."), markup=False)
+
+
+def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
+    """Yield what is tried: the likeliest gain first, and last what takes long to start."""
+    device = set_up(recipe.device, recipe.run.exact).device
+    if device.type == "cpu":
+        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+        for count in sorted({1, max(1, cores // 2), cores} - {threads}, reverse=True):
+            yield "device", "threads", count
+    if recipe.device.precision == "float32":
+        yield "device", "precision", "bf16"
+        if device.type == "cuda":
+            yield "device", "precision", "fp16"
+            yield "device", "tf32", True
+    if not recipe.device.channels_last:
+        yield "device", "channels_last", True
+    if not getattr(recipe.optimizer, "fused", True):  # SGD and AdamW have it
+        yield "optimizer", "fused", True
+    for factor in (0.5, 2):
+        yield "data", "batch_size", max(1, int(recipe.data.batch_size * factor))
+    if not recipe.device.compile:
+        yield "device", "compile", True
+
+
+def _with(recipe: Recipe, section: str, name: str, value: Any) -> Recipe:
+    part = getattr(recipe, section).model_copy(update={name: value})
+    return recipe.model_copy(update={section: part})
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+class _Place:
+    """A trainer of a recipe, and where its training stands.
+
+    Args:
+        recipe: what it trains.
+        code: a module of the user's own.
+        threads: of an operation on the CPU, where the recipe doesn't say how many.
+    """
+
+    def __init__(self, recipe: Recipe, code: ModuleType | None, threads: int) -> None:
+        self._threads = recipe.device.threads or threads
+        self.trainer = assemble.trainer(recipe, code=code, terminal=Terminal(quiet=True))
+        torch.set_num_threads(self._threads)
+        self.trainer.model.train()
+        self._batches = _forever(self.trainer)
+        began = time.perf_counter()
+        self.samples = self._step()
+        self._step()
+        self.first = time.perf_counter() - began  # seconds of the first two steps: compiling, choosing kernels
+
+    def _step(self) -> int:
+        batch = next(self._batches)
+        self.trainer.train_step(batch)
+        return batch.size
+
+    def time(self) -> float:
+        """Return the seconds of a step, meant over some."""
+        set_up(self.trainer.device.settings, self.trainer.settings.exact)  # switches of the whole process
+        torch.set_num_threads(self._threads)
+        device, began, steps = self.trainer.device.device, time.perf_counter(), 0
+        while steps < _STEPS or time.perf_counter() - began < _LONG_ENOUGH:
+            self._step()
+            steps += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / steps
+
+
+def _forever(trainer: Trainer) -> Iterator[Batch]:
+    """Yield full batches of the first epoch again and again: a later one may have larger images."""
+    full = next(trainer.batches.epoch(0)).size  # of data smaller than a batch, all of it
+    while True:
+        yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
+
+
+def _in_turns(places: list[_Place]) -> list[float]:
+    times = [[place.time() for place in places] for _ in range(_ROUNDS)]
+    return [median(column) for column in zip(*times, strict=True)]

@@ -1,0 +1,209 @@
+"""Step 2: reading a torch Dataset, sample by sample, in worker processes or in this one."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from torchrelay.data.sources import DatasetSource
+from torchrelay.errors import RelayError
+from torchrelay.rng import reseed_everything, seed_for
+from torchrelay.tasks.targets import out_of_range, wrong_label
+
+Key = tuple[int, int, int]  # epoch, place, sample index
+
+
+class _Seeded(Dataset[Any]):
+    """A dataset whose global randomness is set by (seed, epoch, place) right before each sample is read."""
+
+    def __init__(self, source: DatasetSource, seed: int) -> None:
+        self.dataset = source.dataset
+        self.collate = source.collate or default_collate
+        self.name = source.name
+        self.classes = len(source.classes)
+        self.seed = seed
+
+    def __getitems__(self, keys: list[Key]) -> Any:
+        """Return the batch of these keys, or the error that a person can mend: a worker would make a text of it."""
+        try:
+            batch = self._batch(keys)
+            self._check_labels(batch, keys)
+        except RelayError as error:
+            return error
+        return batch
+
+    def _batch(self, keys: list[Key]) -> Any:
+        samples = []
+        for epoch, place, index in keys:
+            reseed_everything(seed_for(self.seed, "sample", epoch, place))
+            samples.append(self.dataset[index])
+        try:
+            if self.collate is default_collate and isinstance(samples[0], tuple):
+                kinds = [getattr(sample[0], "dtype", None) for sample in samples]  # it would silently take the widest
+                if (odd := _odd(kinds)) is not None:
+                    raise self._unlike(keys, samples, odd)
+            return self.collate(samples)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+            shapes = [_described(sample) for sample in samples]
+            if (odd := _odd(shapes)) is not None:
+                raise self._unlike(keys, samples, odd) from error
+            if self.collate is not default_collate or not isinstance(error, TypeError):
+                raise
+            raise RelayError(
+                f"{self.name}: sample {keys[0][2]} is {shapes[0]}, of which PyTorch makes no batch: return tensors, "
+                "arrays and numbers, or give a collate function"
+            ) from error
+
+    def _unlike(self, keys: list[Key], samples: list[Any], odd: int) -> RelayError:
+        """Return the error of a sample that doesn't go into one batch with the first."""
+        return RelayError(
+            f"{self.name}: sample {keys[odd][2]} is {_described(samples[odd])}, but sample {keys[0][2]} is "
+            f"{_described(samples[0])}: make them alike, or give a collate function"
+        )
+
+    def _check_labels(self, batch: Any, keys: list[Key]) -> None:
+        """Refuse labels that are none of the named classes, as arrays do; here it is a worker's work."""
+        targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+        if not self.classes or not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+            return
+        if (label := wrong_label(targets, self.classes)) is not None:
+            raise out_of_range(label, self.classes).of(self.name, targets, [index for _, _, index in keys])
+
+
+def _odd(things: Sequence[Any]) -> int | None:
+    """Return the place of the first that isn't like the first of all."""
+    return next((place for place, thing in enumerate(things) if thing != things[0]), None)
+
+
+def _described(value: Any) -> str:
+    """Return the shapes and types that a sample is made of."""
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_described(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(_described, value)) + ")"
+    return type(value).__name__
+
+
+class _Keys:
+    """The batches of keys that the loader's workers are to read next; set anew for each epoch."""
+
+    def __init__(self) -> None:
+        self.batches: Iterator[list[Key]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self.batches
+
+
+class Loader:
+    """A DataLoader that reads the keys it is told to; its workers live as long as it does.
+
+    They end at once when its last reference goes. Where the garbage collector has to find it, as part of a cycle, each
+    worker is waited for five seconds: the collector has ended the threads that would tell them to end.
+    """
+
+    def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
+        self._name = source.name
+        self._keys = _Keys()
+        self._workers = workers
+        self._loader = DataLoader(
+            _Seeded(source, seed),
+            batch_sampler=self._keys,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # otherwise each epoch would draw a number from the global one
+        )
+
+    def read(self, keys: Generator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the batches of these keys; whoever read before may not go on."""
+        self._keys.batches = keys
+        with closing(keys):
+            with self._errors():
+                batches = iter(self._loader)
+            while True:
+                if self._keys.batches is not keys:
+                    raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
+                with self._errors(), _one_thread(self._workers == 0):
+                    batch = next(batches, _END)
+                    if isinstance(batch, RelayError):
+                        raise batch
+                if batch is _END:
+                    return
+                if not isinstance(batch, list | tuple) or len(batch) != 2:
+                    raise RelayError(
+                        f"{self._name}: a sample must be a pair (inputs, target): return one, or set a collate function"
+                    )
+                yield batch[0], batch[1]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """End the workers when something fails; say what to do when one is gone, or can't pass on what it read."""
+        try:
+            yield
+        except Exception as error:
+            text = self._close_after(error)
+            if "shared memory" in text:
+                raise RelayError(
+                    f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
+                    "data.workers or a smaller data.batch_size"
+                ) from error
+            if text.startswith("DataLoader worker (pid"):
+                raise RelayError(
+                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer "
+                    "data.workers, and resume"
+                ) from error
+            raise
+
+    def _close_after(self, error: Exception) -> str:
+        """End the workers and return what happened, in PyTorch's words.
+
+        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's handler of the
+        signal may have its say only while we clean up.
+        """
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        try:
+            if isinstance(error, ConnectionError | EOFError):
+                for worker in getattr(self._loader._iterator, "_workers", ()):
+                    worker.join(timeout=1)
+                    if worker.exitcode:
+                        text = f"DataLoader worker (pid {worker.pid}) exited with code {worker.exitcode}"
+            self.close()
+        except RuntimeError as later:
+            if not str(later).startswith("DataLoader worker (pid"):
+                raise
+            text = str(later)
+            self.close()
+        return text
+
+    def close(self) -> None:
+        """End the worker processes; a later read starts new ones."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+_END = object()  # a collate function may return None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@contextmanager
+def _one_thread(here: bool) -> Iterator[None]:
+    """Read with one thread, as a worker process does: a mean over a tensor has other bits with two."""
+    threads = torch.get_num_threads()
+    if here and threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if here and threads > 1:
+            torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Step 1: recipes, and the trainers that they describe."""

@@ -1,0 +1,1 @@
+"""Step 1: the run folder: lock, log, metrics, trackers."""

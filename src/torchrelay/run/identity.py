@@ -1,0 +1,107 @@
+"""What a run is bound to: with the same of all of this it gives the same bits.
+
+It stands in every checkpoint and is compared at a resume. What changes the result outright is refused; what may change
+only its last bits is a warning.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchrelay.device import processor
+from torchrelay.errors import RelayError
+
+Identity = dict[str, str | int | bool]
+
+_MUST_AGREE = {
+    "data": "the training data",
+    "validation_data": "the validation data",
+    "test_data": "the test data",
+    "samples": "the number of training samples",
+    "seed": "run.seed",
+    "batch_size": "data.batch_size",
+    "replicas": "parallel.replicas",
+}
+
+# Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.
+_MAY_CHANGE = {
+    *("run.epochs", "run.max_steps", "run.patience", "run.evaluate_every", "run.log_every"),
+    *("run.on_spike", "run.spike_threshold", "run.max_skipped"),
+    *("data.root", "data.workers", "data.download", "data.cache", "data.cache_dir", "model.pretrained"),
+    *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
+    *("parallel.kind", "parallel.timeout"),
+}
+
+
+def of_machine(device: torch.device) -> Identity:
+    """Return what of this machine decides the last bits of a result."""
+    on_gpu: Identity = {}
+    if device.type == "cuda":
+        on_gpu["cudnn"] = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    return on_gpu | {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({processor.name()})",
+        "instructions": processor.instructions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def compare(
+    saved: dict[str, Any], now: Identity, accept_changes: bool, data_changes: Callable[[], str] = str
+) -> list[str]:
+    """Compare a checkpoint's identity with the present one and return warnings.
+
+    Args:
+        saved: the checkpoint's.
+        now: the present one.
+        accept_changes: whether what changes the result is only warned of.
+        data_changes: says what was done to the data's files, if that is known.
+
+    Raises:
+        RelayError: something differs that changes the result, and `accept_changes` is off.
+    """
+    warnings = []
+    for name, value in now.items():
+        if name not in saved or saved[name] == value:
+            continue
+        change = f"{_MUST_AGREE.get(name, name)} was {saved[name]} and is {value}"
+        if name.endswith("data") and (files := data_changes()):
+            change = f"{_MUST_AGREE[name]} changed: {files}"
+        if name in _MUST_AGREE and not accept_changes:
+            raise RelayError(
+                f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"
+            )
+        warnings.append(f"{change}: the result may differ from the undisturbed run's")
+    return warnings
+
+
+def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: bool) -> list[str]:
+    """Compare the recipe that a run was started with and the present one, section by section, and return the changes.
+
+    Raises:
+        RelayError: a change would lead to another result, and `accept_changes` is off.
+    """
+    changes, refused = [], []
+    code, code_now = (table.get("environment", {}).get("code_sha256") for table in (saved, now))
+    if code != code_now and code is not None:
+        changes.append("the file of --code is not the one that the run was started with")
+        refused.append(changes[0])
+    for section in sorted({*saved, *now} - {"environment"}):
+        before, after = saved.get(section, {}), now.get(section, {})
+        for key in sorted({*before, *after}):
+            if before.get(key) == after.get(key):
+                continue
+            name = f"{section}.{key}"
+            change = f"{name} was {before.get(key, 'unset')} and is {after.get(key, 'unset')}"
+            changes.append(change)
+            if name not in _MAY_CHANGE:
+                refused.append(change)
+    if refused and not accept_changes:
+        raise RelayError(
+            f"this run can't go on to the same result: {', '.join(refused)}; put it back, or resume with "
+            "--accept-changes"
+        )
+    return changes

@@ -1,0 +1,1 @@
+"""Step 6: what a batch means: losses and metrics."""
