@@ -1,4 +1,4 @@
-"""Images that are ready for the network, a second: gathered, flipped, cropped, normalised.
+"""Images that are ready for the network, a second: gathered, flipped, cropped, normalized.
 
     python -m benchmarks.augment_speed [--quick] [--out FILE]
 
@@ -101,7 +101,7 @@ def tables(quick: bool = False) -> list[Table]:
     goal = Goal("torchrelay's rate, of torchvision's", times, 10, 25, "{:.1f} times", more=True)
     note = (
         f"{count:,} images of 32x32 from memory in batches of {BATCH}: gathered in a random order, flipped, cropped "
-        f"after padding by {PADDING}, normalised. Medians of {rounds} epochs."
+        f"after padding by {PADDING}, normalized. Medians of {rounds} epochs."
     )
     return [Table("Images a second", ("", "images a second", "of torchvision's"), rows, note, [goal])]
 

@@ -39,7 +39,7 @@ SHOWN: tuple[tuple[Augment, str], ...] = (
     (augment.PaddedCrop(padding=12), "shifted by up to 12 pixels"),
     (augment.RandomResizedCrop(size=TILE, scale=(0.2, 1.0)), "a part, brought to full size"),
     (augment.Cutout(size=32), "a square of the mean colour"),
-    (augment.ColourJitter(hue=0.1), "brightness, contrast, saturation, hue"),
+    (augment.ColorJitter(hue=0.1), "brightness, contrast, saturation, hue"),
     (augment.TrivialAugment(), "one of 14 operations, at any strength"),
     (augment.RandAugment(n=2, magnitude=15), "two of 14 operations, at one strength"),
     (augment.Mixup(alpha=1.0), "blended; below: its own share"),

@@ -104,7 +104,7 @@ def with_torchrelay(name: str, size: int, device: torch.device, exact: bool) -> 
         optimizer=tr.optim.SGD(lr=0.01, momentum=0.9),
         epochs=1,
         batch_size=EACH * size,
-        normalise=False,
+        normalize=False,
         sampling="sequential",
         device=device.type,
         parallel=ParallelSettings(kind="ddp", replicas=size),

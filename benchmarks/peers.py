@@ -149,7 +149,7 @@ def trainer(pairs: Pairs, **settings: Any) -> tr.Trainer:
     """Return a trainer for one epoch; without settings, with all off that can be off."""
     off: dict[str, Any] = {"task": CrossEntropy(), "terminal": Terminal(quiet=True)}
     optimizer = tr.optim.SGD(lr=0.01, momentum=0.9, weight_decay=0.0)  # as the others
-    plain: dict[str, Any] = {"epochs": 1, "batch_size": BATCH, "normalise": False, "device": "cpu"}
+    plain: dict[str, Any] = {"epochs": 1, "batch_size": BATCH, "normalize": False, "device": "cpu"}
     return tr.Trainer(network(), arrays(pairs), optimizer=optimizer, **plain | off | settings)
 
 

@@ -109,7 +109,7 @@ def tables(quick: bool = False) -> list[Table]:
         for name in ours_named
     ]
     note = (
-        f"{count:,} JPEG files of 500x375, cut out at random to {CROP}x{CROP}, flipped, normalised; {cores} cores. "
+        f"{count:,} JPEG files of 500x375, cut out at random to {CROP}x{CROP}, flipped, normalized; {cores} cores. "
         f"torchrelay cuts out of the middle squares of {SIDE}x{SIDE}, "
         f"{3 * SIDE**2 / 1e6:.1f} MB each on the disk. Medians of {rounds} rounds; "
         f"the rate of {EPOCHS} epochs follows from one of either kind."

@@ -53,7 +53,7 @@ RULES = """\
 Seconds as the public scripts take them: training and the last test, from when the data lies on the device until it is
 done; neither loading, nor decoding, nor a first training, which warms up and counts for nothing. The scripts' are
 those that they print, by CUDA events. Ours are of `fit()`, from its call to its return, between two waits for the
-device: what it initialises, and the recording of its graph, is in it. The accuracies are of the last test, in which
+device: what it initializes, and the recording of its graph, is in it. The accuracies are of the last test, in which
 all show mirror images and shifted ones as well."""
 INFINITE = " A time is infinite\nwhere 94%, or on JPEG files the script's own accuracy, isn't reached in the mean."
 HEADS = ("", "seconds", "test accuracy")

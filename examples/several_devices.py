@@ -29,17 +29,17 @@ SEED, REPLICAS = 0, 4
 def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
     # 2. Data   4. Device, and the other processes
     here = device.set_up(device.DeviceSettings(threads=1), exact=True)
-    world = join(here.device)
+    group = join(here.device)
     train, _ = tr.data.digits()
     batches = Batches(
-        train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=world.rank, ranks=world.size
+        train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=group.rank, ranks=group.size
     )  # each process reads its part
 
     # 3. Model   5. Optimizer
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    exchange = share(model, "ddp", world, here, exact=True, say=print)
-    exchange.start_alike()
+    exchange = share(model, "ddp", group, here, exact=True, say=print)
+    exchange.broadcast_weights()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     buffers = Buffers(model)
 
@@ -49,7 +49,7 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
         buffers.keep()
         for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
             buffers.restore()  # each replica starts from the step's: BatchNorm's statistics become the first one's
-            with exchange.send(gradients) if replica == batch.first else exchange.keep_here(gradients):
+            with exchange.sync(gradients) if replica == batch.first else exchange.no_sync(gradients):
                 loss = torch.zeros((), device=here.device)
                 if len(targets):  # the last ones of a small batch may be empty
                     rng.reseed(rng.seed_for(SEED, "model", step, replica), here.device)
@@ -58,7 +58,7 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
             losses.add([loss.detach()])
         (own,) = losses.total()
         assert own is not None
-        total = exchange.add(own)  # the gradients are there
+        total = exchange.reduce(own)  # the gradients are there
         optimizer.step()
         optimizer.zero_grad()
         return total
@@ -68,10 +68,10 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
         for batch in batches.epoch(epoch):
             loss = train_step(step, batch)
             step += 1
-        if world.main:
+        if group.main:
             print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
             checkpoint.write(Path(run) / "checkpoints", checkpoint.Contents(step, model.state_dict(), {}))
-    world.barrier("the last checkpoint")
+    group.barrier("the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrelay.train.backward import go_back_from_mean, mean_of
+from torchrelay.train.backward import backward_from_mean, mean_loss
 
 
 @pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])
@@ -15,9 +15,9 @@ def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
         x = torch.randn(100, requires_grad=True)
         loss = (x * torch.randn(100)).sin().sum().reshape(shape)
         if share:
-            go_back_from_mean(loss, weight)
-            assert torch.equal(mean_of(loss, weight), loss.detach() / weight)
-            assert not mean_of(loss, weight).requires_grad
+            backward_from_mean(loss, weight)
+            assert torch.equal(mean_loss(loss, weight), loss.detach() / weight)
+            assert not mean_loss(loss, weight).requires_grad
         else:
             (loss / weight).backward()
         both.append(x.grad)
@@ -26,11 +26,11 @@ def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
 
 def test_going_back_from_what_needs_no_gradient_is_refused():
     with pytest.raises(RuntimeError, match="does not require grad"):
-        go_back_from_mean(torch.tensor(1.0), 3.0)
+        backward_from_mean(torch.tensor(1.0), 3.0)
 
 
 def test_the_gradient_goes_through_the_scale_first():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    go_back_from_mean((3 * x).sum(), 2.0, lambda first: 1024 * first)
+    backward_from_mean((3 * x).sum(), 2.0, lambda first: 1024 * first)
     assert x.grad is not None
     assert x.grad.tolist() == [1536.0, 1536.0]

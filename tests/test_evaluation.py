@@ -14,7 +14,7 @@ from torchrelay.errors import UsageError
 from torchrelay.report import plots as report
 from torchrelay.run.folder import RunSettings
 from torchrelay.tasks.task import Classification
-from torchrelay.train.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_an_evaluation_of_what_was_not_given_is_refused(digits, quiet):
 
 def some_sums(fetch_after: tuple[int, ...] = (), save_after: int | None = None) -> dict[str, float]:
     """The means of some batches, looked at now and then, and saved and loaded in between."""
-    sums = Sums()
+    sums = RunningSums()
     generator = torch.Generator().manual_seed(0)
     for i in range(20):
         sums.add_loss(torch.rand((), generator=generator), float(i + 1))
@@ -121,7 +121,7 @@ def some_sums(fetch_after: tuple[int, ...] = (), save_after: int | None = None) 
             sums.means()
         if i == save_after:
             state = json.loads(json.dumps(sums.state_dict()))
-            sums = Sums()
+            sums = RunningSums()
             sums.load_state_dict(state)
     return sums.means()
 
@@ -134,7 +134,7 @@ def test_looking_or_saving_in_between_changes_no_bit():
 
 
 def test_sums_of_a_long_epoch_hold_no_more_than_some_steps():
-    sums = Sums()
+    sums = RunningSums()
     for _ in range(5000):
         sums.add_measures({"accuracy": torch.tensor(1)}, 2)
         sums.add_loss(torch.tensor(0.5), 2.0)
@@ -143,7 +143,7 @@ def test_sums_of_a_long_epoch_hold_no_more_than_some_steps():
 
 
 def test_means_are_weighted():
-    sums = Sums()
+    sums = RunningSums()
     sums.add_loss(torch.tensor(1.0), 3.0)
     sums.add_loss(torch.tensor(5.0), torch.tensor(1.0))
     sums.add_measures({"accuracy": torch.tensor(2)}, 3)
@@ -152,7 +152,7 @@ def test_means_are_weighted():
 
 
 def test_nothing_has_a_mean_of_zero():
-    assert Sums().means() == {"loss": 0.0}
+    assert RunningSums().means() == {"loss": 0.0}
 
 
 def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_path):
@@ -206,7 +206,7 @@ def test_samples_are_sequences_where_a_task_counts_tokens(quiet):
 
 def test_sums_on_the_cpu_keep_numbers_and_no_tensors():
     """A small tensor kept from each step fragments the heap, which then grows by megabytes a step."""
-    sums = Sums()
+    sums = RunningSums()
     for _ in range(3):
         sums.add_loss(torch.tensor(0.5), torch.tensor(4.0))
         sums.add_measures({"right": torch.tensor(3)}, torch.tensor(4))

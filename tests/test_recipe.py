@@ -43,9 +43,8 @@ def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_a_shipped_recipe_says_its_replicas(name):
-    assert "replicas" in tomllib.loads((recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml").read_text())[
-        "parallel"
-    ]  # fmt: skip
+    shipped = recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml"
+    assert "replicas" in tomllib.loads(shipped.read_text())["parallel"]
 
 
 def settings_classes() -> list[type[Settings]]:

@@ -20,7 +20,7 @@ from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report.plots import read_metrics
-from torchrelay.run.folder import Run, SaveTimes, Stopwatch, free_folder
+from torchrelay.run.folder import Run, SaveSchedule, Stopwatch, free_folder
 
 
 def opened(folder: Path, quiet, resume: bool = False) -> Run:
@@ -140,8 +140,8 @@ def test_metrics_are_cut_back_to_a_checkpoint(run):
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_the_clock():
-    def times(every: str) -> SaveTimes:
-        return SaveTimes(CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
+    def times(every: str) -> SaveSchedule:
+        return SaveSchedule(CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
 
     assert [step for step in range(1, 13) if times("4 steps").after_step(step)] == [4, 8, 12]
     assert [step for step in range(1, 31) if times("50%").after_step(step)] == [15, 30]

@@ -14,7 +14,7 @@ import torchrelay as tr
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.errors import RelayError
-from torchrelay.train.recovery import LossGuard, SpikeError
+from torchrelay.train.recovery import SpikeDetector, SpikeError
 from torchrelay.train.signals import Interrupted
 
 ROLLBACK = {"on_spike": "rollback", "log_every": 3}
@@ -165,7 +165,7 @@ def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(q
     sample = int(build(quiet, None, settings=settings).batches.indices(*divmod(17 - 1, 10))[0])
     at_once = build(quiet, tmp_path / "at-once", bad={sample: math.nan}, settings=settings)
     at_once.fit()
-    monkeypatch.setattr(LossGuard, "watch", lambda self, *seen: self._unread.append(seen))
+    monkeypatch.setattr(SpikeDetector, "watch", lambda self, *seen: self._unread.append(seen))
     later = build(quiet, tmp_path / "later", bad={sample: math.nan}, settings=settings)
     later.fit()
     assert 17 in later.skipped
@@ -221,7 +221,7 @@ def test_the_limit_of_steps_holds_where_its_step_is_left_out(quiet, tmp_path):
 
 
 def test_the_guard_reads_in_order_and_forgets_what_comes_after():
-    guard = LossGuard()
+    guard = SpikeDetector()
     losses = [torch.tensor(value) for value in (1.0, math.nan, math.inf)]
     guard.watch(1, losses[0])
     with pytest.raises(SpikeError, match="the loss of step 2 is nan") as caught:
@@ -233,11 +233,11 @@ def test_the_guard_reads_in_order_and_forgets_what_comes_after():
 
 
 def test_the_guard_goes_on_from_recent_losses():
-    guard, again = LossGuard(3.0), LossGuard(3.0)
+    guard, again = SpikeDetector(3.0), SpikeDetector(3.0)
     for step in range(20):
         guard.watch(step, torch.tensor(1.0))
     again.load_state_dict(guard.state_dict())
     for each in (guard, again):
         with pytest.raises(SpikeError, match="where 1 was usual"):
             each.watch(21, torch.tensor(3.5))
-    LossGuard(3.0).watch(1, torch.tensor(1e9))  # nothing is usual yet
+    SpikeDetector(3.0).watch(1, torch.tensor(1e9))  # nothing is usual yet

@@ -161,9 +161,9 @@ print([name for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib",
 def test_a_batch_is_shown_as_the_images_it_came_from(tmp_path: Path) -> None:
     original = torch.randint(0, 256, (70, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.2, 0.19, 0.21])
-    normalised = (original / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    normalized = (original / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     board = TensorBoard(tmp_path)
-    board.images("first batch", normalised, mean.tolist(), std.tolist(), step=0)
+    board.images("first batch", normalized, mean.tolist(), std.tolist(), step=0)
     board.close()
     shown = picture(tmp_path, "first batch")
     assert shown.shape == (8 * 132, 8 * 132, 3)  # 64 of them, eightfold, each in a frame of two pixels

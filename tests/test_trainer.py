@@ -413,7 +413,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(digits, q
     run = tmp_path / "run"
     inputs, targets = digits[0].inputs.float() / 255, digits[0].targets
     inputs[321] = math.nan
-    trainer = build(((inputs, targets), None), quiet, run, augment=[], normalise=False)
+    trainer = build(((inputs, targets), None), quiet, run, augment=[], normalize=False)
     with pytest.raises(RelayError, match=r"the loss of step (\d+) is nan; try a lower optimizer\.lr") as caught:
         trainer.fit()
     (report,) = run.glob("spike-step-*.json")

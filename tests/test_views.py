@@ -7,7 +7,7 @@ from torch import nn
 import torchrelay as tr
 from torchrelay.errors import UsageError
 from torchrelay.run.folder import RunSettings
-from torchrelay.train.views import with_views
+from torchrelay.train.views import with_tta
 
 
 class Column(nn.Module):
@@ -26,7 +26,7 @@ def first_pixel(images):
 
 
 def test_two_views_are_the_mean_of_both_images_everywhere(digits, quiet):
-    how = {"epochs": 1, "device": "cpu", "terminal": quiet, "normalise": False}
+    how = {"epochs": 1, "device": "cpu", "terminal": quiet, "normalize": False}
     plain, both = (tr.Trainer(Column(), *digits, settings=RunSettings(test_views=views), **how) for views in (1, 2))
     both.model.load_state_dict(plain.model.state_dict())
     images = digits[1].inputs[:50]
@@ -42,7 +42,7 @@ def test_six_views_are_of_those_that_two_leave_unsure():
     torch.manual_seed(0)
     images = torch.rand(40, 1, 5, 4)
     images[::2] *= 20.0  # of these, two views are sure
-    found, two = (with_views(first_pixel, views)(images) for views in (6, 2))
+    found, two = (with_tta(first_pixel, views)(images) for views in (6, 2))
     unsure = two.softmax(1).amax(1) < 0.6
     assert 0 < unsure.sum() < 40
     assert torch.equal(found[~unsure], two[~unsure])
@@ -62,7 +62,7 @@ def test_the_model_is_asked_equally_often_whether_all_or_none_are_unsure(scale):
         return first_pixel(images)
 
     images = torch.full((6, 1, 3, 3), scale)
-    found = with_views(forward, 6)(images)
+    found = with_tta(forward, 6)(images)
     assert torch.equal(found[:, 0], torch.full((6,), scale))
     assert len(asked) == 6  # processes that share its weights wait for each other
 

@@ -20,10 +20,10 @@ from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.writer import in_memory
 from torchrelay.data.order import order
 from torchrelay.distributed.exact_ddp import Levels, add, levels
-from torchrelay.distributed.process_group import ManyProcesses, World, join
+from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup, join
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.run.terminal import Terminal
-from torchrelay.train.evaluation import Sums
+from torchrelay.train.evaluation import RunningSums
 
 ELEMENTS = 2**20 + 4  # of a vector, four bytes each: no multiple of 8
 BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
@@ -32,22 +32,22 @@ BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
 def collectives(rank: int) -> dict[str, Any]:
     """Return, from inside one of several processes, what each form of exchange makes its connections carry."""
     torch.set_num_threads(1)
-    world = join(torch.device("cpu"))
+    group = join(torch.device("cpu"))
     found: dict[str, Any] = {"sockets": len(connections())}
-    if not isinstance(world, ManyProcesses):
+    if not isinstance(group, DistributedGroup):
         return found
     values = torch.full((ELEMENTS,), float(rank))
-    flat = torch.nn.functional.pad(values, (0, -ELEMENTS % world.size))
-    for on_host in [world.size, *(1 << k for k in range(1, 3) if 1 << k < world.size)]:
+    flat = torch.nn.functional.pad(values, (0, -ELEMENTS % group.size))
+    for on_host in [group.size, *(1 << k for k in range(1, 3) if 1 << k < group.size)]:
         before = set(connections())
-        groups = levels(world, on_host) if on_host < world.size else [(world.new_group(), world.size)]
+        groups = levels(group, on_host) if on_host < group.size else [(group.new_group(), group.size)]
         own = set(connections()) - before
-        name = f"{on_host} x {world.size // on_host}" if on_host < world.size else "flat"
-        found[name] = _measured(world, partial(_add, flat, groups), own)
-        if on_host == world.size:
-            found["all_reduce"] = _measured(world, partial(_all_reduce, flat, groups), own)
-    found["agree"] = _times(world, lambda: _agreed(world), 50)
-    found["gather"] = _times(world, lambda: world.gather(torch.zeros(1)), 50)
+        name = f"{on_host} x {group.size // on_host}" if on_host < group.size else "flat"
+        found[name] = _measured(group, partial(_add, flat, groups), own)
+        if on_host == group.size:
+            found["all_reduce"] = _measured(group, partial(_all_reduce, flat, groups), own)
+    found["agree"] = _times(group, lambda: _agreed(group), 50)
+    found["gather"] = _times(group, lambda: group.gather(torch.zeros(1)), 50)
     return found
 
 
@@ -59,25 +59,25 @@ def _all_reduce(flat: Tensor, groups: Levels) -> None:
     dist.all_reduce(flat.clone(), group=groups[0][0])
 
 
-def _agreed(world: World) -> None:
-    world.agree(0)
+def _agreed(group: ProcessGroup) -> None:
+    group.agree(0)
 
 
-def _measured(world: World, collective: Callable[[], object], own: set[Ports]) -> dict[str, Any]:
+def _measured(group: ProcessGroup, collective: Callable[[], object], own: set[Ports]) -> dict[str, Any]:
     """Return the bytes of one collective on its connections, and the median of its seconds."""
     collective()  # warm
-    world.barrier("a look")
+    group.barrier("a look")
     before = connections()
     collective()
-    world.barrier("a look")
+    group.barrier("a look")
     carried = [[*ports, *counts] for ports, counts in since(before, own).items()]
-    return {"carried": carried, "seconds": _times(world, collective, 5)}
+    return {"carried": carried, "seconds": _times(group, collective, 5)}
 
 
-def _times(world: World, work: Callable[[], object], rounds: int) -> float:
+def _times(group: ProcessGroup, work: Callable[[], object], rounds: int) -> float:
     times = []
     for _ in range(rounds):
-        world.barrier("the others")
+        group.barrier("the others")
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
@@ -97,7 +97,7 @@ class Carried(tr.Callback):
         self.at: list[int] = []
 
     def on_step(self, trainer: tr.Trainer, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
-        trainer.world.barrier("a look")
+        trainer.group.barrier("a look")
         self.at.append(_totals()[0])
 
 
@@ -121,16 +121,16 @@ def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
         data,
         epochs=1,
         batch_size=BATCH,
-        normalise=False,
+        normalize=False,
         parallel=ParallelSettings(kind="ddp", replicas=8),
         callbacks=[carried],
         terminal=Terminal(quiet=True),
     )
     trainer.fit()
-    trainer.world.barrier("a look")
+    trainer.group.barrier("a look")
     _, before = _totals()
     trainer.evaluate()
-    trainer.world.barrier("a look")
+    trainer.group.barrier("a look")
     each = [after - earlier for earlier, after in zip(carried.at, carried.at[1:], strict=False)]
     return {
         "step": median(each),
@@ -143,10 +143,10 @@ def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
 def meeting(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
     """Return, from inside one of several processes, what it takes that they know each other."""
     began = time.perf_counter()
-    world = join(torch.device("cpu"))
+    group = join(torch.device("cpu"))
     found = {"seconds": time.perf_counter() - began}
     found |= {"sockets": len(connections()), "store": _of_store(connections())}
-    world.barrier("a look")  # the first one has the store, and must not leave before the others
+    group.barrier("a look")  # the first one has the store, and must not leave before the others
     return found
 
 
@@ -158,7 +158,7 @@ def links_of(found: list[Any], name: str) -> dict[Link, int]:
 # -------------------------------------------------------------------------------- one process's own work
 
 
-class Many(World):
+class Many(ProcessGroup):
     """As one of very many processes, all of which say what this one says."""
 
     def gather(self, values: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def measures_seconds(replicas: int, steps: int) -> float:
     """Return how long it takes to add up all replicas' measures of some steps."""
 
     def work() -> None:
-        sums = Sums(Many(0, replicas, torch.device("cpu")))
+        sums = RunningSums(Many(0, replicas, torch.device("cpu")))
         for _ in range(steps):
             sums.add_measures({"accuracy": torch.ones(())}, 32)
         sums.fetch()

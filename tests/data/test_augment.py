@@ -31,7 +31,7 @@ IMAGE_TRANSFORMS = [
     augment.ProgressiveResize(sizes=(9,)),
     augment.CenterCrop(size=9),
     augment.Cutout(size=5, p=0.7),
-    augment.ColourJitter(hue=0.2),
+    augment.ColorJitter(hue=0.2),
     augment.TrivialAugment(),
     augment.RandAugment(n=2, magnitude=20),
 ]
@@ -354,7 +354,7 @@ def test_equalizing_is_torchvisions(size):
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
 def test_colour_jitter_is_its_four_steps(kind):
     images, whole = as_kind(photos(20), kind), draw(20)
-    found = augment.ColourJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.1)(images, whole)
+    found = augment.ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.1)(images, whole)
     for image, jittered, numbers in zip(images, found, whole.uniform(4).tolist(), strict=True):
         bright, contrast, saturation, hue = (2 * number - 1 for number in numbers)
         expected = V.adjust_brightness(image / (255.0 if kind == "bytes" else 1.0), 1 + 0.3 * bright)
@@ -369,10 +369,10 @@ def test_colour_jitter_is_its_four_steps(kind):
 
 def test_one_channel_is_grey_and_two_have_no_colours():
     grey = photos(3, channels=1)
-    assert augment.ColourJitter(hue=0.1)(grey, draw(3)).shape == grey.shape
+    assert augment.ColorJitter(hue=0.1)(grey, draw(3)).shape == grey.shape
     assert augment.TrivialAugment()(grey, draw(3)).shape == grey.shape
     with pytest.raises(UsageError, match="images have 2 channels"):
-        augment.ColourJitter()(photos(3, channels=2), draw(3))
+        augment.ColorJitter()(photos(3, channels=2), draw(3))
 
 
 # ------------------------------------------------------------------------------------------- policies and maps
@@ -546,7 +546,7 @@ def test_a_recipe_names_transforms_or_gives_tables():
         augment.Flip(),
         augment.PaddedCrop(padding=2),
         augment.Cutout(size=3),
-        augment.ColourJitter(hue=0.1),
+        augment.ColorJitter(hue=0.1),
     ]
     assert found.prepare == [augment.CenterCrop(size=5)]
     assert Listing.model_validate(found.model_dump()) == found
@@ -556,7 +556,7 @@ def test_a_recipe_names_transforms_or_gives_tables():
     ("value", "place", "text"),
     [
         (["flip", "crp"], ("augment", 1), "unknown transform 'crp'; did you mean 'crop'?"),
-        (["colour-jitter"], ("augment", 0), "did you mean 'colour_jitter'?"),
+        (["colour-jitter"], ("augment", 0), "did you mean 'color_jitter'?"),
         (["zzz"], ("augment", 0), "choose one of flip, "),
         ([{"padding": 3}], ("augment", 0), "a transform needs a name"),
         ([{"name": "crop", "paddin": 3}], ("augment", 0, "crop", "paddin"), "Extra inputs are not permitted"),
@@ -636,7 +636,7 @@ def test_a_pipeline_is_its_transforms_in_order_each_with_a_stream_of_its_own():
         stream = f"augment.{number}.{transform.name}"
         shown = Draw(0, 3, torch.arange(40, 48), torch.arange(40, 48), stream)
         expected = transform(expected, shown)
-    assert torch.equal(found, augment.Normalise(mean=MEAN, std=STD)(expected))
+    assert torch.equal(found, augment.Normalize(mean=MEAN, std=STD)(expected))
 
 
 def test_equal_transforms_draw_differently():
@@ -719,7 +719,7 @@ def test_what_are_no_images_passes_untouched_or_is_refused(inputs):
         run(Pipeline([augment.Flip()]), inputs, targets)
     with pytest.raises(UsageError, match="transform 'resize' is for images"):
         Pipeline(prepare=[augment.Resize(size=8)]).evaluate(inputs)
-    with pytest.raises(UsageError, match="normalisation is for images"):
+    with pytest.raises(UsageError, match="normalization is for images"):
         Pipeline(mean=MEAN, std=STD).evaluate(inputs)
 
 

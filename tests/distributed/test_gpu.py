@@ -13,7 +13,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay.device.device import DeviceSettings, set_up
-from torchrelay.distributed.process_group import ManyProcesses
+from torchrelay.distributed.process_group import DistributedGroup
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.distributed.strategy import share
 from torchrelay.run.folder import RunSettings
@@ -27,10 +27,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 
 @pytest.fixture
-def world(tmp_path) -> Iterator[ManyProcesses]:
+def world(tmp_path) -> Iterator[DistributedGroup]:
     """One process that is joined as if there were more."""
     dist.init_process_group(BACKEND, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield ManyProcesses(0, 1, torch.device(DEVICE), 60)
+    yield DistributedGroup(0, 1, torch.device(DEVICE), 60)
     dist.destroy_process_group()
 
 
@@ -50,43 +50,43 @@ def trained(kind: str, run: Path | None = None, **changes) -> tr.Trainer:
     return trainer
 
 
-def test_messages_arrive(world):
+def test_messages_arrive(group):
     values = torch.arange(3.0, device=DEVICE)
-    assert torch.equal(world.gather(values), values[None])
-    world.broadcast([values, torch.ones(2)])
-    assert world.broadcast_bytes(b"text") == b"text"
-    assert [world.agree(flags) for flags in (1, 2, 0)] == [0, 1, 2]
-    world.barrier("the test")
+    assert torch.equal(group.gather(values), values[None])
+    group.broadcast([values, torch.ones(2)])
+    assert group.broadcast_bytes(b"text") == b"text"
+    assert [group.agree(flags) for flags in (1, 2, 0)] == [0, 1, 2]
+    group.barrier("the test")
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_gradients_are_added(world, exact):
+def test_gradients_are_added(group, exact):
     model, inputs = nn.Linear(3, 2), torch.randn(2, 5, 3, device=DEVICE)
     device = set_up(DeviceSettings(name=DEVICE), exact)
 
-    def stand_in() -> torch.Tensor:
+    def dummy_loss() -> torch.Tensor:
         return exchange(inputs[0]).sum()
 
-    exchange = share(model, "ddp", world, device, exact=exact, stand_in=stand_in, say=print)
+    exchange = share(model, "ddp", group, device, exact=exact, dummy_loss=dummy_loss, say=print)
     tree = GradientTree()
     for number, part in enumerate(inputs):
-        with exchange.send(tree) if number else exchange.keep_here(tree):
+        with exchange.sync(tree) if number else exchange.no_sync(tree):
             loss = exchange(part).sum()
             loss.backward()
-    assert torch.equal(exchange.add(loss.detach()), loss)
+    assert torch.equal(exchange.reduce(loss.detach()), loss)
     assert torch.allclose(model.weight.grad, inputs.sum((0, 1)).expand(2, 3), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [Case("odd", ADAMW), Case("odd"), Case("convolutions")])
-def test_a_divided_model_has_the_bytes_of_a_whole_one(world, case):
+def test_a_divided_model_has_the_bytes_of_a_whole_one(group, case):
     case = Case(case.net, case.optimizer, replicas=1, device=DEVICE)  # PyTorch adds nothing up for one process
-    compare(train(case, world), alone(case))
+    compare(train(case, group), alone(case))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_divided_model_is_close_without_exactness(world, precision):
+def test_a_divided_model_is_close_without_exactness(group, precision):
     case = Case("odd", exact=False, precision=precision, device=DEVICE)
-    compare(train(case, world), alone(case), 1e-4 if precision == "float32" else 0.05)
+    compare(train(case, group), alone(case), 1e-4 if precision == "float32" else 0.05)
 
 
 def test_dp_trains_on_the_gpus_there_are(tmp_path):

@@ -11,9 +11,9 @@ import torch
 from torchrelay.distributed.process_group import join
 
 torch.set_num_threads(1)
-world = join(torch.device("cpu"))
+group = join(torch.device("cpu"))
 for _ in range(20):
-    world.barrier("nothing")
+    group.barrier("nothing")
 """
 
 

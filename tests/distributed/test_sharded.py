@@ -1,4 +1,4 @@
-"""Sharded training: as a script this file is one process of several, whose results the tests compare byte for byte."""
+"""FSDP training: as a script this file is one process of several, whose results the tests compare byte for byte."""
 
 import os
 import subprocess
@@ -19,10 +19,10 @@ from torch import nn
 from torchrelay import optim
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed import fsdp_checks as shardable
-from torchrelay.distributed.fsdp import Sharded
+from torchrelay.distributed.fsdp import FSDP
 from torchrelay.distributed.fsdp_checks import check_optimizer, update_in_one_call
 from torchrelay.distributed.fsdp_state import divide, gather
-from torchrelay.distributed.process_group import ManyProcesses, World
+from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import Buffers, GradientTree, blocks, give_gradients, take_gradients
 from torchrelay.errors import RelayError, UsageError
 
@@ -138,9 +138,9 @@ def none() -> torch.Tensor:
     raise AssertionError("no process is without samples")
 
 
-def divided(model: nn.Module, processes: World, exact: bool = True, **settings: Any) -> Sharded:
+def divided(model: nn.Module, processes: ProcessGroup, exact: bool = True, **settings: Any) -> FSDP:
     device = set_up(DeviceSettings(name="cpu", **settings), exact=exact)
-    return Sharded(model, processes, device, exact=exact, stand_in=none)
+    return FSDP(model, processes, device, exact=exact, dummy_loss=none)
 
 
 def data(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,16 +151,16 @@ def data(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.to(device), targets.to(device)
 
 
-def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | None:
+def train(case: Case, processes: ProcessGroup, start: Any = None) -> dict[str, Any] | None:
     """Train as the trainer does; return all there is to compare, on rank 0."""
     torch.manual_seed(processes.rank)  # the first process's weights count
     model = NETS[case.net]()
     device = set_up(DeviceSettings(name=case.device, precision=case.precision), exact=case.exact)
 
-    def stand_in() -> torch.Tensor:  # whose gradient may be anything
+    def dummy_loss() -> torch.Tensor:  # whose gradient may be anything
         return float("nan") * forward(data(0, case.device)[0][:2]).sum()
 
-    forward = Sharded(model, processes, device, exact=case.exact, stand_in=stand_in)
+    forward = FSDP(model, processes, device, exact=case.exact, dummy_loss=dummy_loss)
     optimizer = case.optimizer(model)
     forward.check(optimizer)
     if start is not None:
@@ -177,7 +177,7 @@ def train(case: Case, processes: World, start: Any = None) -> dict[str, Any] | N
         buffers.keep()
         for replica in reversed(mine):
             empty, last = not sizes[replica], replica == mine[0]
-            with forward.send(tree) if last else forward.keep_here(tree):
+            with forward.send(tree) if last else forward.no_sync(tree):
                 buffers.restore()
                 torch.manual_seed(1000 * step + replica)
                 if not empty:
@@ -257,7 +257,7 @@ def compare(found: Any, wanted: Any, tolerance: float = 0.0) -> None:
 # ------------------------------------------------------------------------------------------------ the processes
 
 
-def raised(case: Case, processes: World) -> str:
+def raised(case: Case, processes: ProcessGroup) -> str:
     try:
         train(case, processes)
     except RelayError as error:
@@ -265,7 +265,7 @@ def raised(case: Case, processes: World) -> str:
     return "nothing"
 
 
-def averages(processes: World) -> bool:
+def averages(processes: ProcessGroup) -> bool:
     """Gather a moving average, divide it, and see whether this process has its part again."""
     torch.manual_seed(0)
     model = Odd()
@@ -283,7 +283,7 @@ def process(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     shardable.SMALLEST = 30
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
-    processes = ManyProcesses(rank, size, CPU, 60)
+    processes = DistributedGroup(rank, size, CPU, 60)
     results: dict[str, Any] = {}
     for name, case in (BY_TWO if size == 2 else BY_FOUR).items():
         results[name] = train(case, processes)
@@ -385,21 +385,21 @@ def test_a_parameter_that_is_one_number_is_refused():
     model = Odd()
     model.number = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UsageError, match=r"'number'.*single number"):
-        divided(model, World(0, 2, CPU))
+        divided(model, ProcessGroup(0, 2, CPU))
 
 
 def test_other_memory_formats_are_refused_in_exact_runs():
     model = convolutions().to(memory_format=torch.channels_last)
     with pytest.raises(UsageError, match=r"'0\.a\.weight' isn't contiguous.*run\.exact=false"):
-        divided(model, World(0, 2, CPU))
+        divided(model, ProcessGroup(0, 2, CPU))
     with pytest.raises(UsageError, match=r"device\.channels_last .* aren't exact together: .* run\.exact=false"):
-        divided(convolutions(), World(0, 2, CPU), channels_last=True)
+        divided(convolutions(), ProcessGroup(0, 2, CPU), channels_last=True)
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_compiled_models_are_refused(exact):
     with pytest.raises(UsageError, match=r"device\.compile .* don't go together: leave one out, or use 'ddp'"):
-        divided(Odd(), World(0, 2, CPU), exact, compile=True)
+        divided(Odd(), ProcessGroup(0, 2, CPU), exact, compile=True)
 
 
 def test_a_model_that_looks_at_the_data_first_is_refused():
@@ -407,8 +407,8 @@ def test_a_model_that_looks_at_the_data_first_is_refused():
         def init_from(self, images: torch.Tensor) -> None:
             """Never called."""
 
-    with pytest.raises(UsageError, match=r"Looks initialises itself from the data.*use 'ddp'"):
-        divided(Looks(), World(0, 2, CPU), exact=False)
+    with pytest.raises(UsageError, match=r"Looks initializes itself from the data.*use 'ddp'"):
+        divided(Looks(), ProcessGroup(0, 2, CPU), exact=False)
 
 
 @pytest.mark.parametrize(

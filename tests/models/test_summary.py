@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from torchrelay.models import ModelSettings, build, summarise
+from torchrelay.models import ModelSettings, build, summarize
 
 
 def test_the_counts_of_a_tiny_model_are_those_made_by_hand() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 5))
     model[4].bias.requires_grad_(False)
-    counts = summarise(model, torch.zeros(3, 1, 4, 4))
+    counts = summarize(model, torch.zeros(3, 1, 4, 4))
     conv, linear = 3 * (2 * 2 * 2) * 9 * 2, 3 * 8 * 5 * 2  # outputs × products each × 2, over a batch of 3
     assert counts.flops == conv + linear
     assert counts.parameters == (18 + 2) + (2 + 2) + (40 + 5)
@@ -23,7 +23,7 @@ def test_the_counts_of_a_tiny_model_are_those_made_by_hand() -> None:
 
 def test_resnet18_has_its_published_counts() -> None:
     model = build(ModelSettings(name="resnet18"), classes=1000, log=print)
-    counts = summarise(model, torch.zeros(1, 3, 224, 224))
+    counts = summarize(model, torch.zeros(1, 3, 224, 224))
     assert counts.parameters == 11_689_512
     assert round(counts.flops / 2e9, 3) == 1.814  # multiplications with additions, as torchvision publishes them
     assert sum(row.flops for row in counts.rows) == counts.flops
@@ -32,7 +32,7 @@ def test_resnet18_has_its_published_counts() -> None:
 
 
 def test_a_model_without_children_is_one_row() -> None:
-    counts = summarise(nn.Linear(3, 4), torch.zeros(2, 3))
+    counts = summarize(nn.Linear(3, 4), torch.zeros(2, 3))
     assert [(row.name, row.kind, row.flops) for row in counts.rows] == [("Linear", "Linear", 2 * 3 * 4 * 2)]
     assert counts.flops == 48
 
@@ -60,7 +60,7 @@ def test_counting_leaves_buffers_modes_hooks_and_the_random_state_as_they_were()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    counts = summarise(model, torch.zeros(6, 4))
+    counts = summarize(model, torch.zeros(6, 4))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
@@ -74,7 +74,7 @@ def test_counting_leaves_buffers_modes_hooks_and_the_random_state_as_they_were()
 
 def test_printed_it_is_a_table_with_a_total() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU())
-    text = str(summarise(model, torch.zeros(64, 1000)))
+    text = str(summarize(model, torch.zeros(64, 1000)))
     lines = text.splitlines()
     assert lines[0].split() == ["layer", "kind", "output", "parameters", "FLOPs", "activations"]
     assert lines[1].split() == ["0", "Linear", "64×1000", "1,001,000", "128.00", "M", "250.0", "KiB"]

@@ -207,7 +207,7 @@ def test_a_schedules_factor_multiplies_every_rate():
         Muon(lr=0.05),
         Muon(lr=0.1, momentum=0.6, iterations=3, normalise_weights=True, other="sgd", other_lr=0.1),
     ],
-    ids=["plain", "normalised"],
+    ids=["plain", "normalized"],
 )
 def test_a_small_network_learns_stripes(settings):
     generator = torch.Generator().manual_seed(0)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from torchrelay import optim
 from torchrelay.checkpoint.format import pack, unpack
-from torchrelay.distributed.process_group import World
-from torchrelay.distributed.single import Exchange
+from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.distributed.single import Strategy
 from torchrelay.errors import UsageError
 from torchrelay.optim import SGD, AdamW, Muon, OptimizerSettings, Other
 from torchrelay.recipe import recipe
@@ -128,7 +128,7 @@ def test_five_steps_saved_restored_and_five_more_are_ten_byte_for_byte(settings,
     state = on_disk(optimizer.state_dict())
     resumed.load_state_dict(stopped.state_dict())
     optimizer = settings(resumed)
-    Exchange(resumed, World(0, 1, torch.device("cpu")), exact=True).load(optimizer, state)
+    Strategy(resumed, ProcessGroup(0, 1, torch.device("cpu")), exact=True).load(optimizer, state)
     train(resumed, optimizer, range(5, 10))
     assert weights(resumed) == weights(through)
 

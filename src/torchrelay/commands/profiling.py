@@ -129,7 +129,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     Raises:
         UsageError: the trainer has a run folder, or several processes.
     """
-    if trainer.folder is not None or trainer.world.size > 1:
+    if trainer.folder is not None or trainer.group.size > 1:
         raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
     trainer.graph = None  # a replayed step has no parts: what is timed is the step that it was recorded from
     clock = Clock(trainer.device.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from torchrelay.data.augment import Pipeline
-from torchrelay.data.order import Places, order
+from torchrelay.data.order import Positions, order
 from torchrelay.data.prefetch import ahead, beside, gather
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, channel_statistics
 from torchrelay.data.workers import Key, Loader
@@ -38,7 +38,7 @@ class Batch:
 
     inputs: Any  # (samples, …) a tensor, or a tuple, list or dict of them; None where there are no samples
     targets: Tensor  # (samples, …)
-    indices: Places  # (samples,) which samples of the source these are
+    indices: Positions  # (samples,) which samples of the source these are
     blocks: tuple[int, ...]  # how many samples each replica of this process has, in order
     name: str = "data"  # what errors call the source
     first: int = 0  # the first of these replicas
@@ -60,7 +60,7 @@ class Batch:
 class _Own:
     """What this process has of a global batch."""
 
-    indices: Places
+    indices: Positions
     place: int  # of the first of them, in the epoch
     blocks: tuple[int, ...]
     first: int
@@ -83,7 +83,7 @@ class Batches:
         source: the samples.
         batch_size: samples of a global batch; the last of an epoch may have fewer.
         device: where the batches go, and where arrays are augmented.
-        pipeline: resizing, augmentation and normalisation of arrays.
+        pipeline: resizing, augmentation and normalization of arrays.
         seed: the run's seed.
         train: whether to shuffle and augment.
         sampling: "shuffle": each sample once an epoch; "balanced": every class as often, with repetition;
@@ -197,7 +197,7 @@ class Batches:
             inputs = self.pipeline.evaluate(inputs)
         return Batch(self.device.arrange(inputs), targets, own.indices, own.blocks, self.name, own.first, own.size)
 
-    def indices(self, epoch: int, batch: int) -> Places:
+    def indices(self, epoch: int, batch: int) -> Positions:
         """Return which samples of the source an epoch's batch has, counted from 0; nothing is read for it."""
         first = batch * self.batch_size
         return self._place_samples(epoch, np.arange(first, min(first + self.batch_size, self.samples)))
@@ -276,7 +276,7 @@ def _batched(items: Iterator[_Own], size: int) -> Iterator[list[_Own]]:
         yield some
 
 
-def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Places], Places]:
+def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Positions], Positions]:
     """Return the function from (epoch, places) to sample indices."""
     samples = len(source)
     if sampling == "sequential":
@@ -291,10 +291,10 @@ def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Pl
     present = np.flatnonzero(counts)
     starts = np.cumsum(counts) - counts
 
-    def balanced(epoch: int, places: Places) -> Places:
+    def balanced(epoch: int, places: Positions) -> Positions:
         drawn = words(seed, "balanced", epoch, torch.from_numpy(places), 2).numpy()
         chosen = present[drawn[:, 0] * len(present) >> 32]
-        result: Places = members[starts[chosen] + (drawn[:, 1] * counts[chosen] >> 32)]
+        result: Positions = members[starts[chosen] + (drawn[:, 1] * counts[chosen] >> 32)]
         return result
 
     return balanced

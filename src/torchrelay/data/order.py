@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 from torchrelay.rng import seed_for
 
-Places = npt.NDArray[np.int64]  # (n,) places in an epoch, or sample indices
+Positions = npt.NDArray[np.int64]  # (n,) places in an epoch, or sample indices
 _ROUNDS = 8  # pairs of half-rounds; four leave a pattern in the orders of five samples, six none that we found
 
 
-def order(seed: int, epoch: int, places: Places, samples: int) -> Places:
+def order(seed: int, epoch: int, places: Positions, samples: int) -> Positions:
     """Return which sample stands at each place of an epoch.
 
     Args:

@@ -50,7 +50,7 @@ class DataSettings(Settings):
     """What training and test images alike go through first, such as [{name = "resize", size = 112}]."""
     augment: list[Augment] = Field(default_factory=list)
     """What training images go through, such as ["flip", {name = "crop", padding = 4}]."""
-    normalise: bool = True
+    normalize: bool = True
     """Shift and scale each channel by its mean and deviation."""
     mean: list[float] | None = None
     """The channels' means, of images in [0, 1]; unset: those published, or those of the training data."""
@@ -99,7 +99,7 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
     train, test = _load(settings, seed, code, log)
     if settings.mean is not None and settings.std is not None:
         if not isinstance(train, ArraySource):
-            raise UsageError(f"data.mean is for images in arrays, and {train.name} is read one by one: normalise in it")
+            raise UsageError(f"data.mean is for images in arrays, and {train.name} is read one by one: normalize in it")
         train = replace(train, mean=tuple(settings.mean), std=tuple(settings.std))
     validation = None
     if settings.validation:

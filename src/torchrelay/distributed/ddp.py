@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from torchrelay.distributed.process_group import ManyProcesses
+from torchrelay.distributed.process_group import DistributedGroup
 from torchrelay.distributed.replicas import GradientTree
-from torchrelay.distributed.single import Exchange
+from torchrelay.distributed.single import Strategy
 from torchrelay.errors import RelayError
 
 # By its name in this PyTorch: the older one is deprecated.
@@ -23,35 +23,35 @@ _SYNC = (
 )
 
 
-class StockExchange(Exchange):
+class DDP(Strategy):
     """Runs a model's replicas in DistributedDataParallel, which adds their gradients bucket by bucket.
 
     Args:
         model: whose gradients are added.
-        world: the processes.
-        stand_in: goes through this object with any samples and returns their loss: for a process without samples.
+        group: the processes.
+        dummy_loss: goes through this object with any samples and returns their loss: for a process without samples.
         forward: the model, or the same compiled.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        world: ManyProcesses,
-        stand_in: Callable[[], Tensor] | None,
+        group: DistributedGroup,
+        dummy_loss: Callable[[], Tensor] | None,
         *,
         forward: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(model, world, exact=False, forward=forward)
-        self._several, self._stand_in = world, stand_in
+        super().__init__(model, group, exact=False, forward=forward)
+        self._several, self._dummy_loss = group, dummy_loss
         self._went_forward = False
         self._wrapped = DistributedDataParallel(
             forward if isinstance(forward, nn.Module) else model,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            process_group=world.exchanges,
+            device_ids=[group.device] if group.device.type == "cuda" else None,
+            process_group=group.exchanges,
             gradient_as_bucket_view=True,
-            **{_SYNC: False},  # type: ignore[arg-type]  # of buffers: `add` does it
+            **{_SYNC: False},  # type: ignore[arg-type]  # of buffers: `reduce` does it
         )
-        self._wrapped.register_comm_hook(world.exchanges, _sum)
+        self._wrapped.register_comm_hook(group.exchanges, _sum)
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
@@ -61,14 +61,14 @@ class StockExchange(Exchange):
         return self._wrapped(inputs)
 
     @contextmanager
-    def keep_here(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients add up where they are
+    def no_sync(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients add up where they are
         """A context for a replica's passes, whose gradients are added to those of this process."""
         with self._wrapped.no_sync(), _explained():  # which DistributedDataParallel says at the next passes
             yield
 
     @contextmanager
-    def send(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients add up where they are
-        """A context for the last replica's passes; after it, and `add`, gradients are the sums of all replicas'.
+    def sync(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients add up where they are
+        """A context for the last replica's passes; after it, and `reduce`, gradients are the sums of all replicas'.
 
         Raises:
             RelayError: a parameter was not used, or another process ended.
@@ -77,9 +77,9 @@ class StockExchange(Exchange):
         with self._several.named("added gradients"), _explained():
             yield
             if (
-                not self._went_forward and self._stand_in is not None
+                not self._went_forward and self._dummy_loss is not None
             ):  # no samples: the others wait for zeros all the same
-                (0.0 * self._stand_in()).backward()  # type: ignore[no-untyped-call]
+                (0.0 * self._dummy_loss()).backward()  # type: ignore[no-untyped-call]
 
 
 def _sum(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]

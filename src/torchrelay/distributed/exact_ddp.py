@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchrelay.distributed.background import Beside
-from torchrelay.distributed.process_group import ManyProcesses
+from torchrelay.distributed.process_group import DistributedGroup
 from torchrelay.distributed.replicas import GradientTree, add_neighbours
-from torchrelay.distributed.single import Exchange
+from torchrelay.distributed.single import Strategy
 
 _BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20  # bytes, as DistributedDataParallel has them: the first one leaves early
 
@@ -38,12 +38,12 @@ class Bucket:
     tail: Tensor  # what is behind them
 
 
-class TreeExchange(Exchange):
+class ExactDDP(Strategy):
     """Adds the gradients of all processes' replicas.
 
     Args:
         model: whose gradients are added.
-        world: the processes.
+        group: the processes.
         forward: the model, or the same compiled.
         on_host: how many processes a host has; unset: what the launcher says.
     """
@@ -51,15 +51,15 @@ class TreeExchange(Exchange):
     def __init__(
         self,
         model: nn.Module,
-        world: ManyProcesses,
+        group: DistributedGroup,
         *,
         forward: Callable[[Any], Any] | None = None,
         on_host: int | None = None,
     ) -> None:
-        super().__init__(model, world, exact=True, forward=forward)
-        self._several = world
-        self._levels = levels(world, on_host or world.local_size)
-        self._beside = Beside(world.device)
+        super().__init__(model, group, exact=True, forward=forward)
+        self._several = group
+        self._levels = levels(group, on_host or group.local_size)
+        self._beside = Beside(group.device)
         divided = divide(self.parameters)
         tails = [0] * (len(divided) - 1) + [1 + len(self.parameters)]  # the loss, and which parameters are used
         self._buckets = [self._bucket(places, tail) for places, tail in zip(divided, tails, strict=True)]
@@ -81,14 +81,14 @@ class TreeExchange(Exchange):
         return outputs
 
     @contextmanager
-    def send(self, tree: GradientTree) -> Iterator[None]:
-        """A context for the last replica's passes, whose gradients leave as soon as they are there; then call `add`."""
+    def sync(self, tree: GradientTree) -> Iterator[None]:
+        """A context for the last replica's passes, whose gradients leave as soon as they are there; then `reduce`."""
         self._tree, self._sums, self._shared_buffers = tree, [], None
         for parameter in self.parameters:
             parameter.grad = None  # what is there from now on is the last replica's
         yield
 
-    def add(self, loss: Tensor) -> Tensor:
+    def reduce(self, loss: Tensor) -> Tensor:
         """Wait for the sums, after which gradients and buffers are those of one process; return the loss's sum."""
         self._send_buffers()
         while len(self._sums) < len(self._buckets) - 1:
@@ -100,7 +100,7 @@ class TreeExchange(Exchange):
         if alike := tail.dtype == last.flat.dtype:  # then it travels along
             last.tail[: len(tail)] = tail
         else:
-            tail = nn.functional.pad(tail, (0, -len(tail) % self.world.size))
+            tail = nn.functional.pad(tail, (0, -len(tail) % self.group.size))
             self._sums.append(self._beside.run(lambda: add(tail, self._levels, patience=self._several.patience)))
         self._leave(last.flat)
         self._tree = None
@@ -132,7 +132,7 @@ class TreeExchange(Exchange):
 
     def _take(self, bucket: Bucket) -> None:
         """Move this process's sum of a bucket's gradients to where it travels."""
-        assert self._tree is not None  # noqa: S101 - `send` came before
+        assert self._tree is not None  # noqa: S101 - `sync` came before
         gradients = self._tree.closing(bucket.places, [self.parameters[place].grad for place in bucket.places])
         there: list[tuple[Tensor, Tensor]] = []
         for place, view, gradient in zip(bucket.places, bucket.views, gradients, strict=True):
@@ -156,7 +156,7 @@ class TreeExchange(Exchange):
         """Return a bucket, with memory that is used again each step."""
         parameters = [self.parameters[place] for place in places]
         elements = sum(parameter.numel() for parameter in parameters)
-        flat = parameters[0].new_zeros(elements + tail + -(elements + tail) % self.world.size)
+        flat = parameters[0].new_zeros(elements + tail + -(elements + tail) % self.group.size)
         views, start = [], 0
         for parameter in parameters:
             # As the backward pass lays gradients out in memory. A norm's bits depend on it.
@@ -179,7 +179,7 @@ class TreeExchange(Exchange):
 
     def _take_buffers(self) -> None:
         """Take the first process's buffers over; not earlier, as the backward pass may look at its own."""
-        if self._shared_buffers is None or self.world.main:
+        if self._shared_buffers is None or self.group.main:
             return
         start, content = 0, self._shared_buffers()
         for buffer in self.buffers:
@@ -226,22 +226,22 @@ def _hand_round(flat: Tensor, chunk: Tensor, group: Any, patience: timedelta) ->
         work.wait(patience)  # without it, as long as was allowed when the group was made
 
 
-def levels(world: ManyProcesses, on_host: int) -> Levels:
+def levels(group: DistributedGroup, on_host: int) -> Levels:
     """Return with whom this process exchanges chunks: in two levels if there are several hosts of several processes.
 
     The hosts must be nodes of the tree: as many processes on each, a power of two, numbered one after another, as
     torchrun does. Otherwise all exchange with all.
     """
-    told = torch.tensor([on_host, world.rank % on_host == world.local_rank % on_host])
-    alike = bool((world.gather(told) == torch.tensor([on_host, 1])).all())
-    hosts = world.size // on_host
-    if not alike or on_host & (on_host - 1) or on_host in (1, world.size) or hosts * on_host != world.size:
-        return [(world.exchanges, world.size)]
+    told = torch.tensor([on_host, group.rank % on_host == group.local_rank % on_host])
+    alike = bool((group.gather(told) == torch.tensor([on_host, 1])).all())
+    hosts = group.size // on_host
+    if not alike or on_host & (on_host - 1) or on_host in (1, group.size) or hosts * on_host != group.size:
+        return [(group.exchanges, group.size)]
     inside = [list(range(host * on_host, (host + 1) * on_host)) for host in range(hosts)]
-    between = [list(range(place, world.size, on_host)) for place in range(on_host)]
-    host, place = divmod(world.rank, on_host)
-    inner = [world.new_group(ranks=ranks) for ranks in inside][host]  # every process makes all groups
-    outer = [world.new_group(ranks=ranks) for ranks in between][place]
+    between = [list(range(place, group.size, on_host)) for place in range(on_host)]
+    host, place = divmod(group.rank, on_host)
+    inner = [group.new_group(ranks=ranks) for ranks in inside][host]  # every process makes all groups
+    outer = [group.new_group(ranks=ranks) for ranks in between][place]
     return [(inner, on_host), (outer, hosts)]
 
 

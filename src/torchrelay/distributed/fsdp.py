@@ -26,48 +26,54 @@ from torch.optim import Optimizer
 from torchrelay.device.device import Device
 from torchrelay.distributed.fsdp_checks import blocks, check_model, check_optimizer, update_in_one_call
 from torchrelay.distributed.fsdp_state import gather, load_part, whole
-from torchrelay.distributed.process_group import ManyProcesses, World
+from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients
-from torchrelay.distributed.single import Exchange
+from torchrelay.distributed.single import Strategy
 from torchrelay.errors import RelayError
 from torchrelay.models import EMA
 
 
-class Sharded(Exchange):
+class FSDP(Strategy):
     """Shards a model over several processes, and adds the gradients of their replicas.
 
     Make it before the optimizer, the moving average and anything else that holds the model's parameters. The model may
     stand on the CPU: its blocks are moved to the device one after another.
 
     Every process must go as often through the model as the others, in evaluations, too: each time they exchange
-    weights. For a replica without samples `stand_in` does.
+    weights. For a replica without samples `dummy_loss` does.
 
     Args:
         model: is changed in place: its parameters become parts of the first process's.
-        world: the processes.
+        group: the processes.
         device: where and how this process computes. Unless the run is exact, blocks compute wholly in its 16-bit type,
             which halves what is sent; a model with running statistics, and an exact run, keep to autocast's choice.
         exact: whether the sum of gradients follows the fixed tree.
-        stand_in: goes through this object with any samples, and returns their loss.
+        dummy_loss: goes through this object with any samples, and returns their loss.
 
     Raises:
         UsageError: the model can't be sharded.
     """
 
-    together = True
+    collective_forward = True
 
     def __init__(
-        self, model: nn.Module, world: World, device: Device, *, exact: bool, stand_in: Callable[[], Tensor] | None
+        self,
+        model: nn.Module,
+        group: ProcessGroup,
+        device: Device,
+        *,
+        exact: bool,
+        dummy_loss: Callable[[], Tensor] | None,
     ) -> None:
         check_model(model, device, exact)
-        super().__init__(model, world, exact=exact)
-        self._stand_in, self._device = stand_in, device.device
+        super().__init__(model, group, exact=exact)
+        self._dummy_loss, self._device = dummy_loss, device.device
         self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
         for _, tensor in sorted(model.state_dict().items()):
-            world.broadcast([tensor])  # one by one: a model may be as large as the memory
+            group.broadcast([tensor])  # one by one: a model may be as large as the memory
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP takes no other
-        mesh = init_device_mesh(device.device.type, (world.size,))
+        mesh = init_device_mesh(device.device.type, (group.size,))
         for block in (*blocks(model), model):
             self._shard(block, mesh, _policy(model, device, exact))
         self.parameters = list(model.parameters())
@@ -85,7 +91,7 @@ class Sharded(Exchange):
             return super().__call__(inputs)
 
     @contextmanager
-    def keep_here(self, tree: GradientTree) -> Iterator[None]:
+    def no_sync(self, tree: GradientTree) -> Iterator[None]:
         """A context for a replica's passes; in an exact run its gradients wait whole in this process, beside the tree.
 
         Where nobody goes through the model in this context, the replica has no samples.
@@ -97,7 +103,7 @@ class Sharded(Exchange):
             tree.add(gradients)
 
     @contextmanager
-    def send(self, tree: GradientTree) -> Iterator[None]:
+    def sync(self, tree: GradientTree) -> Iterator[None]:
         """A context for the last replica's passes; after it, `.grad` has this process's part of all replicas' sum."""
         with self._replica(keeps=False):
             yield
@@ -110,8 +116,8 @@ class Sharded(Exchange):
         self.empty, self.keeps = True, keeps
         with self._explained("added gradients"):
             yield
-            if self.empty and self._stand_in is not None:
-                loss = self._stand_in()
+            if self.empty and self._dummy_loss is not None:
+                loss = self._dummy_loss()
                 self.empty = True
                 loss.backward()  # type: ignore[no-untyped-call]
 
@@ -121,15 +127,15 @@ class Sharded(Exchange):
         try:
             yield
         except RuntimeError as error:
-            if isinstance(self.world, ManyProcesses) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                with self.world.named(what):
+            if isinstance(self.group, DistributedGroup) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                with self.group.named(what):
                     raise
             raise
 
-    def start_alike(self) -> None:
+    def broadcast_weights(self) -> None:
         """Do nothing: the weights were the first process's before they were divided."""
 
-    def check(self, optimizer: Optimizer) -> None:
+    def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that can't work on parts of parameters.
 
         Raises:
@@ -139,7 +145,7 @@ class Sharded(Exchange):
         if self.exact and self._device.type == "cuda":
             update_in_one_call(optimizer)
 
-    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+    def grad_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm of the whole gradient, the same on every process.
 
         In an exact run each parameter's gradient is put together for it, one after another, and the norm of their norms
@@ -152,17 +158,17 @@ class Sharded(Exchange):
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
-    def clip(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
         """Scale the gradient down to a largest norm; return its norm before."""
-        norm = self.norm(parameters)
+        norm = self.grad_norm(parameters)
         nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return norm
 
-    def whole(self, state: Any) -> Any:
+    def full_state(self, state: Any) -> Any:
         """Return a state put together, in the first process; None in the others."""
-        return gather(state, self.world)
+        return gather(state, self.group)
 
-    def load(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
+    def load_state(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
         """Load this process's part of a state."""
         load_part(target, state)
 
@@ -174,7 +180,7 @@ class _ReduceScatter:
         owner: says whether the run is exact, and what to do with this replica.
     """
 
-    def __init__(self, owner: Sharded) -> None:
+    def __init__(self, owner: FSDP) -> None:
         self._owner = owner
         self._elements: int | None = None
         self._own = GradientTree()  # the whole gradients of this process's replicas, if the run is exact

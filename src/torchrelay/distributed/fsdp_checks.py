@@ -60,7 +60,7 @@ def check_model(model: nn.Module, device: Device, exact: bool) -> None:
         raise UsageError("device.compile and parallel.kind 'fsdp' don't go together: leave one out, or use 'ddp'")
     if isinstance(model, InitFromData):
         raise UsageError(
-            f"{type(model).__name__} initialises itself from the data, which parallel.kind 'fsdp' can't do with parts "
+            f"{type(model).__name__} initializes itself from the data, which parallel.kind 'fsdp' can't do with parts "
             "of it: use 'ddp'"
         )
     if exact and device.settings.channels_last:  # the norm of a gradient in another memory format has other bits

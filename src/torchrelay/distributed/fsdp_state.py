@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from torchrelay.distributed.process_group import World
+from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.models import EMA
 
 
@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tree: Any, world: World) -> Any:
+def gather(tree: Any, group: ProcessGroup) -> Any:
     """Return a tree of dicts, lists and tuples with every sharded tensor put together, on the CPU, one after another.
 
     Returns:
@@ -31,14 +31,14 @@ def gather(tree: Any, world: World) -> Any:
         if isinstance(node, Tensor):
             if id(node) not in seen:
                 full = whole(node.detach())
-                seen[id(node)] = full.cpu() if world.rank == 0 else None
+                seen[id(node)] = full.cpu() if group.rank == 0 else None
             return seen[id(node)]
         if isinstance(node, dict):
             return {key: visit(value) for key, value in node.items()}
         return type(node)(visit(value) for value in node) if isinstance(node, list | tuple) else node
 
     found = visit(tree)
-    return found if world.rank == 0 else None
+    return found if group.rank == 0 else None
 
 
 def load_part(target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ _FIRST_CALLS = 3  # of `agree`: a step has been made then
 _DIMENSIONS = 8  # of a tensor that is sent with its shape, at most
 
 
-class World:
+class ProcessGroup:
     """The processes that train together; one of them, as it stands.
 
     Args:
@@ -83,7 +83,7 @@ class World:
         """Wait for all processes."""
 
 
-class ManyProcesses(World):
+class DistributedGroup(ProcessGroup):
     """Several processes, joined by torch.distributed.
 
     Attributes:
@@ -262,7 +262,7 @@ def first_patience(timeout: float) -> timedelta:
     return timedelta(seconds=max(timeout, 600.0))
 
 
-def join(device: torch.device, timeout: float = 300.0) -> World:
+def join(device: torch.device, timeout: float = 300.0) -> ProcessGroup:
     """Return the processes that the environment speaks of, joined; alone if it speaks of none.
 
     Args:
@@ -274,7 +274,7 @@ def join(device: torch.device, timeout: float = 300.0) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, device)
+        return ProcessGroup(0, 1, device)
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
@@ -289,4 +289,4 @@ def join(device: torch.device, timeout: float = 300.0) -> World:
                 f"process {os.environ.get('RANK')} of {size} can't meet the others at {where}: "
                 f"{str(error).splitlines()[0]}; start all of them, or choose another port"
             ) from error
-    return ManyProcesses(dist.get_rank(), size, device, timeout)
+    return DistributedGroup(dist.get_rank(), size, device, timeout)

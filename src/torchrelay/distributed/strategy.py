@@ -7,59 +7,59 @@ import torch
 from torch import Tensor, nn
 
 from torchrelay.device.device import Device
-from torchrelay.distributed.ddp import StockExchange
-from torchrelay.distributed.exact_ddp import TreeExchange
-from torchrelay.distributed.process_group import ManyProcesses, World
-from torchrelay.distributed.single import Exchange
+from torchrelay.distributed.ddp import DDP
+from torchrelay.distributed.exact_ddp import ExactDDP
+from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
+from torchrelay.distributed.single import Strategy
 from torchrelay.errors import UsageError
 
 
 def share(
     model: nn.Module,
     kind: str,
-    world: World,
+    group: ProcessGroup,
     device: Device,
     *,
     exact: bool,
-    stand_in: Callable[[], Tensor] | None = None,
+    dummy_loss: Callable[[], Tensor] | None = None,
     say: Callable[[str], None] = print,
-) -> Exchange:
+) -> Strategy:
     """Place a model where it computes, and return what runs its replicas and adds their gradients.
 
     Args:
         model: is changed in place: moved, and divided if the kind is "fsdp".
         kind: of `ParallelSettings`.
-        world: the processes.
+        group: the processes.
         device: where and how this process computes.
         exact: whether the run is.
-        stand_in: goes through the exchange with any samples and returns their loss: for a process without samples,
+        dummy_loss: goes through the exchange with any samples and returns their loss: for a process without samples,
             which fsdp needs, and ddp in a run that isn't exact.
         say: told where a kind does nothing.
 
     Raises:
         UsageError: this can't be done with this model, or with so many processes, or exactly.
     """
-    if kind == "fsdp" and world.size > 1:
-        from torchrelay.distributed.fsdp import Sharded  # which takes half a second to import
+    if kind == "fsdp" and group.size > 1:
+        from torchrelay.distributed.fsdp import FSDP  # which takes half a second to import
 
-        return Sharded(model, world, device, exact=exact, stand_in=stand_in)
+        return FSDP(model, group, device, exact=exact, dummy_loss=dummy_loss)
     if kind == "fsdp":
         say("parallel.kind 'fsdp' does nothing with one process: the model runs as with 'none'")
     device.place(model)
     forward: Callable[[Any], Any] = torch.compile(model, dynamic=False) if device.settings.compile else model
     if kind == "dp":
-        forward = _data_parallel(model, forward, world, device, exact, say)
-    if not isinstance(world, ManyProcesses):
-        return Exchange(model, world, exact=exact, forward=forward)
+        forward = _data_parallel(model, forward, group, device, exact, say)
+    if not isinstance(group, DistributedGroup):
+        return Strategy(model, group, exact=exact, forward=forward)
     if exact:
-        return TreeExchange(model, world, forward=forward)
-    return StockExchange(model, world, stand_in, forward=forward)
+        return ExactDDP(model, group, forward=forward)
+    return DDP(model, group, dummy_loss, forward=forward)
 
 
 def _data_parallel(
     model: nn.Module,
     forward: Callable[[Any], Any],
-    world: World,
+    group: ProcessGroup,
     device: Device,
     exact: bool,
     say: Callable[[str], None],
@@ -70,8 +70,8 @@ def _data_parallel(
             "parallel.kind 'dp' adds gradients in an order that depends on the number of devices, and this run is "
             "exact: use 'ddp', or --set run.exact=false"
         )
-    if world.size > 1:
-        raise UsageError(f"parallel.kind 'dp' is one process for all devices, and {world.size} were started: use 'ddp'")
+    if group.size > 1:
+        raise UsageError(f"parallel.kind 'dp' is one process for all devices, and {group.size} were started: use 'ddp'")
     first = device.device
     count = torch.cuda.device_count() if first.type == "cuda" else 0
     if count < 2:

@@ -19,7 +19,7 @@ from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.ema import EMA
 from torchrelay.models.library import build_timm, build_torchvision, timm_names, torchvision_names
 from torchrelay.models.small import NETWORKS
-from torchrelay.models.summary import Summary, summarise
+from torchrelay.models.summary import Summary, summarize
 from torchrelay.models.weights import SUFFIXES, Log, load_weights
 from torchrelay.settings import Settings
 
@@ -32,7 +32,7 @@ __all__ = [
     "freeze",
     "load_weights",
     "names",
-    "summarise",
+    "summarize",
 ]
 
 
@@ -58,7 +58,7 @@ class InitFromData(Protocol):
     """A model that wants to see training images before the first step of a run."""
 
     def init_from(self, images: Tensor) -> None:
-        """Set initial weights from normalised training images (samples, channels, height, width)."""
+        """Set initial weights from normalized training images (samples, channels, height, width)."""
 
 
 def build(

@@ -116,7 +116,7 @@ class FastCNN(nn.Module):
 
     @torch.no_grad()
     def init_from(self, images: Tensor) -> None:
-        """Set the whitening filters from normalised training images (samples, channels, height, width).
+        """Set the whitening filters from normalized training images (samples, channels, height, width).
 
         Some thousand images are enough. The same images give the same filters.
         """
@@ -236,7 +236,7 @@ class CharLM(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then a two-layer perceptron, each on the normalised stream and added to it."""
+    """Attention, then a two-layer perceptron, each on the normalized stream and added to it."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class Summary:
         return "\n".join([*lines, note])
 
 
-def summarise(model: nn.Module, inputs: Tensor) -> Summary:
+def summarize(model: nn.Module, inputs: Tensor) -> Summary:
     """Run `inputs` through the model once and count. Its weights, buffers, modes and the random state stay as they are.
 
     Args:

@@ -109,7 +109,7 @@ def _with_exceptions(options: Options, group: Group | None) -> Options:
     return {**options, "lr": lr, "weight_decay": decay}
 
 
-def forget_gradients(optimizer: Optimizer) -> None:
+def clear_gradients(optimizer: Optimizer) -> None:
     """Do what the optimizer's `zero_grad` does, without its bookkeeping for the profiler: some 10 us less a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:

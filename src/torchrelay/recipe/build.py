@@ -37,7 +37,7 @@ from torchrelay.tasks.task import (
 from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.evaluation import predict
 from torchrelay.train.trainer import Trainer
-from torchrelay.train.views import with_views
+from torchrelay.train.views import with_tta
 
 
 def trainer(
@@ -99,7 +99,7 @@ def trainer(
         batch_size=recipe.data.batch_size,
         augment=recipe.data.augment,
         prepare=recipe.data.prepare,
-        normalise=recipe.data.normalise,
+        normalize=recipe.data.normalize,
         sampling=recipe.data.sampling,
         drop_last=recipe.data.drop_last,
         workers=recipe.data.workers,
@@ -154,7 +154,7 @@ class Predictor:
         inputs = decode_images(paths, self.shape)
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        return predict(self.model, batches, Classification(), self.device, with_views(self.model, self.test_views))
+        return predict(self.model, batches, Classification(), self.device, with_tta(self.model, self.test_views))
 
 
 def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:

@@ -65,7 +65,7 @@ class Recipe(Settings):
     schedule: ScheduleSettings = Field(default=Constant())
     """5. How the learning rate changes by step."""
     loss: LossSettings = LossSettings()
-    """6. What is minimised."""
+    """6. What is minimized."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     """7. When to save, what to keep."""
 

@@ -78,7 +78,7 @@ class Stopwatch:
         return {"seconds": round(seconds, 3), "samples_per_second": round(self.samples / max(seconds, 1e-9), 1)}
 
 
-class SaveTimes:
+class SaveSchedule:
     """When a checkpoint is due.
 
     Args:

@@ -105,7 +105,7 @@ class TensorBoard:
 
         Args:
             tag: the picture's name.
-            images: float (batch, channels, height, width), normalised, on any device.
+            images: float (batch, channels, height, width), normalized, on any device.
             mean: per channel, what was subtracted from images in [0, 1]; None if nothing was.
             std: per channel, what they were divided by after that.
             step: after how many steps.

@@ -15,7 +15,7 @@ from torchrelay.errors import RelayError
 
 if TYPE_CHECKING:
     from torchrelay.data.batches import Batch
-    from torchrelay.data.order import Places
+    from torchrelay.data.order import Positions
 
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # what PyTorch raises at a wrong argument
 _SHOWN = 60  # characters of a value in a message
@@ -33,7 +33,7 @@ class TargetError(RelayError):
         super().__init__(text)
         self.label = label
 
-    def of(self, name: str, targets: Any, indices: "Sequence[int] | Places") -> RelayError:
+    def of(self, name: str, targets: Any, indices: "Sequence[int] | Positions") -> RelayError:
         """Return the error that says which sample is the first such one, and what its target is.
 
         Args:

@@ -22,7 +22,7 @@ _NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch leaves out -100 unasked; whe
 
 
 class LossSettings(Settings):
-    """What is minimised; it also says what the targets are."""
+    """What is minimized; it also says what the targets are."""
 
     name: str = "cross_entropy"
     """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (texts), or a task in --code."""

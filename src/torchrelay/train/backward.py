@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward as _run_backward
 
 
-def mean_of(loss: Tensor, weight: Tensor | float) -> Tensor:
+def mean_loss(loss: Tensor, weight: Tensor | float) -> Tensor:
     """Return the mean whose sum is `loss`, for people to read: it is outside of the graph."""
     divisor = weight if isinstance(weight, Tensor) else _constants(weight, loss.shape, loss.dtype, loss.device)[0]
     return loss.detach() / divisor
 
 
-def go_back_from_mean(
+def backward_from_mean(
     loss: Tensor, weight: Tensor | float, scale: Callable[[Tensor], Tensor] = lambda first: first
 ) -> None:
     """Add the gradients of the mean whose sum is `loss` to the parameters'.

@@ -154,20 +154,20 @@ class Pictures(Callback):
         batch = next(trainer.batches.epoch(0))
         pipeline = trainer.batches.pipeline
         trainer.run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
-        if trainer.exchange.together:  # the other processes would have to go through the model, too
+        if trainer.strategy.collective_forward:  # the other processes would have to go through the model, too
             trainer.say("no graph and no summary of the model: its weights are divided over several processes")
             return
         trainer.run.tensorboard.graph(trainer.model, batch.inputs)
-        self._summarise(trainer, batch)
+        self._summarize(trainer, batch)
 
-    def _summarise(self, trainer: "Trainer", batch: "Batch") -> None:
+    def _summarize(self, trainer: "Trainer", batch: "Batch") -> None:
         """Say what a model of one tensor costs, and write its table to model.txt."""
-        from torchrelay.models import summarise
+        from torchrelay.models import summarize
 
         if trainer.run is None or not hasattr(batch.inputs, "shape"):
             return
         try:
-            found = summarise(trainer.model, batch.inputs[:1])
+            found = summarize(trainer.model, batch.inputs[:1])
         except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its table is worth no run
             trainer.say(f"no summary of the model: {type(error).__name__}: {error}")
             return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchrelay.data.batches import Batch, Batches
 from torchrelay.device.device import Device
-from torchrelay.distributed.process_group import World
+from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.errors import UsageError
 from torchrelay.tasks.metrics import Count
 from torchrelay.tasks.targets import explain
@@ -45,19 +45,19 @@ class Evaluation:
         return dict(zip(names, row, strict=True))
 
 
-class Sums:
-    """Sums of loss and measures over batches, kept on the device until somebody asks.
+class RunningSums:
+    """RunningSums of loss and measures over batches, kept on the device until somebody asks.
 
     They are added one after another in float64, so when they are fetched makes no difference to a bit. Where several
     processes train, they are added in the order in which one process would have computed them.
 
     Args:
-        world: the processes; all of them fetch at the same time. None: this one alone.
+        group: the processes; all of them fetch at the same time. None: this one alone.
         each: measures that each of them adds a step.
     """
 
-    def __init__(self, world: World | None = None, each: int = 1) -> None:
-        self._world, self._each = world, each
+    def __init__(self, group: ProcessGroup | None = None, each: int = 1) -> None:
+        self._group, self._each = group, each
         self._losses: list[tuple[Tensor | float, Tensor | float]] = []
         self._measures: list[tuple[dict[str, Tensor | float], Tensor | float]] = []
         self.loss = 0.0
@@ -93,16 +93,16 @@ class Sums:
     def _in_order(self) -> tuple[list[str], npt.NDArray[np.float64]]:
         """Return the measures' names, and (rows, 1 + names) counts and measures in the order of one process."""
         names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
-        world = self._world if self._world is not None and self._world.size > 1 and self._measures else None
-        if world is not None:  # a process that has had no sample yet doesn't know them
-            names = json.loads(world.broadcast_bytes(json.dumps(names).encode()))
+        group = self._group if self._group is not None and self._group.size > 1 and self._measures else None
+        if group is not None:  # a process that has had no sample yet doesn't know them
+            names = json.loads(group.broadcast_bytes(json.dumps(names).encode()))
         own = [[float(count), *(float(there.get(name, 0.0)) for name in names)] for there, count in self._measures]
         rows = np.array(own, dtype=np.float64).reshape(len(own), 1 + len(names))
-        if world is None:
+        if group is None:
             return names, rows
-        gathered = world.gather(torch.from_numpy(rows)).numpy()
+        gathered = group.gather(torch.from_numpy(rows)).numpy()
         # Of each step, the last process's come first, as the last replica does.
-        steps = gathered.reshape(world.size, len(own) // self._each, self._each, 1 + len(names))
+        steps = gathered.reshape(group.size, len(own) // self._each, self._each, 1 + len(names))
         return names, steps[::-1].transpose(1, 0, 2, 3).reshape(-1, 1 + len(names))
 
     def means(self) -> dict[str, float]:
@@ -139,9 +139,9 @@ def evaluate(
     task: Task,
     device: Device,
     forward: Forward,
-    world: World | None = None,
+    group: ProcessGroup | None = None,
     check: Callable[[], None] = lambda: None,
-    together: bool = False,
+    collective_forward: bool = False,
 ) -> Evaluation:
     """Run a model over data, in evaluation mode, and return its loss and metrics; the mode it had is set again.
 
@@ -154,14 +154,14 @@ def evaluate(
         task: what a batch means.
         device: where the batches are.
         forward: the model, or the same compiled.
-        world: the processes; None: this one alone.
+        group: the processes; None: this one alone.
         check: called before each batch; may raise.
-        together: whether every process must go through the model as often as the others.
+        collective_forward: whether every process must go through the model as often as the others.
     """
-    world = world or World(0, 1, device.device)
+    group = group or ProcessGroup(0, 1, device.device)
     was_training = model.training
     model.eval()
-    sums, samples = Sums(), 0
+    sums, samples = RunningSums(), 0
     metrics: dict[str, Any] = {name: metric.to(device.device) for name, metric in task.metrics().items()}
     for metric in metrics.values():
         metric.distributed_available_fn = lambda: False  # one of torchmetrics would wait for the others, who have none
@@ -175,7 +175,7 @@ def evaluate(
             explain(error, batch, model)
             raise
 
-    for outputs, loss, targets in _shared(batches, world, compute, check, together):
+    for outputs, loss, targets in _shared(batches, group, compute, check, collective_forward):
         weight = task.weight(targets)
         sums.add_loss(loss / weight, weight)
         sums.add_measures(task.measure(outputs, targets), task.count(targets))
@@ -185,18 +185,18 @@ def evaluate(
             for metric in metrics.values():
                 metric.update(predictions, _as_targets(targets, predictions, metric))
     model.train(was_training)
-    if not world.main:
-        return _from_main(world)
+    if not group.main:
+        return _from_main(group)
     found = _result(sums, samples, {name: metric.compute() for name, metric in metrics.items()})
-    return found if world.size == 1 else _to_all(found, world)
+    return found if group.size == 1 else _to_all(found, group)
 
 
 def _shared(
     batches: Batches,
-    world: World,
+    group: ProcessGroup,
     compute: Callable[[Batch], tuple[Any, ...]],
     check: Callable[[], None],
-    together: bool,
+    collective_forward: bool,
 ) -> Iterator[tuple[Any, ...]]:
     """Yield, in the first process, what was computed of all batches in their order; each process computes its own.
 
@@ -204,34 +204,34 @@ def _shared(
         UsageError: there are several processes, and the model gives more than a tensor.
     """
     own = batches.epoch()
-    for start in range(0, len(batches), world.size):  # a round: a batch for each process
+    for start in range(0, len(batches), group.size):  # a round: a batch for each process
         check()
         results: tuple[Any, ...] = ()  # the first process has some in every round
-        if start + world.rank < len(batches):
+        if start + group.rank < len(batches):
             results = compute(next(own))
-        elif together:
+        elif collective_forward:
             compute(batches.some())
-        if world.size == 1:
+        if group.size == 1:
             yield results
             continue
         if not all(isinstance(result, Tensor) for result in results):
             raise UsageError("several processes can't share an evaluation of a model that gives more than a tensor")
-        for source in range(min(world.size, len(batches) - start)):
-            found = [world.send_to_main(each if world.rank == source else None, source) for each in results]
-            if world.main:
+        for source in range(min(group.size, len(batches) - start)):
+            found = [group.send_to_main(each if group.rank == source else None, source) for each in results]
+            if group.main:
                 yield tuple(found)
 
 
-def _to_all(found: Evaluation, world: World) -> Evaluation:
+def _to_all(found: Evaluation, group: ProcessGroup) -> Evaluation:
     """Tell the other processes what the first one found."""
     facts = asdict(replace(found, confusion=None))
     facts["confusion"] = None if found.confusion is None else found.confusion.tolist()
-    world.broadcast_bytes(json.dumps(facts).encode())
+    group.broadcast_bytes(json.dumps(facts).encode())
     return found
 
 
-def _from_main(world: World) -> Evaluation:
-    facts = json.loads(world.broadcast_bytes(None))
+def _from_main(group: ProcessGroup) -> Evaluation:
+    facts = json.loads(group.broadcast_bytes(None))
     confusion = facts.pop("confusion")
     return Evaluation(**facts, confusion=None if confusion is None else torch.tensor(confusion))
 
@@ -242,7 +242,7 @@ def _as_targets(targets: Tensor, predictions: Tensor, metric: Any) -> Tensor:
     return targets.long() if wanted else targets
 
 
-def _result(sums: Sums, samples: int, computed: dict[str, Tensor]) -> Evaluation:
+def _result(sums: RunningSums, samples: int, computed: dict[str, Tensor]) -> Evaluation:
     values = sums.means()
     tables: dict[str, list[float]] = {}
     confusion = None
@@ -263,11 +263,11 @@ def predict(
     task: Task,
     device: Device,
     forward: Forward,
-    world: World | None = None,
-    together: bool = False,
+    group: ProcessGroup | None = None,
+    collective_forward: bool = False,
 ) -> Tensor:
     """Return what the task makes of the outputs for each sample, in the order of the data, on the CPU."""
-    world = world or World(0, 1, device.device)
+    group = group or ProcessGroup(0, 1, device.device)
     was_training = model.training
     model.eval()
 
@@ -275,10 +275,10 @@ def predict(
         with device.autocast():
             return (task.predict(forward(batch.inputs)),)
 
-    found = [predicted.cpu() for (predicted,) in _shared(batches, world, compute, lambda: None, together)]
+    found = [predicted.cpu() for (predicted,) in _shared(batches, group, compute, lambda: None, collective_forward)]
     model.train(was_training)
-    if world.size == 1:
+    if group.size == 1:
         return torch.cat(found)
-    packed = safetensors.torch.save({"all": torch.cat(found)}) if world.main else None
-    predicted_by_all: Tensor = safetensors.torch.load(world.broadcast_bytes(packed))["all"]
+    packed = safetensors.torch.save({"all": torch.cat(found)}) if group.main else None
+    predicted_by_all: Tensor = safetensors.torch.load(group.broadcast_bytes(packed))["all"]
     return predicted_by_all

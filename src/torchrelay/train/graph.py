@@ -18,9 +18,9 @@ from torchrelay import rng
 from torchrelay.data.batches import Batch
 from torchrelay.device.device import Device
 from torchrelay.errors import UsageError
-from torchrelay.optim.groups import forget_gradients
+from torchrelay.optim.groups import clear_gradients
 from torchrelay.tasks.targets import explain
-from torchrelay.train.backward import go_back_from_mean, mean_of
+from torchrelay.train.backward import backward_from_mean, mean_loss
 
 if TYPE_CHECKING:
     from torchrelay.train.trainer import Trainer
@@ -105,15 +105,15 @@ class GraphedStep:
 def step(trainer: "Trainer", inputs: Tensor, targets: Tensor) -> Found:
     """Go forward and backward and update the weights, all on the device; return what was found."""
     with trainer.device.autocast():
-        outputs = trainer.exchange(inputs)
+        outputs = trainer.strategy(inputs)
         loss = trainer.task.loss(outputs, targets)
     weight = trainer.task.weight(targets)
-    go_back_from_mean(loss, weight)
+    backward_from_mean(loss, weight)
     norm = trainer.clip()
     trainer.optimizer.step()
-    forget_gradients(trainer.optimizer)
+    clear_gradients(trainer.optimizer)
     with torch.no_grad():
-        found = {"loss": mean_of(loss, weight), "weight": weight, "norm": norm}
+        found = {"loss": mean_loss(loss, weight), "weight": weight, "norm": norm}
         if trainer.measures:
             measures = trainer.task.measure(outputs, targets)
             found |= {"count": trainer.task.count(targets), **{_MEASURE + name: measures[name] for name in measures}}

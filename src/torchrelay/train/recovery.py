@@ -26,7 +26,7 @@ class SpikeError(RelayError):
         self.finite = finite  # then the step before may have done the harm; otherwise it is this step's own
 
 
-class LossGuard:
+class SpikeDetector:
     """Reads each step's loss: at once on the CPU, where that is free, and elsewhere when the device has come to it.
 
     Args:

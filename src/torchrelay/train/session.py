@@ -26,7 +26,7 @@ from torchrelay.train.signals import Interrupted, StopNow, StopSignal
 if TYPE_CHECKING:
     from torchrelay.train.trainer import Trainer
 
-_INITIAL_SAMPLES = 5_000  # training images from which a model may initialise itself
+_INITIAL_SAMPLES = 5_000  # training images from which a model may initialize itself
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
         stack.enter_context(trainer.device.explained(trainer.batches.batch_size))
         trainer.signal = stack.enter_context(StopSignal())
         stack.callback(_close, trainer)
-        if trainer.folder is not None and trainer.world.main:
+        if trainer.folder is not None and trainer.group.main:
             trainer.run = Run(trainer.folder, trainer.terminal, trainer.saving, resume=resume)
             for note in trainer.notes:
                 trainer.run.note(note)
@@ -147,10 +147,10 @@ def _close(trainer: "Trainer") -> None:
 
 
 def _begin(trainer: "Trainer") -> None:
-    """Initialise from the data, take the first process's weights, write down what runs, save what it starts from."""
+    """Initialize from the data, take the first process's weights, write down what runs, save what it starts from."""
     if isinstance(trainer.model, InitFromData):
         trainer.model.init_from(_initial_images(trainer))
-    trainer.exchange.start_alike()
+    trainer.strategy.broadcast_weights()
     if trainer.ema is not None:
         trainer.ema = EMA(trainer.model, trainer.ema.decay)  # which begins with the initial weights
     if trainer.run is not None:
@@ -169,13 +169,13 @@ def _newest(trainer: "Trainer", before: int | None = None) -> checkpoint.Content
     """Return the newest whole checkpoint: the first process looks for it, and all read the same."""
     assert trainer.folder is not None  # noqa: S101 - the callers have asked
     folder = trainer.folder / "checkpoints"
-    if trainer.world.size == 1:
+    if trainer.group.size == 1:
         return checkpoint.newest(folder, trainer.say, before)
-    if trainer.world.main:
+    if trainer.group.main:
         contents = checkpoint.newest(folder, trainer.say, before)
-        trainer.world.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
+        trainer.group.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
         return contents
-    step = trainer.world.broadcast_bytes(None).decode()
+    step = trainer.group.broadcast_bytes(None).decode()
     return checkpoint.read(checkpoint.find(folder, step)) if step else None
 
 
@@ -246,7 +246,7 @@ def _interrupted(trainer: "Trainer") -> Interrupted:
             raise
     if trainer.run is not None:
         trainer.run.wait()
-    trainer.world.barrier("the last checkpoint")  # whoever started us ends all when one ends
+    trainer.group.barrier("the last checkpoint")  # whoever started us ends all when one ends
     return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
 
 
@@ -292,7 +292,7 @@ def _initial_images(trainer: "Trainer") -> Tensor:
     source = trainer.batches.source
     if not isinstance(source, ArraySource):
         name = type(trainer.model).__name__
-        raise UsageError(f"{name} initialises itself from images in memory: use arrays or an image folder")
+        raise UsageError(f"{name} initializes itself from images in memory: use arrays or an image folder")
     places = np.arange(min(len(source), _INITIAL_SAMPLES))
     chosen = torch.from_numpy(order(trainer.settings.seed, 0, places, len(source)))
     images: Tensor = trainer.device.arrange(trainer.pipeline.evaluate(trainer.device.move(source.inputs[chosen])))

@@ -37,20 +37,20 @@ from torchrelay.distributed.strategy import share
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.models import EMA
 from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
-from torchrelay.optim.groups import forget_gradients
+from torchrelay.optim.groups import clear_gradients
 from torchrelay.run import identity
-from torchrelay.run.folder import Run, RunSettings, SaveTimes, Stopwatch
+from torchrelay.run.folder import Run, RunSettings, SaveSchedule, Stopwatch
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.targets import explain
 from torchrelay.tasks.task import Classification, Task
-from torchrelay.train.backward import go_back_from_mean, mean_of
+from torchrelay.train.backward import backward_from_mean, mean_loss
 from torchrelay.train.callbacks import Callback, Pictures, StepLog, epoch_text
-from torchrelay.train.evaluation import Evaluation, Sums, evaluate, predict
+from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
 from torchrelay.train.graph import graphed, set_rate
-from torchrelay.train.recovery import LossGuard
+from torchrelay.train.recovery import SpikeDetector
 from torchrelay.train.session import recovery, session
 from torchrelay.train.signals import StopNow, StopSignal
-from torchrelay.train.views import Forward, check_views, with_views
+from torchrelay.train.views import Forward, check_tta, with_tta
 
 _NO_GRAD = torch.no_grad()  # to make one takes longer than to use it
 _STOP, _SAVE = 1, 2  # what any process may ask of all
@@ -82,7 +82,7 @@ class Trainer:
         seed: see `RunSettings.seed`.
         augment: batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`.
         prepare: what training and test images alike go through first, such as `[augment.Resize(size=112)]`.
-        normalise: whether images are shifted and scaled by the data's channel means and deviations.
+        normalize: whether images are shifted and scaled by the data's channel means and deviations.
         sampling: "shuffle", "balanced" (every class as often) or "sequential".
         drop_last: leave out an epoch's last batch where it is smaller.
         workers: processes that read a torch Dataset; arrays need none.
@@ -116,7 +116,7 @@ class Trainer:
         seed: int | None = None,
         augment: Sequence[Augment] = (),
         prepare: Sequence[Augment] = (),
-        normalise: bool = True,
+        normalize: bool = True,
         sampling: Sampling = "shuffle",
         drop_last: bool = False,
         workers: int = 0,
@@ -141,9 +141,9 @@ class Trainer:
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
         self.device = set_up(chosen, self.settings.exact)
         sharing = parallel or ParallelSettings()
-        self.world = join(self.device.device, sharing.timeout)
-        self.replicas = replicas_of(sharing, self.world.size, self.settings.exact)
-        if not self.world.main:
+        self.group = join(self.device.device, sharing.timeout)
+        self.replicas = replicas_of(sharing, self.group.size, self.settings.exact)
+        if not self.group.main:
             self.terminal = Terminal(quiet=True)  # one speaks for all
 
         # 2. Data: sources, and the iterators that make global batches of them
@@ -153,7 +153,7 @@ class Trainer:
             transforms=tuple(augment),
             prepare=tuple(prepare),
             classes=len(source.classes),
-            **(statistics(source) if normalise else {}),
+            **(statistics(source) if normalize else {}),
         )
 
         def batches(data: Any, training: bool) -> Batches:
@@ -166,8 +166,8 @@ class Trainer:
                 train=training,
                 sampling=sampling if training else "sequential",
                 replicas=self.replicas if training else 1,
-                rank=self.world.rank,
-                ranks=self.world.size,
+                rank=self.group.rank,
+                ranks=self.group.size,
                 workers=workers,
                 drop_last=drop_last and training,
             )
@@ -179,20 +179,20 @@ class Trainer:
 
         # 3. Model
         self.model = model
-        self.exchange = share(
+        self.strategy = share(
             model,
             sharing.kind,
-            self.world,
+            self.group,
             self.device,
             exact=self.settings.exact,
-            stand_in=self._some_loss,
+            dummy_loss=self._dummy_loss,
             say=self._note,
         )
         self.ema = EMA(self.model, ema) if ema else None
 
         # 5. Optimizer and schedule
         self.optimizer = (optimizer or SGD())(self.model)
-        self.exchange.check(self.optimizer)
+        self.strategy.check_optimizer(self.optimizer)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -200,18 +200,18 @@ class Trainer:
         self.total_steps = self.settings.epochs * len(self.batches)
         self.schedule: Schedule = (schedule or Constant()).bind(len(self.batches), self.total_steps)
         self.scaler = self.device.scaler()
-        self.graph = graphed(self.device, self.optimizer, self.replicas, self.world.size)
+        self.graph = graphed(self.device, self.optimizer, self.replicas, self.group.size)
 
         # 6. Loss
         self.task = task or Classification()
         if getattr(self.task, "classes", 0) is None and self.classes:
             self.task.classes = len(self.classes)  # type: ignore[attr-defined]
-        check_views(self.settings.test_views, isinstance(self.task, Classification))
+        check_tta(self.settings.test_views, isinstance(self.task, Classification))
         self.measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
         for part in (self.batches, *self.evaluated.values()):
             part.check_targets(self.task.check)
 
-        if self.world.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
+        if self.group.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
             self._some_weight = self.task.weight(self.batches.some().targets)
 
         # 7. Where the run stands
@@ -225,13 +225,13 @@ class Trainer:
         self._ended = 0  # the step after which an epoch's end was last done
         self.sums = self._new_sums()  # of the running epoch
         self.saving = checkpoint or CheckpointSettings()
-        self._save_times = SaveTimes(self.saving, len(self.batches), self.total_steps)
+        self._save_times = SaveSchedule(self.saving, len(self.batches), self.total_steps)
         self._save_is_due = False
         self.step_log = StepLog()
         self.stopwatch = Stopwatch()
         self.callbacks = [self.step_log, Pictures(), *callbacks]
         self._buffers = Buffers(self.model)
-        self.guard = LossGuard(self.settings.spike_threshold)
+        self.guard = SpikeDetector(self.settings.spike_threshold)
         self.skipped: dict[int, list[int]] = {}  # steps left out for their loss, counted from 1, and their samples
         self.signal = StopSignal()
         self.stop_reason: str | None = None
@@ -289,7 +289,7 @@ class Trainer:
         self._settle(trained=True)  # a checkpoint may still be copied from the weights
         self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         self.scaler.update()
-        forget_gradients(self.optimizer)
+        clear_gradients(self.optimizer)
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.step += 1
@@ -314,12 +314,12 @@ class Trainer:
             if replica + 1 < batch.first + len(batch.blocks):
                 self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
             last = replica == batch.first
-            with self.exchange.send(gradients) if last else self.exchange.keep_here(gradients):
+            with self.strategy.sync(gradients) if last else self.strategy.no_sync(gradients):
                 part = self._replica(replica, inputs, targets, total) if len(targets) else self._nothing()
             losses.add([part])
         (loss,) = losses.total()
         assert loss is not None  # noqa: S101 - each replica has one
-        return self.exchange.add(loss)
+        return self.strategy.reduce(loss)
 
     def _nothing(self) -> Tensor:
         """Return the loss of a replica without samples."""
@@ -327,11 +327,11 @@ class Trainer:
             self.sums.add_measures({}, 0)
         return torch.zeros((), device=self.device.device)
 
-    def _some_loss(self) -> Tensor:
+    def _dummy_loss(self) -> Tensor:
         """Go forward through any samples, where a process has none and the others wait for it."""
         batch = self.batches.some()
         with self.device.autocast():
-            return self.task.loss(self.exchange(batch.inputs), batch.targets)
+            return self.task.loss(self.strategy(batch.inputs), batch.targets)
 
     def _weight(self, batch: Batch) -> Tensor | float:
         """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
@@ -339,11 +339,11 @@ class Trainer:
         if counted is not None:
             return counted
         weights: list[Any] = [self.task.weight(targets) for _, targets in batch.parts() if len(targets)]
-        if self.world.size > 1:
+        if self.group.size > 1:
             weights += [0.0 * self._some_weight] * (len(batch.blocks) - len(weights))
             on_device = isinstance(self._some_weight, Tensor)
             own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
-            found = self.world.gather(own).flatten()
+            found = self.group.gather(own).flatten()
             weights = list(found.unbind()) if on_device else found.tolist()
         total: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else math.fsum(weights)
         return total
@@ -352,21 +352,21 @@ class Trainer:
         """Go forward and backward through one replica's part; return its share of the mean loss."""
         rng.reseed(rng.step_seed(self.settings.seed, "model", self.step, replica), self.device.device)
         with self.device.autocast():
-            outputs = self.exchange(inputs)
+            outputs = self.strategy(inputs)
             loss = self.task.loss(outputs, targets)
-        go_back_from_mean(loss, total, self.scaler.scale)
+        backward_from_mean(loss, total, self.scaler.scale)
         if self.measures:
             with _NO_GRAD:
                 self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
-        return mean_of(loss, total)
+        return mean_loss(loss, total)
 
     def clip(self) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
         watched = self.settings.on_spike == "rollback" and not self.scaler.is_enabled()  # which overflows on purpose
         if self.clip_norm is None:
-            return self.exchange.norm(self.parameters) if watched else None
+            return self.strategy.grad_norm(self.parameters) if watched else None
         self.scaler.unscale_(self.optimizer)
-        norm = self.exchange.clip(self.parameters, self.clip_norm)
+        norm = self.strategy.clip_grad_norm(self.parameters, self.clip_norm)
         return norm if watched else None
 
     # ------------------------------------------------------------------------------------------------ around a step
@@ -402,8 +402,8 @@ class Trainer:
 
     def _asked(self) -> int:
         """Return what any process asks of all: several see it a step later, and all at the same step."""
-        late = self.world.main and self._save_times.by_clock()
-        return self.world.agree(_STOP * (self.signal.received is not None) | _SAVE * late)
+        late = self.group.main and self._save_times.by_clock()
+        return self.group.agree(_STOP * (self.signal.received is not None) | _SAVE * late)
 
     def stop(self, reason: str) -> None:
         """End the training after this step or this epoch, as early stopping does; the run counts as done."""
@@ -483,8 +483,8 @@ class Trainer:
         value = values[self.task.headline]
         return value if self.task.higher_is_better else -value
 
-    def _new_sums(self) -> Sums:
-        return Sums(self.world, self.replicas // self.world.size)
+    def _new_sums(self) -> RunningSums:
+        return RunningSums(self.group, self.replicas // self.group.size)
 
     # ------------------------------------------------------------------------------------------------ the test
 
@@ -503,9 +503,9 @@ class Trainer:
                 self.task,
                 self.device,
                 self._test_forward,
-                self.world,
+                self.group,
                 check=self._stop_if_asked,
-                together=self.exchange.together,
+                collective_forward=self.strategy.collective_forward,
             )
         if split == self.selects_on:
             self.last_evaluation, self.evaluated_at = found, (self.step, found.values)
@@ -524,16 +524,16 @@ class Trainer:
             self.device,
             self.pipeline,
             train=False,
-            rank=self.world.rank,
-            ranks=self.world.size,
+            rank=self.group.rank,
+            ranks=self.group.size,
         )
         with self._averaged(), self.device.explained(self.batches.batch_size):
-            together = self.exchange.together
-            return predict(self.model, batches, self.task, self.device, self._test_forward, self.world, together)
+            collective = self.strategy.collective_forward
+            return predict(self.model, batches, self.task, self.device, self._test_forward, self.group, collective)
 
     @property
     def _test_forward(self) -> Forward:
-        return with_views(self.exchange, self.settings.test_views)
+        return with_tta(self.strategy, self.settings.test_views)
 
     def _averaged(self) -> AbstractContextManager[Any]:
         """Return a context in which the model has its averaged weights, if any are kept."""
@@ -581,7 +581,7 @@ class Trainer:
         self.skipped = dict(state["skipped"])
         self._ended = state.get("ended", self.step)
         self.evaluated_at = (-1, {})
-        self.exchange.load(self.optimizer, state["optimizer"])
+        self.strategy.load_state(self.optimizer, state["optimizer"])
         if self.graph is not None:
             self.graph.forget()
         self.schedule.load_state_dict(state["schedule"])
@@ -630,9 +630,9 @@ class Trainer:
         values = values if at == self.step else {}
         contents = Contents(
             step=self.step,
-            model=self.exchange.whole(self.model.state_dict()),
-            state=self.exchange.whole(self.state_dict()),
-            ema=self.exchange.whole(self.ema.state_dict()) if self.ema is not None else None,
+            model=self.strategy.full_state(self.model.state_dict()),
+            state=self.strategy.full_state(self.state_dict()),
+            ema=self.strategy.full_state(self.ema.state_dict()) if self.ema is not None else None,
             score=self._score(values) if self.task.headline in values else None,
             metrics=values,
             weights=tuple(name for name, _ in self.model.named_parameters()),
@@ -669,14 +669,14 @@ class Trainer:
         """Take over a checkpoint's weights, the averaged ones included."""
         self._settle()
         try:
-            self.exchange.load(self.model, contents.model)
+            self.strategy.load_state(self.model, contents.model)
         except RuntimeError as error:
-            name = self.exchange.model_name
+            name = self.strategy.model_name
             raise RelayError(
                 f"the checkpoint's weights don't fit {name}: {str(error).splitlines()[-1].strip()}"
             ) from error
         if self.ema is not None and contents.ema is not None:
-            self.exchange.load(self.ema, contents.ema)
+            self.strategy.load_state(self.ema, contents.ema)
 
 
 def _own_record(trainer: Trainer) -> dict[str, Any]:
@@ -684,7 +684,7 @@ def _own_record(trainer: Trainer) -> dict[str, Any]:
     return {
         "run": trainer.settings.model_dump(mode="json", exclude_none=True),
         "data": {"name": trainer.batches.source.name, "batch_size": trainer.batches.batch_size},
-        "model": {"name": trainer.exchange.model_name},
+        "model": {"name": trainer.strategy.model_name},
         "device": trainer.device.settings.model_dump(mode="json", exclude_none=True),
         "environment": {"started_from": "python", "torch": torch.__version__},
     }

@@ -17,7 +17,7 @@ Views = Literal[1, 2, 6]
 _SURE = 0.6  # of a class's probability by the mean of two views, from which the shifts rarely change the class
 
 
-def check_views(views: Views, classes: bool) -> None:
+def check_tta(views: Views, classes: bool) -> None:
     """Refuse six views of a task that has no classes to be unsure of.
 
     Raises:
@@ -27,7 +27,7 @@ def check_views(views: Views, classes: bool) -> None:
         raise UsageError("run.test_views of 6 is for classifications, which can be unsure: take 2 or 1")
 
 
-def with_views(forward: Forward, views: Views) -> Forward:
+def with_tta(forward: Forward, views: Views) -> Forward:
     """Return a forward pass whose outputs are means over several views of each image.
 
     Args:

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrelay.data.augment.color import ColourJitter, Normalise
+from torchrelay.data.augment.color import ColorJitter, Normalize
 from torchrelay.data.augment.draw import Draw
 from torchrelay.data.augment.geometry import (
     AlternatingFlip,
@@ -34,21 +34,21 @@ from torchrelay.data.augment.geometry import (
 from torchrelay.data.augment.mixing import CutMix, Mixup
 from torchrelay.data.augment.pixels import as_floats
 from torchrelay.data.augment.policies import RandAugment, TrivialAugment
-from torchrelay.data.order import Places
+from torchrelay.data.order import Positions
 from torchrelay.errors import UsageError, nearest
 
 __all__ = [
     "AlternatingFlip",
     "Augment",
     "CenterCrop",
-    "ColourJitter",
+    "ColorJitter",
     "CutMix",
     "Cutout",
     "Draw",
     "Flip",
     "ImageTransform",
     "Mixup",
-    "Normalise",
+    "Normalize",
     "PaddedCrop",
     "Pipeline",
     "Prepare",
@@ -69,13 +69,13 @@ _Any = (
     | ProgressiveResize
     | CenterCrop
     | Cutout
-    | ColourJitter
+    | ColorJitter
     | TrivialAugment
     | RandAugment
     | Mixup
     | CutMix
 )
-_SPELLINGS = {"color_jitter": "colour_jitter", "centre_crop": "center_crop"}  # both are right
+_SPELLINGS = {"color_jitter": "color_jitter", "centre_crop": "center_crop"}  # both are right
 
 
 def _names(union: Any) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ ImageTransform = Callable[[Tensor, Draw], Tensor]  # a user's own
 class Pipeline:
     """All that happens to a batch between the source and the model.
 
-    Training: `prepare`, `transforms` in their order, normalisation. Evaluation: `prepare`, normalisation.
+    Training: `prepare`, `transforms` in their order, normalization. Evaluation: `prepare`, normalization.
     """
 
     transforms: Sequence[Augment | ImageTransform] = ()
@@ -139,7 +139,7 @@ class Pipeline:
                     "list it under 'augment'"
                 )
         if (self.mean is None) != (self.std is None):
-            raise UsageError("images are normalised by mean and std, and one of them is missing: give both or neither")
+            raise UsageError("images are normalized by mean and std, and one of them is missing: give both or neither")
         if self.std is not None and min(self.std) <= 0:
             raise UsageError(f"std is {tuple(self.std)}, and images are divided by it: each must be above 0")
 
@@ -149,10 +149,10 @@ class Pipeline:
         return all(type(transform) in get_args(_Any) for transform in self.transforms)
 
     @cached_property
-    def _normalise(self) -> Normalise | None:
+    def _normalize(self) -> Normalize | None:
         if self.mean is None or self.std is None:
             return None
-        return Normalise(mean=tuple(self.mean), std=tuple(self.std))
+        return Normalize(mean=tuple(self.mean), std=tuple(self.std))
 
     def train(
         self,
@@ -162,7 +162,7 @@ class Pipeline:
         seed: int,
         epoch: int,
         place: int,
-        indices: Places | Tensor,
+        indices: Positions | Tensor,
         blocks: Sequence[int] | None = None,
     ) -> tuple[Any, Tensor]:
         """Return a batch for training.
@@ -199,7 +199,7 @@ class Pipeline:
         return self._finished(images, inputs), targets
 
     def evaluate(self, inputs: Any) -> Any:
-        """Return inputs for evaluation: prepared and normalised."""
+        """Return inputs for evaluation: prepared and normalized."""
         return self._finished(self._prepared(inputs), inputs) if self._takes(inputs, self.prepare) else inputs
 
     def _takes(self, inputs: Any, transforms: Sequence[Augment | ImageTransform]) -> bool:
@@ -210,7 +210,7 @@ class Pipeline:
             and (inputs.dtype == torch.uint8 or inputs.is_floating_point())
         ):
             return True
-        names = [f"transform '{_name(transform)}'" for transform in transforms] + ["normalisation"] * (
+        names = [f"transform '{_name(transform)}'" for transform in transforms] + ["normalization"] * (
             self.mean is not None
         )
         if names:
@@ -226,8 +226,8 @@ class Pipeline:
         return images
 
     def _finished(self, images: Tensor, inputs: Tensor) -> Tensor:
-        """Return float32 images, normalised, in the memory format that the inputs have."""
-        images = as_floats(images) if self._normalise is None else self._normalise(images)
+        """Return float32 images, normalized, in the memory format that the inputs have."""
+        images = as_floats(images) if self._normalize is None else self._normalize(images)
         last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
         return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 

@@ -19,10 +19,10 @@ from torchrelay.settings import Settings
 Strength = Annotated[float, Field(ge=0, le=1)]
 
 
-class ColourJitter(Settings):
+class ColorJitter(Settings):
     """Change brightness, contrast, saturation and hue, in this order, each by a random amount."""
 
-    name: Literal["colour_jitter"] = "colour_jitter"
+    name: Literal["color_jitter"] = "color_jitter"
     brightness: Strength = 0.4
     """The factor is drawn from 1 - brightness to 1 + brightness."""
     contrast: Strength = 0.4
@@ -49,10 +49,10 @@ class ColourJitter(Settings):
         return like(found, images)
 
 
-class Normalise(Settings):
+class Normalize(Settings):
     """Shift and scale images by each channel's mean and standard deviation; the last step before the model."""
 
-    name: Literal["normalise"] = "normalise"
+    name: Literal["normalize"] = "normalize"
     mean: tuple[float, ...]
     """Of each channel, of images in [0, 1]."""
     std: tuple[Annotated[float, Field(gt=0)], ...]
