@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
+from benchmarks import __main__ as all_of_them
+from benchmarks import measure, memory, overhead, peers, pictures, startup
+from benchmarks.page import Goal, Spread, Table, sections
 
-from benchmarks import __main__ as all_of_them  # noqa: E402
-from benchmarks import measure, memory, overhead, peers, pictures, startup  # noqa: E402
-from benchmarks.page import Goal, Spread, Table, sections  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

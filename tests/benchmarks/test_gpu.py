@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
+from benchmarks import gpu, peers, records
+from benchmarks.page import Goal, Spread
+from benchmarks.records import Images, Run
+from torchrelay.data import batches as batches_module
 
-from benchmarks import gpu, peers, records  # noqa: E402
-from benchmarks.page import Goal, Spread  # noqa: E402
-from benchmarks.records import Images, Run  # noqa: E402
-
-from torchrelay.data import batches as batches_module  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 SMALL = gpu.Size(batch=2, images=8, warm=1, steps=2, traced=1, tiny=peers.WARM + 6, rounds=1)
 ON_CPU = ("device.name=cpu", "device.graph=false", "device.precision=float32", "data.batch_size=8")

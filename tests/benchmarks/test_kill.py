@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import kill
 
-from benchmarks import kill  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
+from benchmarks.scale import check, count, model
+from benchmarks.scale.model import leaving, messages, sent
+from torchrelay.distributed.replicas import add_neighbours
 
-from benchmarks.scale import check, count, model  # noqa: E402
-from benchmarks.scale.model import leaving, messages, sent  # noqa: E402
-
-from torchrelay.distributed.replicas import add_neighbours  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 ELEMENTS = 67  # a multiple of no number of processes here but 1 and 67
 

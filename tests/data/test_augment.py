@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
 from torchrelay.data import augment
-from torchrelay.data.augment import Augment, Draw, Pipeline, Prepare, colour, geometry, mixing, policies
+from torchrelay.data.augment import Augment, Draw, Pipeline, Prepare, color, geometry, mixing, policies
 from torchrelay.errors import UsageError
 from torchrelay.settings import Settings
 
@@ -301,10 +301,10 @@ def test_holes_are_as_likely_and_as_large_as_they_say():
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (colour.adjust_brightness, V.adjust_brightness),
-        (colour.adjust_contrast, V.adjust_contrast),
-        (colour.adjust_saturation, V.adjust_saturation),
-        (colour.adjust_sharpness, V.adjust_sharpness),
+        (color.adjust_brightness, V.adjust_brightness),
+        (color.adjust_contrast, V.adjust_contrast),
+        (color.adjust_saturation, V.adjust_saturation),
+        (color.adjust_sharpness, V.adjust_sharpness),
     ],
 )
 def test_blending_is_torchvisions(ours, theirs, factor):
@@ -318,28 +318,28 @@ def test_turning_the_hue_is_torchvisions(turn):
     images = photos(5) / 255.0
     images[0, :, :2] = 0.5  # grey
     images[0, 0, 2:4] = 1.0
-    found = colour.turn_hue(images, torch.full((5, 1, 1, 1), turn))
+    found = color.turn_hue(images, torch.full((5, 1, 1, 1), turn))
     assert torch.allclose(found, V.adjust_hue(images, turn), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_posterizing_is_torchvisions(bits):
     images = photos(5)
-    found = colour.posterize(images / 255.0, torch.full((5, 1, 1, 1), float(bits)))
+    found = color.posterize(images / 255.0, torch.full((5, 1, 1, 1), float(bits)))
     assert torch.equal((found * 255).round().to(torch.uint8), V.posterize(images, bits))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
 def test_solarizing_is_torchvisions(threshold):
     images = photos(5) / 255.0
-    found = colour.solarize(images, torch.full((5, 1, 1, 1), threshold))
+    found = color.solarize(images, torch.full((5, 1, 1, 1), threshold))
     assert torch.allclose(found, V.solarize(images, threshold), atol=1e-6)
 
 
 def test_auto_contrast_is_torchvisions():
     images = photos(5) / 255.0
     images[0, 1] = 0.25  # one colour stays
-    assert torch.allclose(colour.auto_contrast(images), V.autocontrast(images), atol=1e-6)
+    assert torch.allclose(color.auto_contrast(images), V.autocontrast(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [16, 40])
@@ -347,7 +347,7 @@ def test_equalizing_is_torchvisions(size):
     images = photos(5, size, size)
     images[0, 1] = 77
     images[1, :, 1:] = 77
-    found = colour.equalize(images / 255.0)
+    found = color.equalize(images / 255.0)
     assert torch.equal((found * 255).round().to(torch.uint8), V.equalize(images))
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked import fork
 from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
+from forked import fork
 from torchrelay import cli
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import fsdp_checks as shardable

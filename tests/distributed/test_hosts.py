@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks.hosts import hosts, why_not
 
+from benchmarks.hosts import hosts, why_not
 from torchrelay.checkpoint import format as checkpoint
 
 REASON = why_not()

@@ -109,7 +109,7 @@ def test_the_schema_is_one_by_which_an_editor_completes():
 
 def test_the_schema_in_the_docs_is_this_one():
     """`make docs` writes it."""
-    assert (Path(__file__).parent.parent / "docs" / "recipe.schema.json").read_text() == recipe.schema()
+    assert (Path(__file__).parents[2] / "docs" / "recipe.schema.json").read_text() == recipe.schema()
 
 
 def test_the_python_name_is_the_same_class():
