@@ -30,7 +30,7 @@ from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients
 from torchrelay.distributed.single import Strategy
 from torchrelay.errors import RelayError
-from torchrelay.models import EMA
+from torchrelay.models.ema import EMA
 
 
 class FSDP(Strategy):

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from torchrelay.device.device import Device
 from torchrelay.errors import UsageError
-from torchrelay.models import InitFromData
+from torchrelay.models.factory import InitFromData
 
 SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a message
 _LISTS = (nn.ModuleList, nn.ModuleDict)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torchrelay.distributed.process_group import ProcessGroup
-from torchrelay.models import EMA
+from torchrelay.models.ema import EMA
 
 
 def whole(tensor: Tensor) -> Tensor:

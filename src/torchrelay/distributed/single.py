@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.distributed.replicas import GradientTree, add_neighbours, give_gradients, take_gradients
-from torchrelay.models import EMA
+from torchrelay.models.ema import EMA
 
 
 class Strategy:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torchrelay import __version__, data, models
+from torchrelay import __version__, data
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.format import Contents
 from torchrelay.data.augment import Pipeline
@@ -23,6 +23,7 @@ from torchrelay.data.folder import decode_images
 from torchrelay.data.sources import ArraySource, Source
 from torchrelay.device.device import set_up
 from torchrelay.errors import RelayError, UsageError, nearest
+from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.task import (
@@ -80,7 +81,7 @@ def trainer(
     classes, channels, size = _shape(parts.train, recipe)
     torch.manual_seed(recipe.run.seed)
     chosen = recipe.model if fresh else recipe.model.model_copy(update={"pretrained": False})
-    model = models.build(chosen, classes=classes, channels=channels, image_size=size, code=code, log=say)
+    model = build_model(chosen, classes=classes, channels=channels, image_size=size, code=code, log=say)
 
     # 4. Device, 5. optimizer and schedule, 6. loss, 7. train and test
     patience = recipe.run.patience
@@ -131,7 +132,7 @@ class Predictor:
         self.batch_size = recipe.data.batch_size
         self.test_views = recipe.run.test_views
         self.device = set_up(recipe.device, recipe.run.exact)
-        model = models.build(
+        model = build_model(
             recipe.model.model_copy(update={"pretrained": False}),
             classes=len(self.classes),
             channels=self.shape[0],

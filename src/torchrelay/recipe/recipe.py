@@ -20,8 +20,9 @@ from torchrelay.data.settings import DataSettings
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import UsageError, nearest
-from torchrelay.models import ModelSettings
-from torchrelay.optim import SGD, Constant, OptimizerSettings, ScheduleSettings
+from torchrelay.models.factory import ModelSettings
+from torchrelay.optim.optimizers import SGD, OptimizerSettings
+from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.run.folder import RunSettings
 from torchrelay.settings import Settings
 from torchrelay.tasks.task import LossSettings

@@ -162,7 +162,7 @@ class Pictures(Callback):
 
     def _summarize(self, trainer: "Trainer", batch: "Batch") -> None:
         """Say what a model of one tensor costs, and write its table to model.txt."""
-        from torchrelay.models import summarize
+        from torchrelay.models.summary import summarize
 
         if trainer.run is None or not hasattr(batch.inputs, "shape"):
             return

@@ -16,7 +16,8 @@ from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.models import EMA, InitFromData
+from torchrelay.models.ema import EMA
+from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import Run
 from torchrelay.run.terminal import Counters, metric

@@ -35,9 +35,10 @@ from torchrelay.distributed.process_group import join
 from torchrelay.distributed.replicas import Buffers, GradientTree, ParallelSettings, replicas_of
 from torchrelay.distributed.strategy import share
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.models import EMA
-from torchrelay.optim import SGD, Constant, Schedule, ScheduleSettings
+from torchrelay.models.ema import EMA
 from torchrelay.optim.groups import clear_gradients
+from torchrelay.optim.optimizers import SGD
+from torchrelay.optim.schedules import Constant, Schedule, ScheduleSettings
 from torchrelay.run import identity
 from torchrelay.run.folder import Run, RunSettings, SaveSchedule, Stopwatch
 from torchrelay.run.terminal import Terminal

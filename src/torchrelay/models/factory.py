@@ -1,0 +1,185 @@
+"""Step 3: the model: built by name, its weights loaded, its frozen parameters set.
+
+A name is looked up in the user's own file (`--code`), among our own networks (`small`), in torchvision and in timm, in
+this order; "timm/NAME" asks timm alone. Importing this package imports neither library.
+"""
+
+import fnmatch
+import importlib.util
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+import pydantic
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchrelay.errors import RelayError, UsageError, nearest
+from torchrelay.models.library import build_timm, build_torchvision, timm_names, torchvision_names
+from torchrelay.models.small import NETWORKS
+from torchrelay.models.weights import SUFFIXES, Log, load_weights
+from torchrelay.settings import Settings
+
+
+class ModelSettings(Settings):
+    """Which model, from which weights, and what of it is trained."""
+
+    name: str = "resnet18-small"
+    """Ours (mlp, small-cnn, resnet18-small, fast-cnn, char-lm), one of torchvision's, timm/NAME, or one in --code."""
+    pretrained: bool | str = False
+    """true: the library's own weights; their name, such as "IMAGENET1K_V2"; or a .safetensors, .pt or .pth file."""
+    new_head: bool = False
+    """Start with a new last layer, whatever the weights hold for it; a file of other classes needs it said."""
+    freeze: list[str] = Field(default_factory=list)
+    """Patterns of parameter names to hold fixed: ["layer1.*"]; "!" lets go again: ["*", "!fc.*"] trains the head."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the model, such as options.widths = [32, 64, 64]."""
+    ema: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Evaluate an exponential moving average of the weights with this decay, such as 0.999; 0: off."""
+
+
+@runtime_checkable
+class InitFromData(Protocol):
+    """A model that wants to see training images before the first step of a run."""
+
+    def init_from(self, images: Tensor) -> None:
+        """Set initial weights from normalized training images (samples, channels, height, width)."""
+
+
+def build(
+    settings: ModelSettings,
+    *,
+    classes: int,
+    channels: int = 3,
+    image_size: int | None = None,
+    code: ModuleType | None = None,
+    log: Log,
+) -> nn.Module:
+    """Build the model of a recipe, on the CPU. Initial weights come from PyTorch's global generator: seed it first.
+
+    Args:
+        settings: what the recipe asks for.
+        classes: outputs: classes, labels, numbers, or the size of the vocabulary.
+        channels: of the images, or the number of features.
+        image_size: height and width of the images; None if the data are none or have no one size.
+        code: the user's own file, imported; its model classes, and functions that build a model, may be named.
+        log: is told what was loaded, replaced and frozen.
+
+    Raises:
+        UsageError: no such model, option or pattern.
+        RelayError: the weights can't be had or don't fit.
+    """
+    pretrained = settings.pretrained
+    file = pretrained if isinstance(pretrained, str) and (pretrained.endswith(SUFFIXES) or "/" in pretrained) else None
+    facts = {"classes": classes, "channels": channels, "image_size": image_size}
+    if own := _from_code(settings.name, code):
+        model = _call(settings, own, facts | {"num_classes": classes})
+    elif settings.name in NETWORKS:
+        model = _call(settings, pydantic.validate_call(NETWORKS[settings.name]), facts)
+    else:
+        build_named, name = _from_library(settings.name, code)
+        model = build_named(
+            name,
+            classes=classes,
+            channels=channels,
+            image_size=image_size,
+            pretrained=False if file else pretrained,
+            new_head=settings.new_head,
+            options=settings.options,
+            log=log,
+        )
+        pretrained = file or False  # what the library itself has is loaded
+    if file:
+        load_weights(model, file, settings.new_head, log)
+    elif pretrained:
+        raise UsageError(f"model '{settings.name}' has no weights of its own: set model.pretrained to a file, or false")
+    if settings.freeze:
+        log(freeze(model, settings.freeze))
+    return model
+
+
+def names() -> dict[str, list[str]]:
+    """Return the names of the models that ship or are installed, by family. It imports torchvision and timm."""
+    return {"torchrelay": list(NETWORKS), "torchvision": torchvision_names(), "timm": timm_names()}
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> str:
+    """Hold the parameters fixed whose names match, and return a line for the log.
+
+    A frozen layer's BatchNorm statistics still follow the data; only what is learnt by gradient is held.
+
+    Args:
+        model: it is changed in place.
+        patterns: shell patterns, applied in their order; one that begins with "!" lets its parameters go again.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(parameters, pattern.removeprefix("!"))
+        if not matching:
+            raise UsageError(f"model.freeze '{pattern}' matches no parameter{nearest(pattern, parameters)}")
+        for name in matching:
+            parameters[name].requires_grad_(pattern.startswith("!"))
+    frozen = [value for value in parameters.values() if not value.requires_grad]
+    if len(frozen) == len(parameters):
+        raise UsageError('model.freeze leaves nothing to train: let some go again with "!", such as "!fc.*"')
+    count = sum(value.numel() for value in frozen)
+    return f"{len(frozen)} of {len(parameters)} parameters are frozen ({count:,} numbers)"
+
+
+def _from_code(name: str, code: ModuleType | None) -> Callable[..., Any] | None:
+    """Return the model class or builder function of that name in the user's file.
+
+    A function must be written there: a recipe may not reach what the file merely imports, such as `os.system`.
+    """
+    found = vars(code).get(name) if code else None
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return found
+    if code and inspect.isfunction(found) and found.__module__ == code.__name__:
+        return found
+    return None
+
+
+def _from_library(name: str, code: ModuleType | None) -> tuple[Callable[..., nn.Module], str]:
+    """Return the builder that knows a name, and the name as it knows it."""
+    plain = name.removeprefix("timm/")
+    if plain == name and name in torchvision_names():
+        return build_torchvision, name
+    if plain != name and importlib.util.find_spec("timm") is None:
+        raise UsageError(f"model '{name}' needs timm, which isn't installed: pip install 'torchrelay[timm]'")
+    in_timm = timm_names()
+    if plain.partition(".")[0] in in_timm:
+        return build_timm, plain
+    if plain != name:
+        raise UsageError(f"timm has no model '{plain}'{nearest(plain, in_timm)}")
+    own = [key for key in vars(code) if _from_code(key, code)] if code else []
+    hint = nearest(name, [*own, *NETWORKS, *torchvision_names(), *in_timm])
+    more = "" if in_timm else "; timm's models need pip install 'torchrelay[timm]'"
+    raise UsageError(f"there is no model '{name}'{hint}{more}")
+
+
+def _call(settings: ModelSettings, builder: Callable[..., Any], facts: dict[str, Any]) -> nn.Module:
+    """Call a builder with those facts about the data that it takes, and with the recipe's options."""
+    name, options = settings.name, settings.options
+    if inspect.isclass(builder) and builder.__init__ is nn.Module.__init__:
+        signature = inspect.Signature()  # its own says that it takes anything, and it takes nothing
+    else:
+        signature = inspect.signature(builder)
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for option in options:
+        if not anything and option not in signature.parameters:
+            raise UsageError(f"model '{name}' has no option '{option}'{nearest(option, signature.parameters)}")
+    keywords = {key: value for key, value in facts.items() if key in signature.parameters} | options
+    try:
+        signature.bind(**keywords)
+    except TypeError as error:
+        raise UsageError(f"model '{name}' needs more than it is given ({error}): set it in model.options") from error
+    try:
+        model = builder(**keywords)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"model.options.{place} of '{name}' is wrong: {first['msg']}") from error
+    if not isinstance(model, nn.Module):
+        raise RelayError(f"'{name}' returned {type(model).__name__}, not a torch.nn.Module")
+    return model
