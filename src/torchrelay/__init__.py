@@ -13,15 +13,15 @@ _HOME = {
     "RunSettings": "torchrelay.run.folder",
     "Recipe": "torchrelay.recipe.recipe",
     "Task": "torchrelay.tasks.task",
-    "Classification": "torchrelay.tasks.task",
-    "MultiLabel": "torchrelay.tasks.task",
-    "Regression": "torchrelay.tasks.task",
-    "NextToken": "torchrelay.tasks.task",
+    "Classification": "torchrelay.tasks.classification",
+    "MultiLabel": "torchrelay.tasks.multilabel",
+    "Regression": "torchrelay.tasks.regression",
+    "NextToken": "torchrelay.tasks.next_token",
     "Callback": "torchrelay.train.callbacks",
     "EarlyStopping": "torchrelay.train.callbacks",
     "RelayError": "torchrelay.errors",
 }
-_MODULES = ("augment", "data", "models", "optim")
+_MODULES = ("augment", "data", "models", "optim", "tasks")
 __all__ = [
     "Callback",
     "Classification",
@@ -39,15 +39,20 @@ __all__ = [
     "data",
     "models",
     "optim",
+    "tasks",
 ]
 
 if TYPE_CHECKING:
-    from torchrelay import data, models, optim
+    from torchrelay import data, models, optim, tasks
     from torchrelay.data import augment
     from torchrelay.errors import RelayError
     from torchrelay.recipe.recipe import Recipe
     from torchrelay.run.folder import RunSettings
-    from torchrelay.tasks.task import Classification, MultiLabel, NextToken, Regression, Task
+    from torchrelay.tasks.classification import Classification
+    from torchrelay.tasks.multilabel import MultiLabel
+    from torchrelay.tasks.next_token import NextToken
+    from torchrelay.tasks.regression import Regression
+    from torchrelay.tasks.task import Task
     from torchrelay.train.callbacks import Callback, EarlyStopping
     from torchrelay.train.trainer import Trainer
 

@@ -23,7 +23,7 @@ from torchrelay.errors import RelayError
 from torchrelay.report import plots as report
 from torchrelay.run.folder import RunSettings
 from torchrelay.run.terminal import Terminal
-from torchrelay.tasks.task import Classification
+from torchrelay.tasks.classification import Classification
 from torchrelay.train.callbacks import Pictures
 from torchrelay.train.signals import Interrupted
 

@@ -16,7 +16,8 @@ import torchrelay as tr
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError
-from torchrelay.tasks.task import MultiLabel, Regression
+from torchrelay.tasks.multilabel import MultiLabel
+from torchrelay.tasks.regression import Regression
 
 # A dataset whose transform draws from all three generators, and what makes it fail, by variables of the environment.
 CODE = """

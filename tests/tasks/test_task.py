@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.tasks.task import balanced_weights
+from torchrelay.tasks.classification import balanced_weights
 
 
 @pytest.fixture

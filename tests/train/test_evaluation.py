@@ -13,7 +13,7 @@ from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
 from torchrelay.report import plots as report
 from torchrelay.run.folder import RunSettings
-from torchrelay.tasks.task import Classification
+from torchrelay.tasks.classification import Classification
 from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
 
 

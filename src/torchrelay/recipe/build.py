@@ -26,15 +26,11 @@ from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
-from torchrelay.tasks.task import (
-    Classification,
-    LossSettings,
-    MultiLabel,
-    NextToken,
-    Regression,
-    Task,
-    balanced_weights,
-)
+from torchrelay.tasks.classification import Classification, balanced_weights
+from torchrelay.tasks.multilabel import MultiLabel
+from torchrelay.tasks.next_token import NextToken
+from torchrelay.tasks.regression import Regression
+from torchrelay.tasks.task import LossSettings, Task
 from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.evaluation import predict
 from torchrelay.train.trainer import Trainer

@@ -42,8 +42,9 @@ from torchrelay.optim.schedules import Constant, Schedule, ScheduleSettings
 from torchrelay.run import identity
 from torchrelay.run.folder import Run, RunSettings, SaveSchedule, Stopwatch
 from torchrelay.run.terminal import Terminal
+from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.targets import explain
-from torchrelay.tasks.task import Classification, Task
+from torchrelay.tasks.task import Task
 from torchrelay.train.backward import backward_from_mean, mean_loss
 from torchrelay.train.callbacks import Callback, Pictures, StepLog, epoch_text
 from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict

@@ -1,0 +1,72 @@
+"""Step 6: any number of labels a sample."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrelay.errors import RelayError
+from torchrelay.tasks.targets import TargetError
+from torchrelay.tasks.task import Task
+
+
+class MultiLabel(Task):
+    """Any number of labels a sample: binary cross entropy, meant over samples and labels.
+
+    Args:
+        positive_weights: (labels,) how much a positive of each label counts against its negatives.
+        labels: how many there are; needed for the F1 score and set by the trainer where it knows them.
+    """
+
+    headline = "f1"
+    higher_is_better = True
+    percent = True
+
+    def __init__(self, positive_weights: Tensor | None = None, labels: int | None = None) -> None:
+        self.positive_weights = positive_weights
+        self.classes = labels  # the name by which the trainer sets it
+
+    def check(self, targets: Tensor, name: str) -> None:  # noqa: ARG002 - as in `Task`
+        """Refuse targets that don't lie between 0 and 1."""
+        wrong = targets[(targets < 0) | (targets > 1)]
+        if len(wrong):
+            raise TargetError("each label is there (1) or not (0): mend it", wrong[0].item())
+
+    def weight(self, targets: Tensor) -> float:
+        """Return the number of samples times the number of labels."""
+        return float(targets.numel())
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed binary cross entropy of (batch, labels) logits and 0/1 targets."""
+        if outputs.shape != targets.shape:
+            raise TargetError(
+                f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal"
+            )
+        weights = None if self.positive_weights is None else self.positive_weights.to(outputs.device)
+        return F.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="sum", pos_weight=weights
+        )
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return how many labels were right."""
+        return {"accuracy": ((outputs > 0) == (targets > 0.5)).sum()}
+
+    def count(self, targets: Tensor) -> int:
+        """Return the number of labels judged."""
+        return targets.numel()
+
+    def metrics(self) -> Mapping[str, Any]:
+        """Return the F1 score over all labels and each label's."""
+        from torchmetrics.classification import MultilabelF1Score
+
+        if self.classes is None:
+            raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
+        return {
+            "f1": MultilabelF1Score(self.classes, average="micro"),
+            "f1_by_label": MultilabelF1Score(self.classes, average="none"),
+        }
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return (batch, labels) probabilities."""
+        return outputs.float().sigmoid()
