@@ -5,7 +5,10 @@ its code; it shows a traceback only on `--debug`. From Python it is an ordinary 
 """
 
 import difflib
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class RelayError(Exception):
@@ -24,3 +27,34 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name most like `name`, or an empty string if none is like it."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
+    """Warn that something public has a new name. The old one is accepted for one release.
+
+    Args:
+        old: the name that was used, such as "data.normalise".
+        new: the name to use from now on.
+        stacklevel: as in `warnings.warn`, counted from the caller.
+    """
+    message = f"{old} has been renamed to {new}; the old name will be removed in the next release"
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+
+
+def renamed(module: str, new_names: dict[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module in which public names have changed.
+
+    In the module: `__getattr__ = renamed(__name__, {"summarise": "summarize"})`.
+
+    Args:
+        module: its `__name__`.
+        new_names: the new name of each old one.
+    """
+
+    def get(name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"module '{module}' has no attribute '{name}'")
+        warn_renamed(f"{module}.{name}", f"{module}.{new_names[name]}")
+        return getattr(sys.modules[module], new_names[name])
+
+    return get

@@ -1,5 +1,6 @@
 """Step 3: the model: built by name, its weights loaded, its frozen parameters set."""
 
+from torchrelay.errors import renamed
 from torchrelay.models.ema import EMA
 from torchrelay.models.factory import InitFromData, ModelSettings, build, freeze, names
 from torchrelay.models.summary import Summary, summarize
@@ -16,3 +17,5 @@ __all__ = [
     "names",
     "summarize",
 ]
+
+__getattr__ = renamed(__name__, {"summarise": "summarize"})
