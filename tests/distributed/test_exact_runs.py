@@ -196,16 +196,16 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_row_18_two_processes_leave_the_files_of_one(runs, same_runs, name):
+def test_two_processes_write_the_same_files_as_one(runs, same_runs, name):
     same_runs(runs / "2" / name, runs / "1" / name)
 
 
 @pytest.mark.parametrize("processes", ["4", "8", "hosts"])
-def test_row_18_more_processes_leave_the_files_of_one(runs, same_runs, processes):
+def test_more_processes_and_hosts_write_the_same_files_as_one(runs, same_runs, processes):
     same_runs(runs / processes / "adamw", runs / "1" / "adamw")
 
 
-def test_row_18_a_run_moves_inside_an_epoch_from_four_processes_to_one_to_two(runs, same_runs):
+def test_a_run_moves_within_an_epoch_from_four_processes_to_one_to_two(runs, same_runs):
     same_runs(runs / "4 to 1 to 2", runs / "1" / "adamw")
     log = (runs / "4 to 1 to 2" / "log.txt").read_text()
     assert f"going on after step {STEPS + 3}" in log, "all have agreed on the step after the signal's"

@@ -61,7 +61,7 @@ def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, 
 
 
 @pytest.mark.slow
-def test_row_14_a_host_dies_and_the_other_goes_on_to_the_same_bytes(tmp_path, same_runs, undisturbed):
+def test_a_run_resumes_on_the_remaining_host_to_the_same_bytes_after_the_other_dies(tmp_path, same_runs, undisturbed):
     """It dies as from a power cut: the other one isn't told."""
     run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
     with hosts(2) as (first, second):

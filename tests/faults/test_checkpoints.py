@@ -114,18 +114,18 @@ def write_and_die(server, tmp_path: Path, before: list[tuple[int, int]], now: tu
     return found
 
 
-def test_row_02_a_kill_between_any_two_calls_leaves_the_old_or_the_new(server, tmp_path):
+def test_a_kill_between_any_two_steps_of_a_save_leaves_the_old_or_the_new_checkpoint(server, tmp_path):
     assert write_and_die(server, tmp_path, [(1, 1)], (2, 2), keep=2) == {1, 2}
 
 
-def test_row_02_a_kill_while_earlier_ones_are_deleted_leaves_the_old_or_the_new(server, tmp_path):
+def test_a_kill_while_old_checkpoints_are_deleted_leaves_one_that_loads(server, tmp_path):
     assert write_and_die(server, tmp_path, [(1, 1), (2, 2), (3, 3)], (4, 4), keep=1) == {3, 4}
 
 
 # ------------------------------------------------------------------------------------------------ 3, 4, 5: damaged
 
 
-def test_row_03_the_newest_truncated_the_one_before_is_used(cli, run, runs, same_runs):
+def test_a_truncated_checkpoint_is_skipped_with_a_warning_for_the_one_before(cli, run, runs, same_runs):
     newest = checkpoint.whole(run / "checkpoints")[-1]
     truncate(newest / "model.safetensors")
     done = going_on(cli, run)
@@ -135,7 +135,7 @@ def test_row_03_the_newest_truncated_the_one_before_is_used(cli, run, runs, same
     same_runs(run, runs[1])
 
 
-def test_row_04_one_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_runs):
+def test_a_flipped_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_runs):
     newest = checkpoint.whole(run / "checkpoints")[-1]
     flip(newest / "state.safetensors", -5)
     done = going_on(cli, run)
@@ -144,7 +144,7 @@ def test_row_04_one_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_
     same_runs(run, runs[1])
 
 
-def test_row_05_every_checkpoint_damaged_is_an_error_that_lists_each(cli, one_line, run):
+def test_an_error_lists_every_checkpoint_if_all_are_damaged(cli, one_line, run):
     paths = checkpoint.whole(run / "checkpoints")
     assert len(paths) > 2
     for path in paths:
@@ -162,7 +162,7 @@ def test_row_05_every_checkpoint_damaged_is_an_error_that_lists_each(cli, one_li
 # ------------------------------------------------------------------------------------------------ 6: no manifest
 
 
-def test_row_06_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(cli, run, runs, same_runs):
+def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(cli, run, runs, same_runs):
     checkpoints = run / "checkpoints"
     newest = checkpoint.whole(checkpoints)[-1]
     (newest / "manifest.json").unlink()
@@ -190,7 +190,7 @@ sys.exit(cli.main())
 """
 
 
-def test_row_23_with_the_clock_set_back_the_highest_step_counts(start, run, runs, same_runs, tmp_path):
+def test_the_highest_step_is_resumed_even_if_the_clock_was_set_back(start, run, runs, same_runs, tmp_path):
     for age, path in enumerate(checkpoint.whole(run / "checkpoints")):
         for file in (*path.iterdir(), path):
             os.utime(file, (time.time() - age * 86_400,) * 2)  # the newest looks oldest
@@ -213,7 +213,7 @@ def relabel(path: Path, number: int) -> None:
 
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
-def test_row_36_checkpoints_of_a_later_release_are_refused_by_name(cli, one_line, run, command):
+def test_a_checkpoint_of_a_later_release_is_refused_by_its_version(cli, one_line, run, command):
     for path in checkpoint.whole(run / "checkpoints"):
         relabel(path, checkpoint.FORMAT + 1)
     done = cli(command, run)
@@ -221,18 +221,18 @@ def test_row_36_checkpoints_of_a_later_release_are_refused_by_name(cli, one_line
     assert len(checkpoint.whole(run / "checkpoints")) > 2
 
 
-def test_row_36_a_checkpoint_of_this_release_says_its_format_and_loads(run):
+def test_a_checkpoint_of_this_release_states_its_format_and_loads(run):
     for path in checkpoint.whole(run / "checkpoints"):
         assert json.loads((path / "manifest.json").read_text())["format"] == checkpoint.FORMAT == 1
         checkpoint.read(path)
 
 
-def test_row_02_a_kill_while_the_same_step_is_written_again_leaves_the_old_or_the_new(server, tmp_path):
+def test_a_kill_while_a_step_is_saved_again_leaves_the_old_or_the_new_checkpoint(server, tmp_path):
     """As a run does that is resumed and stopped before its first step; there may be no other checkpoint."""
     assert write_and_die(server, tmp_path, [(3, 3)], (3, 4), keep=1) == {3, 4}
 
 
-def test_row_03_a_truncated_manifest_is_a_truncated_checkpoint(cli, run, runs, same_runs):
+def test_a_checkpoint_with_a_truncated_manifest_is_skipped_with_a_warning(cli, run, runs, same_runs):
     newest = checkpoint.whole(run / "checkpoints")[-1]
     truncate(newest / "manifest.json")
     assert cli("evaluate", run).returncode == 0
@@ -242,7 +242,7 @@ def test_row_03_a_truncated_manifest_is_a_truncated_checkpoint(cli, run, runs, s
     same_runs(run, runs[1])
 
 
-def test_row_04_any_bit_of_a_manifest_is_noticed(tmp_path):
+def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path):
     """What it says of the step, the score and the files is trusted by everything else."""
     for step in (1, 2):
         checkpoint.write(
@@ -263,7 +263,7 @@ def test_row_04_any_bit_of_a_manifest_is_noticed(tmp_path):
         manifest.write_bytes(whole)
 
 
-def test_row_36_a_later_release_is_not_taken_for_damage(cli, one_line, run):
+def test_a_checkpoint_of_a_later_release_is_not_taken_for_a_damaged_one(cli, one_line, run):
     """Going on from the checkpoint before would throw away, in the end, what the later release has done."""
     newest = checkpoint.whole(run / "checkpoints")[-1]
     relabel(newest, checkpoint.FORMAT + 1)

@@ -136,7 +136,7 @@ def rewrite(saved: Path, name: str, content: bytes) -> None:
 # ------------------------------------------------------------------------------------------------ 19: workers
 
 
-def test_row_19_workers_may_change_at_every_stop(cli, code, tmp_path, same_runs):
+def test_the_number_of_workers_may_change_at_every_resume(cli, code, tmp_path, same_runs):
     settings = (*SETTINGS, "loss.name=Stopped", "run.epochs=5")
     done = cli("train", "digits", "--run", "undisturbed", "--code", code, sets=(*settings, "data.workers=0"))
     assert done.returncode == 0, done.stderr
@@ -161,7 +161,7 @@ def digits_run(cli) -> str:
     return "run"
 
 
-def test_row_21_changes_that_break_exactness_are_shown_and_refused(cli, one_line, tmp_path, digits_run):
+def test_recipe_changes_that_break_exactness_are_shown_and_refused(cli, one_line, tmp_path, digits_run):
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
     recipe = (tmp_path / "run" / "recipe.toml").read_text()
     for changes, shown in (
@@ -179,7 +179,7 @@ def test_row_21_changes_that_break_exactness_are_shown_and_refused(cli, one_line
     assert (tmp_path / "run" / "recipe.toml").read_text() == recipe
 
 
-def test_row_21_what_may_change_is_shown_and_the_rest_on_a_word(cli, one_line, digits_run):
+def test_recipe_changes_are_shown_and_break_exactness_only_if_accepted(cli, one_line, digits_run):
     done = cli("resume", digits_run, sets=["run.max_steps=5", "checkpoint.keep=3"])
     assert done.returncode == 0, done.stderr
     assert "changed: run.max_steps was 3 and is 5" in done.stdout
@@ -192,7 +192,7 @@ def test_row_21_what_may_change_is_shown_and_the_rest_on_a_word(cli, one_line, d
     assert done.returncode == 0, "the accepted recipe is the run's own now"
 
 
-def test_row_22_another_thread_count_torch_or_device_is_a_warning(cli, tmp_path, digits_run):
+def test_another_thread_count_torch_version_or_device_is_a_warning(cli, tmp_path, digits_run):
     (saved,) = (path for path in checkpoint.whole(tmp_path / "run" / "checkpoints") if path.name.endswith("3"))
     state = json.loads((saved / "state.json").read_text())
     state["identity"] |= {"torch": "2.11.0+elsewhere", "device": "NVIDIA H100"}
@@ -239,14 +239,14 @@ def cut(path: Path) -> Path:
     return path
 
 
-def test_row_24_a_corrupt_image_is_named_with_its_path(cli, one_line, photos, tmp_path):
+def test_a_corrupt_image_is_an_error_with_its_path(cli, one_line, photos, tmp_path):
     cut(photos / "train" / "cat" / "4.png")
     done = cli("train", "image-folder", "--run", "run", sets=PHOTOS)
     one_line(done, "photos/train/cat/4.png can't be read as an image", "repair or remove it, or set data.on_error=skip")
     assert not (tmp_path / "run").exists()
 
 
-def test_row_24_skipped_images_are_counted_and_logged_and_the_same_every_time(cli, photos, tmp_path, same_runs):
+def test_skipped_images_are_counted_logged_and_replaced_the_same_way_every_time(cli, photos, tmp_path, same_runs):
     cut(photos / "train" / "cat" / "4.png")
     cut(photos / "train" / "dog" / "13.png")
     runs = {"decoded": "true", "cached": "true", "uncached": "false"}
@@ -261,7 +261,7 @@ def test_row_24_skipped_images_are_counted_and_logged_and_the_same_every_time(cl
     same_runs(tmp_path / "decoded", tmp_path / "uncached")
 
 
-def test_row_24_more_than_the_ceiling_is_an_error(cli, one_line, photos):
+def test_more_corrupt_images_than_the_limit_are_an_error(cli, one_line, photos):
     for name in ("4", "8", "12"):
         cut(photos / "train" / "cat" / f"{name}.png")
     done = cli("train", "image-folder", "--run", "r", sets=(*PHOTOS, "data.on_error=skip", "data.max_errors=2"))
@@ -291,7 +291,7 @@ def untested(photos: Path) -> str:
 
 
 @pytest.mark.parametrize("fault", [emptied, without_images, without_classes, untested])
-def test_row_25_a_folder_without_images_is_named_before_training(cli, one_line, photos, tmp_path, fault):
+def test_a_folder_without_images_is_named_before_training(cli, one_line, photos, tmp_path, fault):
     text = fault(photos)
     one_line(cli("train", "image-folder", "--run", "run", sets=PHOTOS), text, ": ")
     assert not (tmp_path / "run").exists()
@@ -403,14 +403,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("data", "how", "says"), FAULTS.values(), ids=FAULTS.keys())
-def test_row_26_what_can_not_be_learnt_is_named_with_its_sample(quiet, data, how, says):
+def test_an_invalid_target_or_input_is_named_with_its_sample(quiet, data, how, says):
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
     with pytest.raises(RelayError, match=says) as found:
         tr.Trainer(model, data(), epochs=1, batch_size=8, terminal=quiet, **how).fit()
     assert "\n" not in str(found.value)
 
 
-def test_row_26_a_wrong_label_of_the_test_data_is_named_before_training_or_at_the_evaluation(quiet):
+def test_an_invalid_test_label_is_named_before_training_or_at_the_evaluation(quiet):
     model = nn.Linear(6, 3)
     with pytest.raises(RelayError, match=r"arrays \(evaluation\): sample 40 has label -1"):
         tr.Trainer(model, arrays(LABELS), arrays([*LABELS, -1]), terminal=quiet)
@@ -419,7 +419,7 @@ def test_row_26_a_wrong_label_of_the_test_data_is_named_before_training_or_at_th
         trainer.evaluate()
 
 
-def test_row_26_right_targets_of_every_kind_are_learnt(quiet):
+def test_valid_targets_of_every_kind_are_accepted(quiet):
     sources = {
         "classes": arrays(LABELS, classes=NAMES),
         "more outputs than labels": arrays([0, 1] * 20),
@@ -441,7 +441,7 @@ def test_row_26_right_targets_of_every_kind_are_learnt(quiet):
         (["data.options.kind=Rows", "model.options.outputs=2"], "label 2: the 2 classes are 0 to 1: mend the label"),
     ],
 )
-def test_row_26_a_wrong_label_ends_a_run_with_one_line(cli, one_line, code, tmp_path, settings, says):
+def test_an_invalid_label_ends_a_run_with_a_one_line_error(cli, one_line, code, tmp_path, settings, says):
     done = cli("train", "digits", "--run", "run", "--code", code, "--quiet", sets=(*SETTINGS, *settings))
     one_line(done, says)
     assert readable(tmp_path / "run") == [0]
@@ -451,7 +451,7 @@ def test_row_26_a_wrong_label_ends_a_run_with_one_line(cli, one_line, code, tmp_
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @pytest.mark.parametrize("kind", ["array, named", "array", "array, negative", "dataset, workers", "too few outputs"])
-def test_row_26_a_gpu_never_sees_a_label_out_of_range(quiet, kind):
+def test_a_label_out_of_range_is_refused_before_it_reaches_a_gpu(quiet, kind):
     data, how, says = FAULTS[kind]
     with pytest.raises(RelayError, match=says):
         tr.Trainer(nn.Linear(6, 3), data(), epochs=1, batch_size=8, terminal=quiet, device="cuda", **how).fit()
@@ -461,7 +461,7 @@ def test_row_26_a_gpu_never_sees_a_label_out_of_range(quiet, kind):
 # ------------------------------------------------------------------------------------------------ 33, 34: workers
 
 
-def test_row_33_a_killed_worker_is_named_within_15_seconds(cli, one_line, code, tmp_path):
+def test_a_killed_loader_worker_is_named_within_15_seconds(cli, one_line, code, tmp_path):
     sets = (*SETTINGS, "data.options.kind=Killed", "data.workers=2")
     began = time.monotonic()
     done = cli("train", "digits", "--run", "run", "--code", code, "--quiet", sets=sets)
@@ -472,7 +472,7 @@ def test_row_33_a_killed_worker_is_named_within_15_seconds(cli, one_line, code, 
     assert readable(tmp_path / "run") == [0]
 
 
-def test_row_34_too_little_shared_memory_is_an_error_with_the_remedy(namespace, one_line, code, tmp_path):
+def test_too_little_shared_memory_is_an_error_with_the_remedy(namespace, one_line, code, tmp_path):
     sets = (*SETTINGS, "data.options.kind=Wide", "model.options.width=200000", "data.workers=2")
     namespace.shell("mount -t tmpfs -o size=4m tmpfs /dev/shm")
     try:
@@ -486,7 +486,7 @@ def test_row_34_too_little_shared_memory_is_an_error_with_the_remedy(namespace, 
 # ------------------------------------------------------------------------------------------------ 39: memory
 
 
-def test_row_39_no_memory_left_is_an_error_with_the_batch_size_and_what_to_try(cli, one_line, code, tmp_path):
+def test_out_of_memory_is_an_error_with_the_batch_size_and_the_remedies(cli, one_line, code, tmp_path):
     sets = ("model.name=Hungry", "data.batch_size=16")
     done = cli("train", "digits", "--run", "run", "--code", code, "--quiet", sets=(*SETTINGS, *sets))
     one_line(
@@ -506,7 +506,7 @@ def test_row_39_no_memory_left_is_an_error_with_the_batch_size_and_what_to_try(c
 @pytest.mark.gpu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_row_39_a_gpu_without_memory_says_the_same(quiet):
+def test_out_of_gpu_memory_is_an_error_with_the_batch_size_and_the_remedies(quiet):
     class Hungry(nn.Linear):
         def forward(self, x):
             torch.empty(2**50, device=x.device)

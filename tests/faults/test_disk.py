@@ -27,7 +27,7 @@ def disk(namespace, tmp_path):
     return make
 
 
-def test_row_07_a_full_disk_names_what_is_needed_and_the_run_goes_on_once_there_is_room(
+def test_a_full_disk_is_an_error_with_the_bytes_needed_and_the_run_resumes_once_there_is_room(
     namespace, disk, cli, one_line, tmp_path, same_runs
 ):
     settings = ("run.epochs=3",)
@@ -51,7 +51,7 @@ def test_row_07_a_full_disk_names_what_is_needed_and_the_run_goes_on_once_there_
 
 
 @pytest.mark.parametrize("size", [24, 270])
-def test_row_07_a_disk_that_is_full_at_another_moment_is_one_line_too(namespace, disk, one_line, tmp_path, size):
+def test_a_disk_that_fills_up_at_another_moment_is_a_one_line_error(namespace, disk, one_line, tmp_path, size):
     """While the first checkpoint, TensorBoard's files or what the model costs is written."""
     run = disk(size) / "run"
     done = namespace.server.start("train", "digits", "--run", run, folder=tmp_path, sets=("run.epochs=2",)).done()
@@ -60,7 +60,7 @@ def test_row_07_a_disk_that_is_full_at_another_moment_is_one_line_too(namespace,
     assert checkpoint.whole(namespace.seen(run / "checkpoints")) == [] or size == 270
 
 
-def test_row_07_charts_that_find_no_room_are_no_reason_to_end_a_run(namespace, cli, tmp_path):
+def test_plots_that_cannot_be_written_do_not_end_a_run(namespace, cli, tmp_path):
     """TensorBoard's folder is on a full disk of its own; a resume with room draws all charts."""
     sets = ("run.epochs=2", "run.max_steps=23")
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_row_07_charts_that_find_no_room_are_no_reason_to_end_a_run(namespace, c
 # ------------------------------------------------------------------------------------------------ 8: read-only
 
 
-def test_row_08_a_run_folder_that_is_read_only_is_an_error_before_the_first_step(namespace, cli, one_line, tmp_path):
+def test_a_read_only_run_folder_is_an_error_before_the_first_step(namespace, cli, one_line, tmp_path):
     """To start or to go on; evaluating and predicting only read."""
     folder = tmp_path / "fixed"
     folder.mkdir()
@@ -105,7 +105,7 @@ NAMES = ['zwei Wörter, Ж "quoted" $HOME', "--it's a\nline break"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_row_35_any_name_of_a_folder_or_a_file_works_throughout(cli, tmp_path, name):
+def test_blanks_unicode_and_newlines_in_paths_work(cli, tmp_path, name):
     """From training to predicting; the line that says how to go on can be pasted."""
     data, run = tmp_path / f"data {name}", tmp_path / f"run {name}"
     train, test = tr.data.digits()

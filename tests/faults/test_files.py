@@ -1,4 +1,4 @@
-"""Row 20: a file of the dataset added, removed or edited between a stop and its resume."""
+"""A file of the dataset that is added, removed or edited between a stop and its resume."""
 
 import shutil
 from pathlib import Path
@@ -51,7 +51,7 @@ def edited(photos: Path) -> str:
 
 
 @pytest.mark.parametrize("change", [added, removed, edited])
-def test_row_20_a_changed_file_is_named_at_a_resume_and_accepted_on_a_word(cli, one_line, photos, stopped, change):
+def test_a_resume_names_the_changed_file_and_accepts_it_if_told_to(cli, one_line, photos, stopped, change):
     expected = change(photos)
     done = cli("resume", stopped, sets=["run.max_steps=5"])
     one_line(done, "this run can't go on to the same result", f"data changed: {expected};", "--accept-changes")
@@ -62,14 +62,14 @@ def test_row_20_a_changed_file_is_named_at_a_resume_and_accepted_on_a_word(cli, 
     assert again.returncode == 0, "the changed data is the run's own now"
 
 
-def test_row_20_many_changes_are_counted(cli, one_line, photos, stopped):
+def test_a_resume_counts_the_changed_files_if_there_are_many(cli, one_line, photos, stopped):
     for number in range(0, 60, 3):
         (photos / "cat" / f"{number}.png").rename(photos / "cat" / f"renamed-{number}.png")
     done = cli("resume", stopped, sets=["run.max_steps=5"])
     one_line(done, "cat/0.png was removed, cat/12.png was removed, cat/15.png was removed and 37 more changes")
 
 
-def test_row_20_data_that_moved_or_was_touched_is_the_same(cli, photos, stopped):
+def test_a_resume_accepts_data_that_only_moved_or_was_touched(cli, photos, stopped):
     moved = photos.with_name("elsewhere")
     shutil.move(photos, moved)
     for path in moved.rglob("*.png"):
@@ -78,7 +78,7 @@ def test_row_20_data_that_moved_or_was_touched_is_the_same(cli, photos, stopped)
     assert done.returncode == 0, done.stderr
 
 
-def test_row_20_a_file_of_the_test_part_counts_as_well(cli, one_line, tmp_path):
+def test_a_resume_names_a_changed_file_of_the_test_set(cli, one_line, tmp_path):
     for part, first in (("train", 0), ("test", 100)):
         for number in range(12):
             write(tmp_path / "parts" / part / ("cat", "dog")[number % 2] / f"{number}.png", first + number)

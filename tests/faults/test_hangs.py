@@ -74,7 +74,7 @@ def main(step: int, folder: Path) -> None:
     ("step", "patience"),
     [pytest.param(1, 2 * WAITS, id="in the first steps"), pytest.param(20, WAITS, id="later", marks=pytest.mark.slow)],
 )
-def test_row_15_a_process_that_hangs_is_named_with_what_waits_for_it(tmp_path, step, patience):
+def test_a_hanging_rank_is_named_with_the_collective_that_waits_for_it(tmp_path, step, patience):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     subprocess.run([sys.executable, __file__, str(step), tmp_path], env=environment, timeout=100, check=True)
     stopped, seconds, text = (tmp_path / "rank-0.txt").read_text().split("\n")

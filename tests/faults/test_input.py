@@ -91,7 +91,9 @@ def with_another_head(weights: dict) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("change", [with_other_shapes, with_other_keys, with_another_head])
-def test_row_28_weights_that_do_not_fit_list_keys_and_shapes_and_start_nothing(cli, one_line, run, tmp_path, change):
+def test_weights_of_another_shape_are_refused_with_keys_and_shapes_before_training(
+    cli, one_line, run, tmp_path, change
+):
     weights = load_file(only(run) / "model.safetensors")
     says = change(weights)
     save_file(weights, tmp_path / "other.safetensors")
@@ -108,7 +110,7 @@ def test_row_28_weights_that_do_not_fit_list_keys_and_shapes_and_start_nothing(c
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors", ".pkl"])
-def test_row_29_a_pickle_given_as_weights_is_refused_and_does_not_run(cli, one_line, tmp_path, suffix):
+def test_a_pickle_given_as_weights_is_refused_and_its_payload_does_not_run(cli, one_line, tmp_path, suffix):
     (tmp_path / f"w{suffix}").write_bytes(pickle.dumps({"weight": Payload(tmp_path / "ran")}))
     done = cli("train", "digits", "--run", "run", sets=(*SETTINGS, f"model.pretrained=./w{suffix}"))
     one_line(done, f"w{suffix}")
@@ -117,21 +119,21 @@ def test_row_29_a_pickle_given_as_weights_is_refused_and_does_not_run(cli, one_l
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.json"])
-def test_row_29_a_pickle_in_a_checkpoint_is_refused_and_does_not_run(cli, one_line, run, tmp_path, name):
+def test_a_pickle_in_a_checkpoint_is_refused_and_its_payload_does_not_run(cli, one_line, run, tmp_path, name):
     rewrite(only(run), name, pickle.dumps({"weight": Payload(tmp_path / "ran")}))
     one_line(cli("resume", run, sets=["run.max_steps=5"]), "no checkpoint in", f"{name} can't be read")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("section", ["model", "data", "loss", "optimizer", "schedule"])
-def test_row_30_a_recipe_reaches_nothing_that_nobody_named(cli, one_line, tmp_path, section):
+def test_a_recipe_cannot_name_code_that_the_user_did_not_name(cli, one_line, tmp_path, section):
     options = 'options = { command = "touch ran" }\n' if section in ("model", "data") else ""
     (tmp_path / "stranger.toml").write_text(f'[{section}]\nname = "os.system"\n{options}')
     one_line(cli("train", "stranger.toml", "--run", "run"), "'os.system'", code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["stranger.toml"]
 
 
-def test_row_30_what_a_file_of_code_imports_is_not_named_by_it(cli, one_line, tmp_path):
+def test_a_recipe_cannot_name_what_a_code_file_only_imports(cli, one_line, tmp_path):
     (tmp_path / "own.py").write_text("from os import system\nimport os\nfrom torch import nn\n")
     for key in ("model.name=system", "data.name=system", "loss.name=os"):
         done = cli("train", "digits", "--run", "run", "--code", "own.py", sets=[key])
@@ -139,7 +141,7 @@ def test_row_30_what_a_file_of_code_imports_is_not_named_by_it(cli, one_line, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_row_30_a_run_of_a_stranger_runs_nothing(cli, one_line, run):
+def test_resuming_a_run_of_somebody_else_runs_no_code_of_theirs(cli, one_line, run):
     recipe = run / "recipe.toml"
     text = recipe.read_text()
     recipe.write_text(text.replace('name = "mlp"', 'name = "os.system"'))
@@ -157,14 +159,14 @@ def test_row_30_a_run_of_a_stranger_runs_nothing(cli, one_line, run):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/../../outside", "."])
-def test_row_31_a_path_in_a_manifest_is_refused(cli, one_line, run, name):
+def test_a_path_in_a_manifest_is_refused(cli, one_line, run, name):
     (run / "checkpoints" / "outside").write_bytes(b"x")
     entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     change_manifest(only(run), lambda manifest: manifest["files"].update({name: entry}))
     one_line(cli("resume", run, sets=["run.max_steps=5"]), "no checkpoint in", f"'{name}', which isn't a plain file")
 
 
-def test_row_31_a_symbolic_link_in_a_checkpoint_is_refused(cli, one_line, run, tmp_path):
+def test_a_symbolic_link_in_a_checkpoint_is_refused(cli, one_line, run, tmp_path):
     weights = only(run) / "model.safetensors"
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
@@ -180,7 +182,7 @@ HUGE = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2
 
 
 @pytest.mark.parametrize("content", [headed(2**62), headed(2**34), headed(len(HUGE), HUGE), b""])
-def test_row_32_an_absurd_header_is_refused_in_little_memory(cli, one_line, run, tmp_path, content):
+def test_an_absurd_safetensors_header_is_refused_in_bounded_memory(cli, one_line, run, tmp_path, content):
     (tmp_path / "limited.py").write_text(LIMITED)
     rewrite(only(run), "model.safetensors", content)
     done = cli("resume", run, "--code", "limited.py", sets=["run.max_steps=5"], timeout=20)
@@ -191,7 +193,7 @@ def test_row_32_an_absurd_header_is_refused_in_little_memory(cli, one_line, run,
     one_line(done, "w.safetensors isn't a whole safetensors file", "fetch it again")
 
 
-def test_row_32_a_huge_or_deep_json_is_refused_in_little_memory(cli, one_line, run, tmp_path):
+def test_a_huge_or_deeply_nested_json_is_refused_in_bounded_memory(cli, one_line, run, tmp_path):
     (tmp_path / "limited.py").write_text(LIMITED)
     saved = only(run)
     whole = {name: (saved / name).read_bytes() for name in ("state.json", "manifest.json")}
@@ -239,7 +241,7 @@ def test_row_32_a_huge_or_deep_json_is_refused_in_little_memory(cli, one_line, r
         ("recipe digits --set run.epoch=3", "unknown key 'run.epoch'; did you mean 'epochs'?"),
     ],
 )
-def test_row_38_a_slip_on_the_command_line_is_answered_with_what_is_right(cli, one_line, tmp_path, arguments, says):
+def test_a_mistyped_option_is_an_error_that_suggests_the_right_one(cli, one_line, tmp_path, arguments, says):
     (tmp_path / "weights.pt").touch()
     one_line(cli(*arguments.split()), says, code=2)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"], "it left something behind"
@@ -255,13 +257,13 @@ def test_row_38_a_slip_on_the_command_line_is_answered_with_what_is_right(cli, o
         ("[run\nepochs = 3", "isn't TOML: "),
     ],
 )
-def test_row_38_a_slip_in_a_recipe_is_named_with_the_file(cli, one_line, tmp_path, content, says):
+def test_a_mistyped_recipe_key_is_an_error_that_names_the_file(cli, one_line, tmp_path, content, says):
     (tmp_path / "mine.toml").write_text(content)
     one_line(cli("train", "mine.toml", "--run", "run"), "mine.toml", says, code=2)
     assert not (tmp_path / "run").exists()
 
 
-def test_row_38_a_slip_at_a_resume_leaves_the_run_as_it_is(cli, one_line, run):
+def test_a_mistyped_setting_at_a_resume_leaves_the_run_unchanged(cli, one_line, run):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     one_line(cli("resume", run, sets=["run.epoch=9"]), "unknown key 'run.epoch'; did you mean 'epochs'?", code=2)
     one_line(

@@ -132,7 +132,7 @@ def check_stopped(done, run: Path, code: int = 75) -> None:
 
 
 @pytest.mark.parametrize("signalled", [0, 1])
-def test_row_11_a_signal_to_one_of_two_stops_both_after_the_same_step(pair, run, goes_on, signalled):
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(pair, run, goes_on, signalled):
     both = pair()
     both[0].until(lambda: max(steps(run), default=0) >= 6)
     asked = time.monotonic()
@@ -144,7 +144,7 @@ def test_row_11_a_signal_to_one_of_two_stops_both_after_the_same_step(pair, run,
     goes_on()
 
 
-def test_row_11_a_signal_to_the_launcher_or_to_one_of_its_processes_stops_all(launch, cli, run, undisturbed, same_runs):
+def test_a_signal_to_the_launcher_or_to_one_of_its_processes_stops_all(launch, cli, run, undisturbed, same_runs):
     launcher, found = launch()
     asked = time.monotonic()
     os.kill(found[1], signal.SIGTERM)
@@ -158,7 +158,7 @@ def test_row_11_a_signal_to_the_launcher_or_to_one_of_its_processes_stops_all(la
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=SLOW)])
-def test_row_11_a_signal_to_the_launcher_stops_all(launch, run, goes_on, number):
+def test_a_signal_to_the_launcher_stops_all(launch, run, goes_on, number):
     launcher, found = launch()
     asked = time.monotonic()
     launcher.send(number)
@@ -168,7 +168,7 @@ def test_row_11_a_signal_to_the_launcher_stops_all(launch, run, goes_on, number)
     goes_on()
 
 
-def test_row_11_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, goes_on):
+def test_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, goes_on):
     launcher, found = launch()
     os.kill(found[1], signal.SIGSTOP)  # so that the first signal takes long
     launcher.send(signal.SIGTERM)
@@ -181,7 +181,7 @@ def test_row_11_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, go
     goes_on()
 
 
-def test_row_40_ctrl_c_in_a_terminal_stops_all(launch, run, terminal):
+def test_ctrl_c_in_a_terminal_stops_all_processes(launch, run, terminal):
     """Only the launcher has the terminal; rank 0's bar is in it, and one line when all have ended."""
     person, device = terminal
     os.set_blocking(person, False)
@@ -207,7 +207,7 @@ def test_row_40_ctrl_c_in_a_terminal_stops_all(launch, run, terminal):
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
-def test_row_14_with_restarts_a_run_whose_process_is_killed_goes_on(launch, run, undisturbed, same_runs, killed):
+def test_with_restarts_a_run_resumes_after_one_process_is_killed(launch, run, undisturbed, same_runs, killed):
     launcher, found = launch("--restarts=1")
     os.kill(found[killed], signal.SIGKILL)
     done = launcher.done()
@@ -217,7 +217,7 @@ def test_row_14_with_restarts_a_run_whose_process_is_killed_goes_on(launch, run,
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
-def test_row_14_without_restarts_a_killed_process_is_an_error(launch, one_line, run, goes_on, killed):
+def test_without_restarts_a_killed_process_is_an_error(launch, one_line, run, goes_on, killed):
     launcher, found = launch()
     os.kill(found[killed], signal.SIGKILL)
     asked = time.monotonic()
@@ -227,7 +227,7 @@ def test_row_14_without_restarts_a_killed_process_is_an_error(launch, one_line, 
     goes_on()
 
 
-def test_row_14_nobody_outlives_a_killed_launcher(launch, goes_on):
+def test_no_process_outlives_a_killed_launcher(launch, goes_on):
     launcher, found = launch()
     launcher.send(signal.SIGKILL)
     assert launcher.wait() == -signal.SIGKILL
@@ -236,7 +236,7 @@ def test_row_14_nobody_outlives_a_killed_launcher(launch, goes_on):
 
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
-def test_row_14_a_process_whose_other_is_killed_says_so(pair, run, goes_on, one_line, killed):
+def test_a_process_whose_peer_is_killed_reports_it(pair, run, goes_on, one_line, killed):
     """Where nobody looks after them."""
     both = pair()
     both[0].until(lambda: max(steps(run), default=0) >= 6)
@@ -272,7 +272,7 @@ def torchrun(run) -> Iterator[Callable]:
 
 
 @pytest.mark.slow
-def test_row_11_sigterm_to_torchrun_stops_all(torchrun, run, goes_on):
+def test_sigterm_to_torchrun_stops_all_processes(torchrun, run, goes_on):
     agent, found = torchrun()
     agent.send_signal(signal.SIGTERM)
     _, errors = agent.communicate(timeout=30)
@@ -284,7 +284,7 @@ def test_row_11_sigterm_to_torchrun_stops_all(torchrun, run, goes_on):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_row_14_torchrun_starts_all_again_and_the_run_goes_on(torchrun, run, undisturbed, same_runs, killed):
+def test_torchrun_restarts_all_processes_and_the_run_resumes(torchrun, run, undisturbed, same_runs, killed):
     agent, found = torchrun("--max-restarts=1")
     os.kill(found[killed], signal.SIGKILL)
     output, errors = agent.communicate(timeout=120)
@@ -304,7 +304,7 @@ def failing(tmp_path: Path, rank: int) -> tuple[list[str], tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_row_16_an_exception_in_one_process_ends_all_with_that_cause(cli, one_line, tmp_path, run, rank):
+def test_an_exception_on_one_rank_ends_all_ranks_with_that_cause(cli, one_line, tmp_path, run, rank):
     arguments, settings = failing(tmp_path, rank)
     done = cli("train", "digits", "--devices=2", "--run", run, *arguments, sets=settings)
     line = one_line(done, r"ValueError: this network\nis tired")
@@ -313,7 +313,7 @@ def test_row_16_an_exception_in_one_process_ends_all_with_that_cause(cli, one_li
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_row_16_without_a_launcher_the_process_with_the_exception_says_why(pair, one_line, tmp_path, rank):
+def test_without_a_launcher_the_rank_with_the_exception_reports_its_cause(pair, one_line, tmp_path, rank):
     arguments, settings = failing(tmp_path, rank)
     both = [process.done(20) for process in pair(*arguments, sets=settings)]
     one_line(both[rank], r"ValueError: this network\nis tired")
@@ -323,7 +323,7 @@ def test_row_16_without_a_launcher_the_process_with_the_exception_says_why(pair,
 # ------------------------------------------------------------------------------------------------ 17: the port
 
 
-def test_row_17_a_port_that_is_taken_is_named(cli, start, one_line, tmp_path, run):
+def test_a_rendezvous_port_that_is_taken_is_named(cli, start, one_line, tmp_path, run):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         done = cli("train", "digits", "--devices=2", f"--port={port}", "--run", run, sets=SETTINGS)
@@ -334,7 +334,7 @@ def test_row_17_a_port_that_is_taken_is_named(cli, start, one_line, tmp_path, ru
         one_line(done, f"process 0 of 2 can't meet the others at 127.0.0.1:{port}", "choose another port")
 
 
-def test_row_17_two_launches_at_once_get_ports_of_their_own(start, tmp_path):
+def test_two_simultaneous_launches_use_different_ports(start, tmp_path):
     short = (*SETTINGS, "run.max_steps=3")
     both = [start("train", "digits", "--devices=2", "--run", name, sets=short) for name in ("one", "other")]
     for process, name in zip(both, ("one", "other"), strict=True):

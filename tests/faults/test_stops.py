@@ -95,13 +95,13 @@ def killed_often(start, run: Path, kills: int, settings: tuple[str, ...] = SETTI
     assert done.returncode == 0, done.stderr
 
 
-def test_row_01_a_run_killed_at_random_moments_ends_in_the_same_bytes(start, tmp_path, undisturbed, same_runs):
+def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(start, tmp_path, undisturbed, same_runs):
     killed_often(start, tmp_path / "run", 6)
     same_runs(tmp_path / "run", undisturbed)
 
 
 @pytest.mark.slow
-def test_row_01_a_run_killed_at_fifty_moments_ends_in_the_same_bytes(start, cli, tmp_path, same_runs):
+def test_a_run_killed_at_fifty_moments_ends_in_the_same_bytes(start, cli, tmp_path, same_runs):
     settings = ("run.epochs=40", 'checkpoint.every="3 steps"')
     assert cli("train", "digits", "--run", "undisturbed", sets=settings).returncode == 0
     killed_often(start, tmp_path / "run", 50, settings)
@@ -112,7 +112,7 @@ def test_row_01_a_run_killed_at_fifty_moments_ends_in_the_same_bytes(start, cli,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_row_09_a_signal_ends_the_step_and_saves_it(start, cli, tmp_path, same_runs, undisturbed, number):
+def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(start, cli, tmp_path, same_runs, undisturbed, number):
     run = tmp_path / "run"
     process = start("train", "digits", "--run", run, sets=SETTINGS)
     process.until(lambda: any("epoch 2" in line for line in lines(run)))
@@ -143,7 +143,7 @@ def is_writing(run: Path, beyond: int = 0) -> bool:
     )
 
 
-def test_row_10_a_signal_while_a_checkpoint_is_written_lets_it_be_completed(start, cli, tmp_path):
+def test_a_signal_during_a_save_lets_the_save_complete(start, cli, tmp_path):
     run = tmp_path / "run"
     process = start("train", "digits", "--run", run, sets=WIDE)
     process.until(lambda: is_writing(run))
@@ -157,7 +157,7 @@ def test_row_10_a_signal_while_a_checkpoint_is_written_lets_it_be_completed(star
     assert not is_writing(run)
 
 
-def test_row_10_a_second_signal_ends_at_once_and_the_earlier_checkpoint_is_whole(start, cli, tmp_path):
+def test_a_second_signal_exits_at_once_and_leaves_the_earlier_checkpoint_intact(start, cli, tmp_path):
     run = tmp_path / "run"
     process = start("train", "digits", "--run", run, sets=WIDE)
     process.until(lambda: is_writing(run))
@@ -180,7 +180,7 @@ def test_row_10_a_second_signal_ends_at_once_and_the_earlier_checkpoint_is_whole
 # ------------------------------------------------------------------------------------------------ 12, 13: the lock
 
 
-def test_row_12_a_second_process_on_a_run_folder_is_told_who_holds_it(start, cli, one_line, tmp_path):
+def test_a_second_process_on_a_run_folder_is_told_which_process_holds_it(start, cli, one_line, tmp_path):
     run = tmp_path / "run"
     first = start("train", "digits", "--run", run, sets=("run.epochs=400",))
     holder = f"{run} is in use by process {first.pid} on {socket.gethostname()}: wait for it, stop it, or choose"
@@ -194,7 +194,7 @@ def test_row_12_a_second_process_on_a_run_folder_is_told_who_holds_it(start, cli
     assert first.done().returncode == 75, "the first one goes on undisturbed"
 
 
-def test_row_13_a_lock_left_by_kill_9_needs_nobody(start, cli, code, tmp_path):
+def test_a_lock_left_by_a_killed_process_is_recovered(start, cli, code, tmp_path):
     """Its workers, which outlive it for a moment, hold no lock either."""
     run = tmp_path / "run"
     process = start("train", "digits", "--code", code, "--run", run, sets=(*WORKERS, SETTINGS[1], "run.max_steps=30"))
@@ -229,12 +229,12 @@ def listening(pid: int) -> list[str]:
     return found
 
 
-def test_row_37_a_listening_socket_would_be_seen():
+def test_a_listening_socket_would_be_seen():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert listening(os.getpid()) == [f"tcp 0100007F:{server.getsockname()[1]:04X}"]
 
 
-def test_row_37_a_run_on_one_device_opens_no_listening_socket(start, code, tmp_path):
+def test_a_run_on_one_device_opens_no_listening_socket(start, code, tmp_path):
     """Neither the process nor its workers, looked at from its start to its end."""
     run = tmp_path / "run"
     process = start("train", "digits", "--code", code, "--run", run, sets=(*WORKERS, "run.max_steps=12"))
@@ -253,7 +253,7 @@ def test_row_37_a_run_on_one_device_opens_no_listening_socket(start, code, tmp_p
     assert len(workers) >= 2
 
 
-def test_row_17_one_process_needs_no_rendezvous(cli, tmp_path):
+def test_a_single_process_needs_no_rendezvous(cli, tmp_path):
     """So that a port that is taken concerns nobody, not even one that the surroundings ask for."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         asked = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
@@ -275,7 +275,7 @@ def command_of(text: str) -> list[str]:
     return shlex.split(found[1])
 
 
-def test_row_40_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(start, cli, code, tmp_path, same_runs):
+def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(start, cli, code, tmp_path, same_runs):
     """As a terminal does it: the whole group gets the signal, workers included."""
     settings = (*WORKERS, "run.max_steps=24", "checkpoint.keep=1", "checkpoint.keep_best=0")
     name = "my first run"
@@ -297,7 +297,7 @@ def test_row_40_ctrl_c_stops_with_a_checkpoint_and_says_how_to_go_on(start, cli,
     same_runs(tmp_path / name, tmp_path / "undisturbed")
 
 
-def test_row_40_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name(start, tmp_path):
+def test_the_printed_resume_command_can_be_pasted_for_any_folder_name(start, tmp_path):
     """A line break in it is written as a shell reads it."""
     name = "it's a\nrun"
     process = start("train", "digits", "--run", name, sets=("run.epochs=400",))
@@ -310,7 +310,7 @@ def test_row_40_the_command_that_goes_on_can_be_pasted_whatever_the_folders_name
     assert shell.stdout == f"resume,{name},"
 
 
-def test_row_40_ctrl_c_in_a_terminal_with_a_bar(start, tmp_path, terminal):
+def test_ctrl_c_in_a_terminal_with_a_progress_bar_saves_a_checkpoint(start, tmp_path, terminal):
     """A person presses the keys; the terminal makes a signal of them."""
     person, device = terminal
     run = tmp_path / "run"
