@@ -1,0 +1,255 @@
+"""Step 2: augmentation of whole batches, on whatever device they are.
+
+A transform is a frozen settings class that can be called, so that Python (`augment.Flip(p=0.5)`) and a recipe
+(`augment = ["flip", { name = "crop", padding = 2 }]`) share it. All randomness comes from a `Draw`: what happens to a
+sample follows from its place in the epoch, and neither the batch's size nor its other samples, the worker or the device
+matter (the partner of mixup and cutmix aside).
+
+Images are (batch, channels, height, width), uint8 or floats in [0, 1]. They stay bytes until something needs
+fractions, for a quarter of the memory is a quarter of the time; the last step makes float32 of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, cast, get_args
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrelay.data.augment.color import ColorJitter, Normalize
+from torchrelay.data.augment.draw import Draw
+from torchrelay.data.augment.geometry import (
+    AlternatingFlip,
+    CenterCrop,
+    Cutout,
+    Flip,
+    PaddedCrop,
+    ProgressiveResize,
+    RandomResizedCrop,
+    Resize,
+)
+from torchrelay.data.augment.mixing import CutMix, Mixup
+from torchrelay.data.augment.pixels import as_floats
+from torchrelay.data.augment.policies import RandAugment, TrivialAugment
+from torchrelay.data.order import Positions
+from torchrelay.errors import UsageError, nearest
+
+__all__ = [
+    "AlternatingFlip",
+    "Augment",
+    "CenterCrop",
+    "ColorJitter",
+    "CutMix",
+    "Cutout",
+    "Draw",
+    "Flip",
+    "ImageTransform",
+    "Mixup",
+    "Normalize",
+    "PaddedCrop",
+    "Pipeline",
+    "Prepare",
+    "ProgressiveResize",
+    "RandAugment",
+    "RandomResizedCrop",
+    "Resize",
+    "TrivialAugment",
+]
+
+_Fixed = Resize | CenterCrop
+_Any = (
+    Flip
+    | AlternatingFlip
+    | PaddedCrop
+    | RandomResizedCrop
+    | Resize
+    | ProgressiveResize
+    | CenterCrop
+    | Cutout
+    | ColorJitter
+    | TrivialAugment
+    | RandAugment
+    | Mixup
+    | CutMix
+)
+_SPELLINGS = {"color_jitter": "color_jitter", "centre_crop": "center_crop"}  # both are right
+
+
+def _names(union: Any) -> tuple[str, ...]:
+    return tuple(member.model_fields["name"].default for member in get_args(union))
+
+
+def _by_name(known: tuple[str, ...]) -> Callable[[Any], Any]:
+    """Return the function that turns what a recipe says into what pydantic chooses the class by."""
+
+    def table(value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict):
+            return value
+        if "name" not in value:
+            raise ValueError(f"a transform needs a name: one of {', '.join(known)}")
+        name = _SPELLINGS.get(str(value["name"]), str(value["name"]))
+        if name not in known:
+            near = nearest(name, known) or f": choose one of {', '.join(known)}"
+            raise ValueError(f"unknown transform '{name}'{near}")
+        return {**value, "name": name}
+
+    return table
+
+
+# In a recipe a transform is its name, or a table with the name and what differs from the defaults.
+Augment = Annotated[
+    _Any,
+    Field(discriminator="name"),
+    BeforeValidator(_by_name(_names(_Any)), json_schema_input_type=Literal[_names(_Any)] | _Any),
+]
+Prepare = Annotated[
+    _Fixed,
+    Field(discriminator="name"),
+    BeforeValidator(_by_name(_names(_Fixed)), json_schema_input_type=Literal[_names(_Fixed)] | _Fixed),
+]
+ImageTransform = Callable[[Tensor, Draw], Tensor]  # a user's own
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """All that happens to a batch between the source and the model.
+
+    Training: `prepare`, `transforms` in their order, normalization. Evaluation: `prepare`, normalization.
+    """
+
+    transforms: Sequence[Augment | ImageTransform] = ()
+    prepare: Sequence[Augment] = ()
+    """What training and evaluation alike begin with: resize and center_crop."""
+    mean: Sequence[float] | None = None
+    """Of each channel, of images in [0, 1]; none: images become float32 in [0, 1], and no more."""
+    std: Sequence[float] | None = None
+    classes: int = 0
+    """How many classes the targets have; mixing needs to know."""
+
+    def __post_init__(self) -> None:
+        for transform in self.prepare:
+            if not isinstance(transform, _Fixed):
+                raise UsageError(
+                    f"transform '{_name(transform)}' is random, and 'prepare' is for evaluation as well: "
+                    "list it under 'augment'"
+                )
+        if (self.mean is None) != (self.std is None):
+            raise UsageError("images are normalized by mean and std, and one of them is missing: give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise UsageError(f"std is {tuple(self.std)}, and images are divided by it: each must be above 0")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether all transforms are this package's, and none is a function of the user's."""
+        return all(type(transform) in get_args(_Any) for transform in self.transforms)
+
+    @cached_property
+    def _normalize(self) -> Normalize | None:
+        if self.mean is None or self.std is None:
+            return None
+        return Normalize(mean=tuple(self.mean), std=tuple(self.std))
+
+    def train(
+        self,
+        inputs: Any,
+        targets: Tensor,
+        *,
+        seed: int,
+        epoch: int,
+        place: int,
+        indices: Positions | Tensor,
+        blocks: Sequence[int] | None = None,
+    ) -> tuple[Any, Tensor]:
+        """Return a batch for training.
+
+        Args:
+            inputs: (batch, channels, height, width) images, uint8 or floats in [0, 1]; anything else passes if there
+                are no transforms.
+            targets: (batch,) int64 class indices; if something mixes, they become float32 (batch, classes).
+            seed: the run's seed.
+            epoch: counted from 0.
+            place: where in the epoch the batch begins.
+            indices: (batch,) int64, which samples of the source these are.
+            blocks: sizes of the replicas' consecutive parts, in which mixing finds partners; none: it is all one.
+
+        Returns:
+            float32 images, and targets.
+
+        Raises:
+            UsageError: a transform doesn't fit the data.
+        """
+        if not self._takes(inputs, [*self.prepare, *self.transforms]):
+            return inputs, targets
+        images = self._prepared(inputs)
+        positions = torch.arange(place, place + len(images))
+        samples = torch.as_tensor(indices)
+        for number, transform in enumerate(self.transforms):
+            stream = f"augment.{number}.{_name(transform)}"
+            draw = Draw(seed, epoch, positions, samples, stream, images.device)
+            if isinstance(transform, Mixup | CutMix):
+                targets = _probabilities(targets, self.classes, transform.name)
+                images, targets = transform(images, targets, draw, blocks or (len(images),))
+            else:
+                images = transform(images, draw)
+        return self._finished(images, inputs), targets
+
+    def evaluate(self, inputs: Any) -> Any:
+        """Return inputs for evaluation: prepared and normalized."""
+        return self._finished(self._prepared(inputs), inputs) if self._takes(inputs, self.prepare) else inputs
+
+    def _takes(self, inputs: Any, transforms: Sequence[Augment | ImageTransform]) -> bool:
+        """Return whether these are images; if they aren't, nothing may be left to do with them."""
+        if (
+            isinstance(inputs, Tensor)
+            and inputs.ndim == 4
+            and (inputs.dtype == torch.uint8 or inputs.is_floating_point())
+        ):
+            return True
+        names = [f"transform '{_name(transform)}'" for transform in transforms] + ["normalization"] * (
+            self.mean is not None
+        )
+        if names:
+            raise UsageError(
+                f"{names[0]} is for images, uint8 or floats of shape (batch, channels, height, width), "
+                f"and the inputs are {_described(inputs)}: leave it out, or do it in the dataset"
+            )
+        return False
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        for transform in self.prepare:
+            images = cast("_Fixed", transform)(images)
+        return images
+
+    def _finished(self, images: Tensor, inputs: Tensor) -> Tensor:
+        """Return float32 images, normalized, in the memory format that the inputs have."""
+        images = as_floats(images) if self._normalize is None else self._normalize(images)
+        last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
+        return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _name(transform: Any) -> str:
+    found = getattr(transform, "name", None) or getattr(transform, "__name__", type(transform).__name__)
+    return str(found)
+
+
+def _described(inputs: Any) -> str:
+    if isinstance(inputs, Tensor):
+        return f"{str(inputs.dtype).removeprefix('torch.')} of shape {tuple(inputs.shape)}"
+    return f"a {type(inputs).__name__}"
+
+
+def _probabilities(targets: Tensor, classes: int, name: str) -> Tensor:
+    """Return (batch, classes) float32: 1 for each sample's class. Floats stay as they are."""
+    if targets.is_floating_point():
+        return targets
+    if targets.ndim != 1 or classes < 1:
+        raise UsageError(
+            f"transform '{name}' mixes classes; the targets are {_described(targets)}, of {classes} known classes: "
+            "leave it out, or give one class index a sample and name the classes"
+        )
+    return F.one_hot(targets.long(), classes).to(torch.float32)
