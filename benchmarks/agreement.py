@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import torchrelay as tr
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.recipe import build as assemble
 from torchrelay.recipe import recipe
 from torchrelay.run.terminal import Terminal

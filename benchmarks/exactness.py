@@ -23,7 +23,7 @@ from benchmarks import page
 from benchmarks.measure import side_by_side
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay.data.augment import Flip, PaddedCrop
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.device.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
 from torchrelay.run.terminal import Terminal

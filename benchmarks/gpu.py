@@ -32,7 +32,7 @@ from benchmarks.measure import side_by_side
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay.data import batches as batches_module
 from torchrelay.data.augment import Flip, PaddedCrop
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.device.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
 from torchrelay.run.terminal import Terminal
@@ -155,7 +155,7 @@ def busy(device: str, size: Size, *, graph: bool = False, host: bool = False, be
     with in_host_memory() if host else tempfile.TemporaryDirectory():
         made = photographs(device, size, graph=graph, callbacks=[watch], settings=settings)
     if not beside:
-        made.batches._beside = None
+        made.batches._stream = None
     made.fit()
     return watch
 

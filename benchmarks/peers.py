@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 import torchrelay as tr
 from torchrelay.data.augment import Pipeline
-from torchrelay.data.batches import Batch, Batches
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
 from torchrelay.run.terminal import Terminal
 
 FEATURES, WIDTH, CLASSES, BATCH = 64, 64, 10, 32

@@ -17,7 +17,8 @@ import torchrelay as tr
 from torchrelay import rng
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.data.augment import Pipeline
-from torchrelay.data.batches import Batch, Batches
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
 from torchrelay.device import device
 from torchrelay.distributed.process_group import join
 from torchrelay.distributed.replicas import Buffers, GradientTree
@@ -32,7 +33,7 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
     group = join(here.device)
     train, _ = tr.data.digits()
     batches = Batches(
-        train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=group.rank, ranks=group.size
+        train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=group.rank, world_size=group.size
     )  # each process reads its part
 
     # 3. Model   5. Optimizer
@@ -47,9 +48,9 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
     def train_step(step: int, batch: Batch) -> torch.Tensor:
         gradients, losses = GradientTree(), GradientTree()
         buffers.keep()
-        for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
+        for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
             buffers.restore()  # each replica starts from the step's: BatchNorm's statistics become the first one's
-            with exchange.sync(gradients) if replica == batch.first else exchange.no_sync(gradients):
+            with exchange.sync(gradients) if replica == batch.first_replica else exchange.no_sync(gradients):
                 loss = torch.zeros((), device=here.device)
                 if len(targets):  # the last ones of a small batch may be empty
                     rng.reseed(rng.seed_for(SEED, "model", step, replica), here.device)

@@ -595,11 +595,13 @@ def test_the_schema_takes_names_and_tables():
 MEAN, STD = (0.49, 0.48, 0.44), (0.2, 0.19, 0.21)
 
 
-def run(pipeline, images, targets=None, *, epoch=2, place=0, blocks=None, indices=None):
+def run(pipeline, images, targets=None, *, epoch=2, position=0, replica_sizes=None, indices=None):
     """Return a batch for training."""
     targets = torch.arange(len(images)) % 3 if targets is None else targets
-    indices = np.arange(place, place + len(images)) if indices is None else indices
-    return pipeline.train(images, targets, seed=0, epoch=epoch, place=place, indices=indices, blocks=blocks)
+    indices = np.arange(position, position + len(images)) if indices is None else indices
+    return pipeline.train(
+        images, targets, seed=0, epoch=epoch, position=position, indices=indices, replica_sizes=replica_sizes
+    )
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
@@ -630,7 +632,7 @@ def test_a_pipeline_is_its_transforms_in_order_each_with_a_stream_of_its_own():
     images = photos(8, 20, 20)
     transforms = [augment.PaddedCrop(padding=2), augment.Flip(), augment.PaddedCrop(padding=2)]
     pipeline = Pipeline(transforms, [augment.Resize(size=SIZE)], MEAN, STD)
-    found, _ = run(pipeline, images, epoch=3, place=40)
+    found, _ = run(pipeline, images, epoch=3, position=40)
     expected = augment.Resize(size=SIZE)(images)
     for number, transform in enumerate(transforms):
         stream = f"augment.{number}.{transform.name}"
@@ -662,10 +664,10 @@ def test_evaluation_is_prepared_and_not_augmented():
 def test_an_epoch_has_the_same_bits_in_batches_of_any_size(transforms):
     images, targets = photos(24), torch.arange(24) % 3
     pipeline = Pipeline(transforms, mean=MEAN, std=STD, classes=3)
-    whole, whole_targets = run(pipeline, images, targets, blocks=(8, 8, 8))
+    whole, whole_targets = run(pipeline, images, targets, replica_sizes=(8, 8, 8))
     for place in range(0, 24, 8):
         where = slice(place, place + 8)
-        found, found_targets = run(pipeline, images[where], targets[where], place=place)
+        found, found_targets = run(pipeline, images[where], targets[where], position=place)
         assert torch.equal(found, whole[where])
         assert torch.equal(found_targets, whole_targets[where])
 

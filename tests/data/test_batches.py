@@ -19,8 +19,9 @@ from torch.utils.data import Dataset
 
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
-from torchrelay.data.batches import Batch, Batches, statistics
-from torchrelay.data.sources import ArraySource, arrays, dataset
+from torchrelay.data.batch import Batch, replica_sizes
+from torchrelay.data.batches import Batches
+from torchrelay.data.sources import ArraySource, arrays, dataset, statistics
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import RelayError
 
@@ -56,7 +57,7 @@ def batches(source, size=10, **how) -> Batches:
 
 def content(found) -> list[tuple[bytes, bytes, list[int], tuple[int, ...]]]:
     return [
-        (batch.inputs.numpy().tobytes(), batch.targets.numpy().tobytes(), batch.indices.tolist(), batch.blocks)
+        (batch.inputs.numpy().tobytes(), batch.targets.numpy().tobytes(), batch.indices.tolist(), batch.replica_sizes)
         for batch in found
     ]
 
@@ -172,12 +173,20 @@ def test_balanced_sampling_needs_one_class_a_sample():
 # ------------------------------------------------------------------------------------------------ replicas
 
 
+@pytest.mark.parametrize(
+    ("samples", "replicas", "sizes"),
+    [(8, 4, (2, 2, 2, 2)), (10, 4, (3, 3, 2, 2)), (3, 4, (1, 1, 1, 0)), (5, 1, (5,))],
+)
+def test_replicas_are_consecutive_and_the_first_ones_larger(samples, replicas, sizes):
+    assert replica_sizes(samples, replicas) == sizes
+
+
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 def test_the_replicas_parts_are_the_batch(replicas):
     for batch in batches(numbered(), replicas=replicas).epoch():
-        parts = list(batch.parts())
-        assert len(parts) == len(batch.blocks) == replicas
-        assert tuple(len(targets) for _, targets in parts) == batch.blocks
+        parts = list(batch.replicas())
+        assert len(parts) == len(batch.replica_sizes) == replicas
+        assert tuple(len(targets) for _, targets in parts) == batch.replica_sizes
         assert torch.equal(torch.cat([inputs for inputs, _ in parts]), batch.inputs)
         assert torch.equal(torch.cat([targets for _, targets in parts]), batch.targets)
 
@@ -188,7 +197,7 @@ Pair = namedtuple("Pair", "left right")
 def test_inputs_of_several_parts_are_divided_alike():
     numbers = torch.arange(5)
     inputs = {"a": numbers, "b": [numbers, (numbers,)], "c": Pair(numbers, numbers), "d": list("vwxyz")}
-    (first, _), (second, targets) = Batch(inputs, numbers, numbers.numpy(), (3, 2)).parts()
+    (first, _), (second, targets) = Batch(inputs, numbers, numbers.numpy(), (3, 2)).replicas()
     assert targets.tolist() == [3, 4]
     assert second["a"].tolist() == second["b"][0].tolist() == second["b"][1][0].tolist() == [3, 4]
     assert isinstance(second["c"], Pair)
@@ -292,7 +301,7 @@ class Parts(Dataset):
 def test_inputs_may_be_dicts_and_tuples(workers):
     batch = next(batches(dataset(Parts()), 4, workers=workers, replicas=2).epoch())
     assert batch.inputs["image"][:, 0].tolist() == batch.inputs["extra"][0].tolist() == batch.targets.tolist()
-    (first, _), (second, targets) = batch.parts()
+    (first, _), (second, targets) = batch.replicas()
     assert second["image"][:, 0].tolist() == targets.tolist()
     assert len(first["extra"][1]) == 2
 

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 import torchrelay as tr
 from torchrelay.data import batches as module
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
-from torchrelay.data.batches import Batch, Batches
-from torchrelay.data.prefetch import SideStream, _tensors, ahead, beside, gather
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
+from torchrelay.data.prefetch import SideStream, _tensors, gather, prefetch, side_stream
 from torchrelay.data.sources import arrays, dataset
 from torchrelay.device.device import DeviceSettings, set_up
 
@@ -90,13 +91,13 @@ PIPELINE = Pipeline((Flip(), PaddedCrop(padding=1)), mean=(0.5,) * 3, std=(0.2,)
 
 
 def test_without_a_device_of_its_own_nothing_is_beside():
-    assert beside(torch.device("cpu")) is None
-    assert Batches(photographs(), 8, CPU, PIPELINE)._beside is None
+    assert side_stream(torch.device("cpu")) is None
+    assert Batches(photographs(), 8, CPU, PIPELINE)._stream is None
 
 
 def test_a_batch_is_prepared_when_it_is_asked_for_and_handed_over(monkeypatch):
     written = Written()
-    monkeypatch.setattr(module, "beside", lambda device: written)
+    monkeypatch.setattr(module, "side_stream", lambda device: written)
     found = Batches(photographs(), 20, CPU, PIPELINE)
     batches = found.epoch(0)
     assert not written.log
@@ -118,8 +119,8 @@ def test_streams_wait_for_each_other_and_the_host_for_the_step_before_last(monke
         yield
 
     monkeypatch.setattr(torch.cuda, "stream", switched)
-    where = beside(torch.device("cuda"))
-    batches = ahead(Batches(photographs(), 8, CPU, PIPELINE).epoch(0), where)
+    where = side_stream(torch.device("cuda"))
+    batches = prefetch(Batches(photographs(), 8, CPU, PIPELINE).epoch(0), where)
     for _ in range(3):
         next(batches)
     each = [["loop marks {}", "to side", "loop waits for side"], ["host waits for 1"]]
@@ -130,7 +131,7 @@ def test_streams_wait_for_each_other_and_the_host_for_the_step_before_last(monke
 @pytest.mark.parametrize("start", [0, 3])
 def test_the_batches_are_the_same(monkeypatch, start):
     plain = content(Batches(photographs(), 8, CPU, PIPELINE, seed=2).epoch(1, start))
-    monkeypatch.setattr(module, "beside", lambda device: Written())
+    monkeypatch.setattr(module, "side_stream", lambda device: Written())
     assert content(Batches(photographs(), 8, CPU, PIPELINE, seed=2).epoch(1, start)) == plain
 
 
@@ -145,13 +146,13 @@ def test_an_error_comes_at_its_batch_and_the_source_is_closed(where):
         finally:
             closed.append(True)
 
-    found = ahead(source(), where)
+    found = prefetch(source(), where)
     assert len(next(found).targets) == len(next(found).targets) == 8
     with pytest.raises(ValueError, match="broken"):
         next(found)
     assert closed == [True]
     assert where is None or where.log[-2:] == ["(", ")"]
-    given_up = ahead(source(), where)
+    given_up = prefetch(source(), where)
     next(given_up)
     given_up.close()
     assert closed == [True, True]
@@ -179,9 +180,9 @@ def own_transform(images, draw):
     ],
 )
 def test_what_the_user_wrote_runs_where_the_loop_is(monkeypatch, source, pipeline, workers, is_beside):
-    monkeypatch.setattr(module, "beside", lambda device: Written())
+    monkeypatch.setattr(module, "side_stream", lambda device: Written())
     found = Batches(source, 8, CPU, pipeline, workers=workers)
-    assert (found._beside is not None) == is_beside
+    assert (found._stream is not None) == is_beside
 
 
 def test_all_tensors_of_a_batch_are_found():
@@ -222,9 +223,9 @@ def test_batches_from_beside_have_the_bits_of_the_loops_stream(monkeypatch, resi
         monkeypatch.setattr(module, "_ON_DEVICE", 0)
     source = photographs(2_000)
     found, on_one_stream = on_gpu(source, seed=1), on_gpu(source, seed=1)
-    on_one_stream._beside = None
+    on_one_stream._stream = None
     wanted = content(on_one_stream.epoch(2))
-    assert isinstance(found._beside, SideStream)
+    assert isinstance(found._stream, SideStream)
     assert found._inputs.is_cuda == resident
     busy, seen = torch.randn(1024, 1024, device="cuda"), []
     for batch in found.epoch(2):
@@ -242,7 +243,7 @@ def test_a_dataset_read_by_workers_has_the_same_bits():
     source = dataset(Own())
     wanted = content(Batches(source, 8, CPU, Pipeline(), seed=1).epoch(2))
     found = on_gpu(source, seed=1, pipeline=Pipeline(), workers=2)
-    assert isinstance(found._beside, SideStream)
+    assert isinstance(found._stream, SideStream)
     assert content(found.epoch(2)) == wanted
     found.close()
 
@@ -294,5 +295,5 @@ def test_a_run_has_the_same_bytes_with_and_without(monkeypatch, digits, quiet, g
         return [*found, repr(made.last_evaluation.values).encode()]
 
     with_it = weights()
-    monkeypatch.setattr(module, "beside", lambda device: None)
+    monkeypatch.setattr(module, "side_stream", lambda device: None)
     assert weights() == with_it

@@ -17,13 +17,14 @@ from torch import nn
 
 from forked import fork
 from torchrelay import optim
+from torchrelay.data.batch import replica_sizes
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed import fsdp_checks as shardable
 from torchrelay.distributed.fsdp import FSDP
 from torchrelay.distributed.fsdp_checks import check_optimizer, update_in_one_call
 from torchrelay.distributed.fsdp_state import divide, gather
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
-from torchrelay.distributed.replicas import Buffers, GradientTree, blocks, give_gradients, take_gradients
+from torchrelay.distributed.replicas import Buffers, GradientTree, give_gradients, take_gradients
 from torchrelay.errors import RelayError, UsageError
 
 STEPS = 4
@@ -170,7 +171,7 @@ def train(case: Case, processes: ProcessGroup, start: Any = None) -> dict[str, A
     buffers, norms = Buffers(model), []
     for step in range(case.first, case.last):
         inputs, targets = data(step, case.device)
-        sizes = blocks(len(inputs), case.replicas)
+        sizes = replica_sizes(len(inputs), case.replicas)
         parts = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
         each = case.replicas // processes.size
         tree, mine = GradientTree(), range(processes.rank * each, (processes.rank + 1) * each)
@@ -209,7 +210,7 @@ def alone(case: Case, start: Any = None) -> dict[str, Any]:
     buffers, norms = Buffers(model), []
     for step in range(case.first, case.last):
         inputs, targets = data(step, case.device)
-        sizes = blocks(len(inputs), case.replicas)
+        sizes = replica_sizes(len(inputs), case.replicas)
         tree = GradientTree()
         buffers.keep()
         for replica in reversed(range(case.replicas)):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrelay.distributed.replicas import GradientTree, ParallelSettings, blocks, check_replicas, replicas_of
+from torchrelay.distributed.replicas import GradientTree, ParallelSettings, check_replicas, replicas_of
 from torchrelay.errors import UsageError
 
 
@@ -55,14 +55,6 @@ def test_a_parameter_that_no_replica_used_has_no_gradient():
 def test_any_number_of_leaves_is_added():
     leaves = [torch.tensor([float(2**i)]) for i in range(7)]
     assert tree_of(leaves).item() == 127.0
-
-
-@pytest.mark.parametrize(
-    ("samples", "replicas", "sizes"),
-    [(8, 4, (2, 2, 2, 2)), (10, 4, (3, 3, 2, 2)), (3, 4, (1, 1, 1, 0)), (5, 1, (5,))],
-)
-def test_blocks_are_contiguous_and_earlier_ones_larger(samples, replicas, sizes):
-    assert blocks(samples, replicas) == sizes
 
 
 def test_an_exact_run_needs_a_power_of_two():

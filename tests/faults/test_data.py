@@ -438,7 +438,7 @@ def test_valid_targets_of_every_kind_are_accepted(quiet):
         (["data.options.kind=Mislabelled"], "Mislabelled (training): sample 20 has label 12: the 3 classes are 0 to 2"),
         (["data.options.kind=Mislabelled", "data.workers=2", 'data.options.classes=["a","b","c"]'], "sample 20 has"),
         (["data.name=vectors", "data.options={label=12}"], "sample 20 of arrays (training) has label 12: build it"),
-        (["data.options.kind=Rows", "model.options.outputs=2"], "label 2: the 2 classes are 0 to 1: mend the label"),
+        (["data.options.kind=Rows", "model.options.outputs=2"], "label 2: the 2 classes are 0 to 1: correct the label"),
     ],
 )
 def test_an_invalid_label_ends_a_run_with_a_one_line_error(cli, one_line, code, tmp_path, settings, says):

@@ -9,7 +9,7 @@ import torchrelay as tr
 from torchrelay import rng
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.cli import main
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.errors import UsageError
 from torchrelay.optim.muon import MuonOptimizer

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.errors import UsageError
 from torchrelay.train.trainer import Trainer
 

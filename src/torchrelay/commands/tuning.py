@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.device.device import set_up
 from torchrelay.errors import RelayError
 from torchrelay.recipe import build as assemble

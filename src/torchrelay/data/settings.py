@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchrelay.data.augment import Augment, Prepare
+from torchrelay.data.augment.pipeline import Augment, Prepare
 from torchrelay.data.builtin import cifar10, cifar100, digits, text
 from torchrelay.data.folder import image_folder
 from torchrelay.data.sources import ArraySource, Source, as_source, split

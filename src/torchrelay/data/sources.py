@@ -246,6 +246,19 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     return source.take(rest), source.take(part)
 
 
+def statistics(source: Source) -> dict[str, Any]:
+    """Return the "mean" and "std" of an image source's channels: the published ones, or those of its images.
+
+    A source that isn't images in memory has none.
+    """
+    if not isinstance(source, ArraySource) or source.inputs.ndim != 4:
+        return {}
+    if source.mean is not None and source.std is not None:
+        return {"mean": source.mean, "std": source.std}
+    mean, std = channel_statistics(source.inputs)
+    return {"mean": mean, "std": std}
+
+
 def channel_statistics(images: Tensor) -> tuple[Mean, Mean]:
     """Return the mean and the deviation of each channel of images in [0, 1].
 

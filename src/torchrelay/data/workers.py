@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from torchrelay.data.labels import out_of_range, wrong_label
 from torchrelay.data.sources import DatasetSource
 from torchrelay.errors import RelayError
 from torchrelay.rng import reseed_everything, seed_for
-from torchrelay.tasks.targets import out_of_range, wrong_label
 
 Key = tuple[int, int, int]  # epoch, place, sample index
 

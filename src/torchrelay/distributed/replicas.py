@@ -70,12 +70,6 @@ def replicas_of(settings: ParallelSettings, devices: int, exact: bool) -> int:
     return replicas
 
 
-def blocks(samples: int, replicas: int) -> tuple[int, ...]:
-    """Return how many samples each replica has: contiguous blocks, earlier ones larger, the last ones perhaps empty."""
-    each, more = divmod(samples, replicas)
-    return tuple(each + (replica < more) for replica in range(replicas))
-
-
 class GradientTree:
     """Adds gradients in a fixed binary tree, as they come, with log2(replicas) + 1 partial sums in memory.
 

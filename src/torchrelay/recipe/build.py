@@ -17,7 +17,7 @@ import torch
 from torchrelay import __version__, data
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.format import Contents
-from torchrelay.data.augment import Pipeline
+from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.folder import decode_images
 from torchrelay.data.sources import ArraySource, Source

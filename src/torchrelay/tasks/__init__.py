@@ -1,11 +1,11 @@
 """Step 6: what a batch means: its loss, and how good the model's outputs are."""
 
+from torchrelay.data.labels import TargetError
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.metrics import Count
 from torchrelay.tasks.multilabel import MultiLabel
 from torchrelay.tasks.next_token import NextToken
 from torchrelay.tasks.regression import Regression
-from torchrelay.tasks.targets import TargetError
 from torchrelay.tasks.task import LossSettings, Task
 
 __all__ = [

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrelay.data.labels import TargetError, out_of_range, wrong_label
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.tasks.metrics import AccuracyByClass, ConfusionMatrix, TopAccuracy
-from torchrelay.tasks.targets import REFUSALS, TargetError, out_of_range, refused_classes, wrong_label
+from torchrelay.tasks.targets import REFUSALS, refused_classes
 from torchrelay.tasks.task import Task
 
 _NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch leaves out -100 unasked; where no label is to be ignored, none is

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrelay.data.labels import TargetError
 from torchrelay.errors import RelayError
-from torchrelay.tasks.targets import TargetError
 from torchrelay.tasks.task import Task
 
 

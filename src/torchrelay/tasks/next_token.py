@@ -3,8 +3,9 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrelay.data.labels import out_of_range, wrong_label
 from torchrelay.errors import RelayError
-from torchrelay.tasks.targets import REFUSALS, out_of_range, refused_classes, wrong_label
+from torchrelay.tasks.targets import REFUSALS, refused_classes
 from torchrelay.tasks.task import Task
 
 

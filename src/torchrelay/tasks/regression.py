@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrelay.tasks.targets import TargetError
+from torchrelay.data.labels import TargetError
 from torchrelay.tasks.task import Task
 
 

@@ -5,48 +5,40 @@ which. Targets in memory are looked at once, before the first step; those of a d
 a step in which all is well pays nothing.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
+from torchrelay.data.labels import TargetError, describe, dtype_name, out_of_range, wrong_label
 from torchrelay.errors import RelayError
 
-if TYPE_CHECKING:
-    from torchrelay.data.batches import Batch
-    from torchrelay.data.order import Positions
-
 REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # what PyTorch raises at a wrong argument
-_SHOWN = 60  # characters of a value in a message
 
 
-class TargetError(RelayError):
-    """Targets that a loss can't take. Whoever has the batch says by `of` which sample it is.
+def check_targets(check: Callable[[Tensor, str], None], batches: Batches) -> None:
+    """Have a task check all targets, if the source holds them in memory.
 
     Args:
-        text: what the loss wants, and what to do.
-        label: the label that is wrong; None if it isn't this or that value, but their shape or type.
+        check: the task's `check`.
+        batches: the data to check.
+
+    Raises:
+        RelayError: a target can't be learned; the text names its sample.
     """
-
-    def __init__(self, text: str, label: float | None = None) -> None:
-        super().__init__(text)
-        self.label = label
-
-    def of(self, name: str, targets: Any, indices: "Sequence[int] | Positions") -> RelayError:
-        """Return the error that says which sample is the first such one, and what its target is.
-
-        Args:
-            name: the data's.
-            targets: (batch, …) all of the batch.
-            indices: (batch,) which samples these are.
-        """
-        place = 0 if self.label is None else int((targets == self.label).nonzero()[0, 0])
-        value = f"label {self.label}" if self.label is not None else f"target {_described(targets[place])}"
-        return RelayError(f"{name}: sample {int(indices[place])} has {value}: {self}")
+    targets = batches.targets_in_memory()
+    if targets is None:
+        return
+    try:
+        check(targets, batches.name)
+    except TargetError as error:
+        raise error.of(batches.name, targets, range(len(targets))) from None
 
 
-def explain(error: Exception, batch: "Batch", model: nn.Module) -> None:
+def explain(error: Exception, batch: Batch, model: nn.Module) -> None:
     """Raise an error that names a sample of the batch, if that is what failed; otherwise return.
 
     Args:
@@ -63,27 +55,9 @@ def explain(error: Exception, batch: "Batch", model: nn.Module) -> None:
     given = batch.inputs.dtype if isinstance(batch.inputs, Tensor) else None
     if isinstance(error, RuntimeError) and given in (torch.uint8, torch.float64) and wanted not in (None, given):
         raise RelayError(
-            f"{batch.name}: sample {int(batch.indices[0])} is {_described(batch.inputs[0])}, and the model computes in "
-            f"{_plain(wanted)}: let the dataset return {_plain(wanted)}"
+            f"{batch.name}: sample {int(batch.indices[0])} is {describe(batch.inputs[0])}, and the model computes in "
+            f"{dtype_name(wanted)}: let the dataset return {dtype_name(wanted)}"
         ) from error
-
-
-def wrong_label(targets: Tensor, classes: int | None, ignore: int | None = None) -> int | None:
-    """Return a label that is no class, or None.
-
-    Args:
-        targets: (…) class indices.
-        classes: how many there are; None: any number.
-        ignore: the label that stands for none, if there is one.
-    """
-    if ignore is not None:
-        targets = targets[targets != ignore]
-    if targets.numel() == 0:
-        return None
-    low, high = (int(value) for value in targets.aminmax())
-    if classes is not None and high >= classes:
-        return high
-    return low if low < 0 else None
 
 
 def refused_classes(outputs: Any, targets: Any, ignore: int | None = None) -> RelayError | None:
@@ -95,9 +69,7 @@ def refused_classes(outputs: Any, targets: Any, ignore: int | None = None) -> Re
         ignore: the label that stands for none, if there is one.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        return RelayError(
-            f"the model gives {_described(outputs)}, but the loss wants (batch, classes): mend its output"
-        )
+        return RelayError(f"the model gives {describe(outputs)}, but the loss wants (batch, classes): mend its output")
     if not isinstance(targets, Tensor):
         return TargetError("the loss wants a class's number: let the dataset return an int")
     if len(outputs) != len(targets):
@@ -113,29 +85,3 @@ def refused_classes(outputs: Any, targets: Any, ignore: int | None = None) -> Re
         return TargetError("the loss wants int64: let the dataset return an int")
     label = wrong_label(targets, classes, ignore)
     return None if label is None else out_of_range(label, classes)
-
-
-def out_of_range(label: int, classes: int | None) -> TargetError:
-    """Return the error of a label that is no class.
-
-    Args:
-        label: which.
-        classes: how many classes there are, or outputs of the model; None: not known.
-    """
-    if classes is None:
-        return TargetError("classes count from 0: mend the label", label)
-    return TargetError(f"the {classes} classes are 0 to {classes - 1}: mend the label, or give the model more", label)
-
-
-def _described(value: Any) -> str:
-    """Return a value with its type and shape, or these alone where it is long."""
-    if not isinstance(value, Tensor):
-        return f"{value!r:.{_SHOWN}}" if isinstance(value, str | float | int) else f"a {type(value).__name__}"
-    shape = f" of shape {tuple(value.shape)}" if value.ndim else ""
-    text = str(value.tolist()) if value.numel() < _SHOWN else ""
-    kind = f"{_plain(value.dtype)}{shape}"
-    return f"{text} ({kind})" if 0 < len(text) <= _SHOWN else kind
-
-
-def _plain(kind: torch.dtype | None) -> str:
-    return str(kind).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torchrelay.run.terminal import epoch_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchrelay.data.batches import Batch
+    from torchrelay.data.batch import Batch
     from torchrelay.train.trainer import Trainer
 
 

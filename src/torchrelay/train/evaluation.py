@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from torchrelay.data.batches import Batch, Batches
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
 from torchrelay.device.device import Device
 from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.errors import UsageError
@@ -210,7 +211,7 @@ def _shared(
         if start + group.rank < len(batches):
             results = compute(next(own))
         elif collective_forward:
-            compute(batches.some())
+            compute(batches.dummy_batch())
         if group.size == 1:
             yield results
             continue

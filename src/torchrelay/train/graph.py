@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchrelay import rng
-from torchrelay.data.batches import Batch
+from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.optim.groups import clear_gradients

@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 from torchrelay import rng
 from torchrelay.checkpoint import format as checkpoints
 from torchrelay.checkpoint.format import CheckpointSettings, Contents
-from torchrelay.data.augment import Augment, Pipeline
-from torchrelay.data.batches import Batch, Batches, Sampling, statistics
-from torchrelay.data.sources import ArraySource, as_source
+from torchrelay.data.augment.pipeline import Augment, Pipeline
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches, Sampling
+from torchrelay.data.sources import ArraySource, as_source, statistics
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed.process_group import join
 from torchrelay.distributed.replicas import Buffers, GradientTree, ParallelSettings, replicas_of
@@ -43,7 +44,7 @@ from torchrelay.run import identity
 from torchrelay.run.folder import Run, RunSettings, SaveSchedule, Stopwatch
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
-from torchrelay.tasks.targets import explain
+from torchrelay.tasks.targets import check_targets, explain
 from torchrelay.tasks.task import Task
 from torchrelay.train.backward import backward_from_mean, mean_loss
 from torchrelay.train.callbacks import Callback, Pictures, StepLog, epoch_text
@@ -169,7 +170,7 @@ class Trainer:
                 sampling=sampling if training else "sequential",
                 replicas=self.replicas if training else 1,
                 rank=self.group.rank,
-                ranks=self.group.size,
+                world_size=self.group.size,
                 workers=workers,
                 drop_last=drop_last and training,
             )
@@ -211,10 +212,10 @@ class Trainer:
         check_tta(self.settings.test_views, isinstance(self.task, Classification))
         self.measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
         for part in (self.batches, *self.evaluated.values()):
-            part.check_targets(self.task.check)
+            check_targets(self.task.check, part)
 
         if self.group.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
-            self._some_weight = self.task.weight(self.batches.some().targets)
+            self._some_weight = self.task.weight(self.batches.dummy_batch().targets)
 
         # 7. Where the run stands
         self.record = record or _own_record(self)
@@ -310,12 +311,12 @@ class Trainer:
     def _own_replicas(self, batch: Batch, total: Tensor | float) -> Tensor:
         """Compute this process's replicas one after another; all processes' gradients and losses are added."""
         gradients, losses = GradientTree(), GradientTree()
-        if len(batch.blocks) > 1:
+        if len(batch.replica_sizes) > 1:
             self._buffers.keep()
-        for replica, (inputs, targets) in reversed(list(enumerate(batch.parts(), batch.first))):
-            if replica + 1 < batch.first + len(batch.blocks):
+        for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
+            if replica + 1 < batch.first_replica + len(batch.replica_sizes):
                 self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
-            last = replica == batch.first
+            last = replica == batch.first_replica
             with self.strategy.sync(gradients) if last else self.strategy.no_sync(gradients):
                 part = self._replica(replica, inputs, targets, total) if len(targets) else self._nothing()
             losses.add([part])
@@ -331,7 +332,7 @@ class Trainer:
 
     def _dummy_loss(self) -> Tensor:
         """Go forward through any samples, where a process has none and the others wait for it."""
-        batch = self.batches.some()
+        batch = self.batches.dummy_batch()
         with self.device.autocast():
             return self.task.loss(self.strategy(batch.inputs), batch.targets)
 
@@ -340,9 +341,9 @@ class Trainer:
         counted = self.task.weight_of(batch.size)
         if counted is not None:
             return counted
-        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.parts() if len(targets)]
+        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.replicas() if len(targets)]
         if self.group.size > 1:
-            weights += [0.0 * self._some_weight] * (len(batch.blocks) - len(weights))
+            weights += [0.0 * self._some_weight] * (len(batch.replica_sizes) - len(weights))
             on_device = isinstance(self._some_weight, Tensor)
             own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
             found = self.group.gather(own).flatten()
@@ -527,7 +528,7 @@ class Trainer:
             self.pipeline,
             train=False,
             rank=self.group.rank,
-            ranks=self.group.size,
+            world_size=self.group.size,
         )
         with self._averaged(), self.device.explained(self.batches.batch_size):
             collective = self.strategy.collective_forward

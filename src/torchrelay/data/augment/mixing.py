@@ -34,17 +34,19 @@ class Mixup(Settings):
     p: Probability = 1.0
     """How likely an image is blended."""
 
-    def __call__(self, images: Tensor, targets: Tensor, draw: Draw, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, draw: Draw, replica_sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return float32 images and targets, blended.
 
         Args:
             images: (batch, channels, height, width), uint8 or floats in [0, 1].
             targets: (batch, classes) probabilities, or other floats, (batch, …).
             draw: the batch's randomness.
-            blocks: sizes of the consecutive parts in which partners are found.
+            replica_sizes: sizes of the consecutive parts within which partners are found.
         """
         share = _shares(draw, self.alpha, self.p).to(torch.float32).to(images.device, non_blocking=True)
-        partner = partners(blocks).to(images.device, non_blocking=True)
+        partner = partners(replica_sizes).to(images.device, non_blocking=True)
         images = as_floats(images)
         return _blend(images, images[partner], share), _blend(targets, targets[partner], share)
 
@@ -61,7 +63,9 @@ class CutMix(Settings):
     p: Probability = 1.0
     """How likely an image is cut."""
 
-    def __call__(self, images: Tensor, targets: Tensor, draw: Draw, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, draw: Draw, replica_sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         """Return images of the same type, cut, and targets, blended; arguments as of `Mixup`."""
         height, width = images.shape[2:]
         side = (1 - _shares(draw, self.alpha, self.p)).sqrt()  # of the rectangle, as a part of the image's
@@ -70,14 +74,16 @@ class CutMix(Settings):
         columns = _span(place[:, 1], side, width)
         share = (1 - rows.sum(1) * columns.sum(1) / (height * width)).to(images.device, non_blocking=True)
         hole = (rows[:, None, :, None] & columns[:, None, None]).to(images.device, non_blocking=True)
-        partner = partners(blocks).to(images.device, non_blocking=True)
+        partner = partners(replica_sizes).to(images.device, non_blocking=True)
         return torch.where(hole, images[partner], images), _blend(targets, targets[partner], share)
 
 
-def partners(blocks: Sequence[int]) -> Tensor:
-    """Return each sample's partner, int64 (batch,): the next of its block; the last one's is the first."""
-    starts = np.cumsum([0, *blocks[:-1]])
-    parts = [int(start) + (torch.arange(size) + 1) % size for start, size in zip(starts, blocks, strict=True) if size]
+def partners(replica_sizes: Sequence[int]) -> Tensor:
+    """Return each sample's partner, int64 (batch,): the next one of its replica; the last one's is the first."""
+    starts = np.cumsum([0, *replica_sizes[:-1]])
+    parts = [
+        int(start) + (torch.arange(size) + 1) % size for start, size in zip(starts, replica_sizes, strict=True) if size
+    ]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 

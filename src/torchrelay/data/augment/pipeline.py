@@ -1,13 +1,4 @@
-"""Step 2: augmentation of whole batches, on whatever device they are.
-
-A transform is a frozen settings class that can be called, so that Python (`augment.Flip(p=0.5)`) and a recipe
-(`augment = ["flip", { name = "crop", padding = 2 }]`) share it. All randomness comes from a `Draw`: what happens to a
-sample follows from its place in the epoch, and neither the batch's size nor its other samples, the worker or the device
-matter (the partner of mixup and cutmix aside).
-
-Images are (batch, channels, height, width), uint8 or floats in [0, 1]. They stay bytes until something needs
-fractions, for a quarter of the memory is a quarter of the time; the last step makes float32 of them.
-"""
+"""What happens to a batch between the source and the model: transforms by name, and the pipeline that applies them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,29 +26,7 @@ from torchrelay.data.augment.mixing import CutMix, Mixup
 from torchrelay.data.augment.pixels import as_floats
 from torchrelay.data.augment.policies import RandAugment, TrivialAugment
 from torchrelay.data.order import Positions
-from torchrelay.errors import UsageError, nearest
-
-__all__ = [
-    "AlternatingFlip",
-    "Augment",
-    "CenterCrop",
-    "ColorJitter",
-    "CutMix",
-    "Cutout",
-    "Draw",
-    "Flip",
-    "ImageTransform",
-    "Mixup",
-    "Normalize",
-    "PaddedCrop",
-    "Pipeline",
-    "Prepare",
-    "ProgressiveResize",
-    "RandAugment",
-    "RandomResizedCrop",
-    "Resize",
-    "TrivialAugment",
-]
+from torchrelay.errors import UsageError, nearest, warn_renamed
 
 _Fixed = Resize | CenterCrop
 _Any = (
@@ -75,7 +44,9 @@ _Any = (
     | Mixup
     | CutMix
 )
-_SPELLINGS = {"color_jitter": "color_jitter", "centre_crop": "center_crop"}  # both are right
+_OLD_NAMES = {"colour_jitter": "color_jitter", "centre_crop": "center_crop"}
+# The random streams keep the names that they were released with, and so their numbers.
+_STREAM_NAMES = {"color_jitter": "colour_jitter"}
 
 
 def _names(union: Any) -> tuple[str, ...]:
@@ -92,7 +63,10 @@ def _by_name(known: tuple[str, ...]) -> Callable[[Any], Any]:
             return value
         if "name" not in value:
             raise ValueError(f"a transform needs a name: one of {', '.join(known)}")
-        name = _SPELLINGS.get(str(value["name"]), str(value["name"]))
+        name = str(value["name"])
+        if name in _OLD_NAMES:
+            warn_renamed(f"transform '{name}'", f"'{_OLD_NAMES[name]}'")
+            name = _OLD_NAMES[name]
         if name not in known:
             near = nearest(name, known) or f": choose one of {', '.join(known)}"
             raise ValueError(f"unknown transform '{name}'{near}")
@@ -144,7 +118,7 @@ class Pipeline:
             raise UsageError(f"std is {tuple(self.std)}, and images are divided by it: each must be above 0")
 
     @property
-    def is_ours(self) -> bool:
+    def is_built_in(self) -> bool:
         """Whether all transforms are this package's, and none is a function of the user's."""
         return all(type(transform) in get_args(_Any) for transform in self.transforms)
 
@@ -161,9 +135,9 @@ class Pipeline:
         *,
         seed: int,
         epoch: int,
-        place: int,
+        position: int,
         indices: Positions | Tensor,
-        blocks: Sequence[int] | None = None,
+        replica_sizes: Sequence[int] | None = None,
     ) -> tuple[Any, Tensor]:
         """Return a batch for training.
 
@@ -173,9 +147,9 @@ class Pipeline:
             targets: (batch,) int64 class indices; if something mixes, they become float32 (batch, classes).
             seed: the run's seed.
             epoch: counted from 0.
-            place: where in the epoch the batch begins.
+            position: the position in the epoch of the first sample.
             indices: (batch,) int64, which samples of the source these are.
-            blocks: sizes of the replicas' consecutive parts, in which mixing finds partners; none: it is all one.
+            replica_sizes: sizes of the replicas' consecutive parts, within which mixing finds partners; None: one part.
 
         Returns:
             float32 images, and targets.
@@ -186,14 +160,15 @@ class Pipeline:
         if not self._takes(inputs, [*self.prepare, *self.transforms]):
             return inputs, targets
         images = self._prepared(inputs)
-        positions = torch.arange(place, place + len(images))
+        positions = torch.arange(position, position + len(images))
         samples = torch.as_tensor(indices)
         for number, transform in enumerate(self.transforms):
-            stream = f"augment.{number}.{_name(transform)}"
+            name = _name(transform)
+            stream = f"augment.{number}.{_STREAM_NAMES.get(name, name)}"
             draw = Draw(seed, epoch, positions, samples, stream, images.device)
             if isinstance(transform, Mixup | CutMix):
                 targets = _probabilities(targets, self.classes, transform.name)
-                images, targets = transform(images, targets, draw, blocks or (len(images),))
+                images, targets = transform(images, targets, draw, replica_sizes or (len(images),))
             else:
                 images = transform(images, draw)
         return self._finished(images, inputs), targets
