@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install train test test-slow lint types check bench bench-gpu docs clean
+.PHONY: install train test test-slow lint types check house bench bench-gpu docs clean
 
 install: .venv/installed
 
@@ -28,6 +28,10 @@ types: install
 	$(BIN)/mypy
 
 check: lint types test
+
+# How the code is laid out, in figures: before and now.
+house: install
+	$(BIN)/python -m tools.house
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
