@@ -24,8 +24,8 @@ from torch import Tensor
 
 import torchrelay as tr
 from torchrelay.data.batch import Batch
-from torchrelay.recipe import build as assemble
 from torchrelay.recipe import recipe
+from torchrelay.recipe.build import build_trainer
 from torchrelay.run.terminal import Terminal
 
 TWIN = Path(__file__).with_name("twin.py")
@@ -68,7 +68,7 @@ def compare(case: Case, data: Path | None) -> str:
     where = (f"data.root={data}", "data.name=image-folder") if case.photographs else ()
     loaded = recipe.load(case.recipe, (*where, *case.overrides))
     written = WriteDown(folder)
-    trainer = assemble.trainer(loaded, callbacks=[written], terminal=Terminal(quiet=True))
+    trainer = build_trainer(loaded, callbacks=[written], terminal=Terminal(quiet=True))
     started = time.perf_counter()
     trainer.fit()
     seconds = time.perf_counter() - started

@@ -32,8 +32,8 @@ from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from torchrelay import data
 from torchrelay.data.settings import DataSettings
 from torchrelay.data.sources import ArraySource
-from torchrelay.recipe import build as assemble
 from torchrelay.recipe import recipe
+from torchrelay.recipe.build import build_trainer
 from torchrelay.run.terminal import Terminal
 
 TITLE = "The time to an accuracy, on a GPU"
@@ -144,7 +144,7 @@ def settle() -> None:
 def timed(name: str, overrides: Sequence[str], seed: int = 0) -> Run:
     """Train by a recipe; the trainer is made before the clock starts."""
     chosen = recipe.load(name, [*overrides, f"run.seed={seed}"])
-    trainer = assemble.trainer(chosen, terminal=Terminal(quiet=True))
+    trainer = build_trainer(chosen, terminal=Terminal(quiet=True))
     settle()
     began = time.perf_counter()
     found = trainer.fit()

@@ -42,8 +42,10 @@ def preload() -> None:
     import torch.utils.tensorboard
     import torchmetrics
 
-    import torchrelay.commands.commands
+    import torchrelay.cli
+    import torchrelay.distributed.launch
     import torchrelay.models.summary
+    import torchrelay.recipe.predictor
     import torchrelay.report.plots
 
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported

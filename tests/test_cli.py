@@ -84,13 +84,13 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("", "the following arguments are required: COMMAND; 'torchrelay --help' shows what there is"),
-        ("train", "the following arguments are required: RECIPE; 'torchrelay train --help' shows what there is"),
+        ("", "the following arguments are required: COMMAND; see 'torchrelay --help'"),
+        ("train", "the following arguments are required: RECIPE; see 'torchrelay train --help'"),
         ("trian digits", "there is no command 'trian'; did you mean 'train'?"),
         ("train digits --sett run.epochs=1", "there is no option '--sett'; did you mean '--set'?"),
         ("train digits --rum=x", "there is no option '--rum'; did you mean '--run'?"),
-        ("train digits more", "unrecognized arguments: more; 'torchrelay train --help' shows what there is"),
-        ("doctor --foo", "there is no option '--foo'; 'torchrelay doctor --help' shows what there is"),
+        ("train digits more", "unrecognized arguments: more; see 'torchrelay train --help'"),
+        ("doctor --foo", "there is no option '--foo'; see 'torchrelay doctor --help'"),
         ("train digit", "there is no recipe 'digit', neither a shipped one nor a file; did you mean 'digits'?"),
         ("train nothing.toml", "there is no recipe 'nothing.toml', neither a shipped one nor a file"),
         ("train digits --set run.epoch=3", "digits: unknown key 'run.epoch'; did you mean 'epochs'?"),
@@ -109,9 +109,9 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
         ("train digits --code nothing.py", "--code nothing.py: there is no such file"),
         ("recipe", "recipe needs a name or a file: 'torchrelay recipes' lists the shipped ones"),
         ("recipe digits --set run.epochs=many", "run.epochs should be a whole number, not 'many'"),
-        ("resume nothing", "nothing is no run: it has no recipe.toml; give a folder that 'torchrelay train' made"),
-        ("evaluate nothing --json", "nothing is no run"),
-        ("predict nothing x.png", "nothing is no run"),
+        ("resume nothing", "nothing isn't a run: it has no recipe.toml; give a folder that 'torchrelay train' made"),
+        ("evaluate nothing --json", "nothing isn't a run"),
+        ("predict nothing x.png", "nothing isn't a run"),
     ],
 )
 def test_wrong_usage_is_one_line_that_leaves_nothing_behind(command, says, capsys, tmp_path, monkeypatch):
@@ -247,11 +247,11 @@ def test_predict_agrees_with_the_labels(run, pictures, capsys):
 
 
 def test_predict_gives_what_the_trainer_predicts(run, pictures, capsys):
-    from torchrelay.recipe import build as assemble
     from torchrelay.recipe import recipe
+    from torchrelay.recipe.build import build_trainer
 
     paths, _ = pictures
-    trainer = assemble.trainer(recipe.load(str(run / "recipe.toml")), run, fresh=False)
+    trainer = build_trainer(recipe.load(str(run / "recipe.toml")), run, fresh=False)
     trainer.load("best")
     expected = trainer.predict(tr.data.digits()[1].inputs[:40])
     capsys.readouterr()
@@ -286,7 +286,10 @@ def test_predict_names_a_file_that_is_missing_or_damaged(run, pictures, tmp_path
     code, line = failing(["predict", str(run), str(tmp_path / "empty")], capsys)
     assert (code, line) == (2, f"error: {tmp_path}/empty has no images in it")
     code, line = failing(["predict", str(run), str(pictures[0][0]), "--top", "0"], capsys)
-    assert (code, line) == (2, "error: --top 0: show 1 class or more")
+    assert (code, line) == (
+        2,
+        "error: argument --top: '0' isn't a whole number of at least 1; see 'torchrelay predict --help'",
+    )
 
 
 def test_weights_of_another_model_are_refused(run, pictures, capsys):
@@ -388,7 +391,7 @@ def test_code_of_ones_own_trains_resumes_evaluates_and_predicts(code, tmp_path, 
     for command in (["resume", run], ["evaluate", run], ["predict", run, str(pictures[0][0])]):
         failed, line = failing(command, capsys)
         assert failed == 2
-        assert f"uses code of its own: add --code {code}" in line
+        assert f"was started with a file of code: add --code {code}" in line
     code.write_text(CODE.replace("2 * super", "3 * super"))
     failed, line = failing(["resume", run, "--set", "run.epochs=7", "--quiet", *given], capsys)
     assert failed == 1

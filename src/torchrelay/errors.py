@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): a signal stopped the run, and it can be resumed
+
 
 class RelayError(Exception):
     """Something a person can mend; the text is one line with the cause, the place and the remedy."""
@@ -21,6 +23,12 @@ class UsageError(RelayError):
     """The command line, a recipe or an argument is wrong; nothing was started."""
 
     exit_code = 2
+
+
+class Interrupted(RelayError):  # noqa: N818 - it isn't an error: the user asked for it
+    """A signal stopped the run after it had saved a checkpoint; a resume continues exactly."""
+
+    exit_code = STOPPED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torchrelay.cli import main
 from torchrelay.commands import tuning
 from torchrelay.recipe import recipe
-from torchrelay.recipe.build import load_code
+from torchrelay.recipe.code import load_code
 
 CODE = """
 import time

@@ -19,13 +19,12 @@ from forked import fork
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import exact_ddp as tree_exchange
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
-from torchrelay.errors import RelayError
+from torchrelay.errors import Interrupted, RelayError
 from torchrelay.report import plots as report
 from torchrelay.run.folder import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
 from torchrelay.train.callbacks import Pictures
-from torchrelay.train.signals import Interrupted
 
 SAMPLES, BATCH = 403, 80  # five batches, and one of three samples for eight replicas
 STEPS = 6  # of an epoch

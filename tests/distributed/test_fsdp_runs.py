@@ -24,11 +24,10 @@ from torchrelay import cli
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import fsdp_checks as shardable
 from torchrelay.distributed.replicas import ParallelSettings
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.run.folder import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.callbacks import Pictures
-from torchrelay.train.signals import Interrupted
 
 SAMPLES, BATCH = 402, 100  # the last batch has two samples for four replicas: none for the second process
 STEPS = 5  # of an epoch
@@ -175,7 +174,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     tr.data.digits()
-    importlib.import_module("torchrelay.commands.commands")
+    importlib.import_module("torchrelay.recipe.predictor")
     imported = [name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))]
     (folder / "imported.json").write_text(json.dumps(imported))
     with socket.socket() as free:

@@ -152,9 +152,9 @@ def test_a_traceback_is_shown_on_request(cli, tmp_path):
     ("arguments", "settings", "environment", "says"),
     [
         (["--devices=2"], TWO, {"RANK": "0", "WORLD_SIZE": "4"}, "--devices 2: this is one of 4 processes already"),
-        (["--devices=0"], TWO, {}, "'0' is no whole number from 1 on"),
-        (["--devices=two"], TWO, {}, "'two' is no whole number from 1 on"),
-        (["--devices=2", "--restarts=-1"], TWO, {}, "'-1' is no whole number from 0 on"),
+        (["--devices=0"], TWO, {}, "'0' isn't a whole number of at least 1"),
+        (["--devices=two"], TWO, {}, "'two' isn't a whole number of at least 1"),
+        (["--devices=2", "--restarts=-1"], TWO, {}, "'-1' isn't a whole number of at least 0"),
         (["--devices=2", "--port=70000"], TWO, {}, "--port 70000: a port is a number from 1 to 65535"),
         (["--devices=3"], TWO, {}, "3 devices can't share a run of 2 replicas: go on with 1 or 2"),
         (["--devices=2"], ["device.name=mps"], {}, "--devices 2: device.name 'mps' is one device"),

@@ -237,7 +237,7 @@ def test_a_huge_or_deeply_nested_json_is_refused_in_bounded_memory(cli, one_line
         ("train digits --set model.pretrained=lost.pt", "there is no file of weights at lost.pt: check the path"),
         ("train image-folder --set data.root=fotos", "data.root fotos: there is no such folder"),
         ("train digits --code lost.py", "--code lost.py: there is no such file"),
-        ("resume rnus/first", "rnus/first is no run"),
+        ("resume rnus/first", "rnus/first isn't a run"),
         ("recipe digits --set run.epoch=3", "unknown key 'run.epoch'; did you mean 'epochs'?"),
     ],
 )

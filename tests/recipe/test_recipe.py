@@ -10,7 +10,7 @@ from pydantic import BaseModel
 import torchrelay as tr
 from torchrelay.data.augment import Flip, PaddedCrop, RandomResizedCrop
 from torchrelay.errors import UsageError
-from torchrelay.recipe import recipe
+from torchrelay.recipe import recipe, shipped
 from torchrelay.settings import Settings
 
 
@@ -27,24 +27,23 @@ def said_of(capsys, *overrides: str, name: str = "digits") -> str:
 # ------------------------------------------------------------------------------------------------ what ships
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", shipped.headers())
 def test_a_shipped_recipe_survives_being_written_down(name):
     loaded = recipe.load(name)
     assert recipe.parse(tomllib.loads(loaded.to_toml()), name) == loaded
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", shipped.headers())
 def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
-    lines = (recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml").read_text().splitlines()
+    lines = shipped.path(name).read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[0].endswith(".")
     assert any(line.startswith(f"# torchrelay train {name}") for line in lines)
 
 
-@pytest.mark.parametrize("name", recipe.names())
+@pytest.mark.parametrize("name", shipped.headers())
 def test_a_shipped_recipe_says_its_replicas(name):
-    shipped = recipe.resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml"
-    assert "replicas" in tomllib.loads(shipped.read_text())["parallel"]
+    assert "replicas" in tomllib.loads(shipped.path(name).read_text())["parallel"]
 
 
 def settings_classes() -> list[type[Settings]]:

@@ -13,9 +13,8 @@ from torch import nn
 import torchrelay as tr
 from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.format import CheckpointSettings
-from torchrelay.errors import RelayError
+from torchrelay.errors import Interrupted, RelayError
 from torchrelay.train.recovery import SpikeDetector, SpikeError
-from torchrelay.train.signals import Interrupted
 
 ROLLBACK = {"on_spike": "rollback", "log_every": 3}
 

@@ -22,10 +22,9 @@ from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
-from torchrelay.errors import RelayError, UsageError
-from torchrelay.recipe import build as assemble
+from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.recipe import recipe
-from torchrelay.train.signals import Interrupted
+from torchrelay.recipe.build import build_trainer
 
 
 class Net(nn.Module):
@@ -486,7 +485,7 @@ def test_a_changed_recipe_is_refused_at_a_resume_and_counts_if_accepted(tmp_path
 
     def make(*overrides):
         loaded = recipe.load("digits", ["run.max_steps=30", "schedule.name=constant", *overrides])
-        return assemble.trainer(loaded, run, terminal=quiet)
+        return build_trainer(loaded, run, terminal=quiet)
 
     make().fit()
     with pytest.raises(RelayError, match=r"optimizer\.lr was 0\.05 and is 0\.5; put it back, or resume with --accept"):

@@ -18,7 +18,7 @@ from rich.table import Table
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import set_up
 from torchrelay.errors import RelayError
-from torchrelay.recipe import build as assemble
+from torchrelay.recipe.build import build_trainer
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.trainer import Trainer
@@ -175,7 +175,7 @@ class _Place:
 
     def __init__(self, recipe: Recipe, code: ModuleType | None, threads: int) -> None:
         self._threads = recipe.device.threads or threads
-        self.trainer = assemble.trainer(recipe, code=code, terminal=Terminal(quiet=True))
+        self.trainer = build_trainer(recipe, code=code, terminal=Terminal(quiet=True))
         torch.set_num_threads(self._threads)
         self.trainer.model.train()
         self._batches = _forever(self.trainer)

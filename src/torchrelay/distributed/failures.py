@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchrelay.distributed.launched import ERROR, by_us, rank
-from torchrelay.errors import RelayError
+from torchrelay.errors import STOPPED, RelayError
 
-_STOPPED = 75
 _LOST = re.compile("(closed|reset) by peer|broken pipe|lost another process", re.IGNORECASE)  # what follows from an end
 _OWN, _SILENT, _STOP, _FOLLOWS = range(4)  # how near to the cause a report is, the nearest first
 _AT_ONCE = 2  # seconds: what ended later than this after the first end was ended by torch's agent
@@ -99,7 +98,7 @@ def reported(folder: Path) -> list[Report]:
     for path in attempts[-1].rglob("error.json") if attempts else ():
         content = json.loads(path.read_text(encoding="utf-8"))
         own, code = content["torchrelay"], content["torchrelay"]["exit_code"]
-        worth = _FOLLOWS if own["follows"] else _STOP if code == _STOPPED else _OWN
+        worth = _FOLLOWS if own["follows"] else _STOP if code == STOPPED else _OWN
         found.append(Report(own["rank"], worth, own["time"], content["message"]["message"], code))
     return found
 

@@ -1,29 +1,17 @@
 """From a recipe to a trainer: the seven steps as a table of contents."""
 
-import hashlib
-import importlib.util
 import inspect
-import platform
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
-from torchrelay import __version__, data
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
-from torchrelay.data.augment.pipeline import Pipeline
-from torchrelay.data.batches import Batches
-from torchrelay.data.folder import decode_images
+from torchrelay import data
 from torchrelay.data.sources import ArraySource, Source
-from torchrelay.device.device import set_up
-from torchrelay.errors import RelayError, UsageError, nearest
+from torchrelay.errors import UsageError, nearest
 from torchrelay.models.factory import build as build_model
+from torchrelay.recipe.code import environment
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification, balanced_weights
@@ -32,12 +20,10 @@ from torchrelay.tasks.next_token import NextToken
 from torchrelay.tasks.regression import Regression
 from torchrelay.tasks.task import LossSettings, Task
 from torchrelay.train.callbacks import Callback, EarlyStopping
-from torchrelay.train.evaluation import predict
 from torchrelay.train.trainer import Trainer
-from torchrelay.train.views import with_tta
 
 
-def trainer(
+def build_trainer(
     recipe: Recipe,
     run: str | Path | None = None,
     *,
@@ -90,7 +76,7 @@ def trainer(
         parallel=recipe.parallel,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
-        task=task(recipe.loss, parts.train, code),
+        task=build_task(recipe.loss, parts.train, code),
         settings=recipe.run,
         run=run,
         batch_size=recipe.data.batch_size,
@@ -110,67 +96,9 @@ def trainer(
     return built
 
 
-class Predictor:
-    """A trained network with what it needs to judge new images; the training data isn't needed.
-
-    Args:
-        recipe: the run's.
-        contents: one of its checkpoints.
-        code: a module of the user's own, in which the recipe's names are looked up first.
-    """
-
-    def __init__(self, recipe: Recipe, contents: Contents, code: ModuleType | None = None) -> None:
-        saw = contents.state["data"]
-        if saw["shape"] is None or len(saw["shape"]) != 3 or not saw["classes"]:
-            raise UsageError("this run was not trained on images held in memory: use Trainer.predict() from Python")
-        self.classes: list[str] = saw["classes"]
-        self.shape: list[int] = saw["shape"]  # (channels, height, width)
-        self.batch_size = recipe.data.batch_size
-        self.test_views = recipe.run.test_views
-        self.device = set_up(recipe.device, recipe.run.exact)
-        model = build_model(
-            recipe.model.model_copy(update={"pretrained": False}),
-            classes=len(self.classes),
-            channels=self.shape[0],
-            image_size=_image_size(self.shape[-1], recipe),
-            code=code,
-            log=Terminal(quiet=True).say,
-        )
-        try:
-            model.load_state_dict(contents.model if contents.ema is None else contents.ema)
-        except RuntimeError as error:
-            raise RelayError(
-                f"the weights of the checkpoint aren't those of model '{recipe.model.name}': "
-                + "; ".join(line.strip() for line in str(error).splitlines()[1:])
-            ) from None
-        self.model = self.device.place(model)
-        self.pipeline = Pipeline(prepare=tuple(recipe.data.prepare), mean=saw["mean"], std=saw["std"])
-
-    def images(self, paths: Sequence[Path]) -> torch.Tensor:
-        """Return (images, classes) probabilities for image files, read as the training data was."""
-        inputs = decode_images(paths, self.shape)
-        source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
-        batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        return predict(self.model, batches, Classification(), self.device, with_tta(self.model, self.test_views))
-
-
-def predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:
-    """Return the predictor of a run's checkpoint: "best", "last" or a step's number.
-
-    Raises:
-        UsageError: there is no such checkpoint, or the run's task has no classes.
-    """
-    if recipe.loss.name != "cross_entropy" and not isinstance(_own_task(recipe.loss.name, code), Classification):
-        raise UsageError(
-            f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()"
-        )
-    contents = checkpoint.read(checkpoint.find(folder / "checkpoints", which))
-    return Predictor(recipe, contents, code)
-
-
-def task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:
+def build_task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:
     """Return the task that the loss's name stands for."""
-    if (own := _own_task(settings.name, code)) is not None:
+    if (own := custom_task(settings.name, code)) is not None:
         return own
     weights = _class_weights(settings, train)
     tasks: dict[str, Callable[[], Task]] = {
@@ -186,7 +114,7 @@ def task(settings: LossSettings, train: Source, code: ModuleType | None = None) 
     return tasks[settings.name]()
 
 
-def _own_task(name: str, code: ModuleType | None) -> Task | None:
+def custom_task(name: str, code: ModuleType | None) -> Task | None:
     """Return the task of that name in the user's file, if there is one."""
     own = getattr(code, name, None)
     if isinstance(own, Task):
@@ -224,58 +152,13 @@ def _shape(source: Source, recipe: Recipe) -> tuple[int, int, int | None]:
     if not isinstance(sample, torch.Tensor) or sample.ndim == 0:
         return outputs, 1, None
     if sample.ndim == 3:
-        return outputs, sample.shape[0], _image_size(sample.shape[-1], recipe)
+        return outputs, sample.shape[0], image_size(sample.shape[-1], recipe)
     return outputs, sample.shape[-1], None
 
 
-def _image_size(size: int, recipe: Recipe) -> int:
+def image_size(size: int, recipe: Recipe) -> int:
     """Return the size of the images that the model sees, after what resizes or crops them."""
     for transform in (*recipe.data.prepare, *recipe.data.augment):
         if transform.name in ("resize", "center_crop", "random_resized_crop"):
             size = transform.size
     return size
-
-
-def load_code(path: str | Path) -> ModuleType:
-    """Run a Python file that the user named, and return it as a module.
-
-    Raises:
-        UsageError: there is no such file.
-        RelayError: it fails; the text has its error.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UsageError(f"--code {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"torchrelay_code_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"--code {path}: give a Python file, such as my_net.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there, and so does pickle
-    if (folder := str(file.resolve().parent)) not in sys.path:
-        sys.path.append(folder)  # the file may import what stands beside it, as if it were run as a script
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
-        where = f" (line {lines[-1]})" if lines else ""
-        raise RelayError(f"--code {path} fails: {type(error).__name__}: {error}{where}") from error
-    return module
-
-
-def environment(code: ModuleType | None = None) -> dict[str, Any]:
-    """Return what ran, beside the parameters: versions, and the git commit of the folder that it was started in."""
-    found = {"torchrelay": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if code is not None and code.__file__ is not None:
-        found["code"] = code.__file__
-        found["code_sha256"] = hashlib.sha256(Path(code.__file__).read_bytes()).hexdigest()
-    try:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return found  # no git here: then there is no commit to name
-    return found | ({"git": git.stdout.strip()} if git.returncode == 0 else {})

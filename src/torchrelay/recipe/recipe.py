@@ -5,10 +5,8 @@ names only what ships (or what torchvision, timm and torch.optim have); a strang
 """
 
 import json
-import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -23,12 +21,12 @@ from torchrelay.errors import UsageError, nearest
 from torchrelay.models.factory import ModelSettings
 from torchrelay.optim.optimizers import SGD, OptimizerSettings
 from torchrelay.optim.schedules import Constant, ScheduleSettings
+from torchrelay.recipe import shipped
 from torchrelay.run.folder import RunSettings
 from torchrelay.settings import Settings
 from torchrelay.tasks.task import LossSettings
 
 Table = dict[str, Any]  # a TOML table
-_NAME = re.compile(r"[\w-]+")
 _PLAIN_WORDS = {
     "a valid integer": "a whole number",
     "a valid number": "a number",
@@ -75,13 +73,6 @@ class Recipe(Settings):
         return "\n".join(_lines(self)) + "\n"
 
 
-def names() -> dict[str, str]:
-    """Return the shipped recipes: each name with the first line of its header."""
-    folder = resources.files("torchrelay") / "recipe" / "shipped"
-    found = {p.name.removesuffix(".toml"): p.read_text() for p in folder.iterdir() if p.name.endswith(".toml")}
-    return {name: text.splitlines()[0].lstrip("# ") for name, text in sorted(found.items())}
-
-
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe by its shipped name or its file, and apply overrides.
 
@@ -121,22 +112,17 @@ def schema() -> str:
 
 
 def _read(name: str) -> Table:
-    path = Path(name)
-    shipped = resources.files("torchrelay") / "recipe" / "shipped" / f"{name}.toml"
-    if _NAME.fullmatch(name) and shipped.is_file():
-        text = shipped.read_text()
-    elif path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{name} can't be read as text: {error}") from None
-    else:
+    path = shipped.path(name) or Path(name)
+    if not path.is_file():
+        names = shipped.headers()
         raise UsageError(
             f"there is no recipe '{name}', neither a shipped one nor a file"
-            f"{nearest(name, names()) or '; the shipped ones are ' + ', '.join(names())}"
+            f"{nearest(name, names) or '; the shipped ones are ' + ', '.join(names)}"
         )
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} can't be read as text: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{name} isn't TOML: {error}") from None
 

@@ -15,14 +15,14 @@ from torchrelay.checkpoint import format as checkpoint
 from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import Run
 from torchrelay.run.terminal import Counters, metric
 from torchrelay.train.recovery import SpikeError
-from torchrelay.train.signals import Interrupted, StopNow, StopSignal
+from torchrelay.train.signals import StopNow, StopSignal
 
 if TYPE_CHECKING:
     from torchrelay.train.trainer import Trainer

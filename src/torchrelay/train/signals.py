@@ -9,16 +9,10 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from torchrelay.errors import RelayError
+from torchrelay.errors import Interrupted as Interrupted
 
-STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): stopped by a signal, a checkpoint is saved, resume goes on
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-class Interrupted(RelayError):  # noqa: N818 - it is no error either
-    """The run was stopped by a signal and saved a checkpoint; resuming goes on exactly."""
-
-    exit_code = STOPPED
+# Windows has no SIGUSR1.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopNow(Exception):  # noqa: N818 - it is no error: a signal has come

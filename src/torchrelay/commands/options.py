@@ -1,0 +1,173 @@
+"""Options that several commands share, and what they stand for."""
+
+import argparse
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torchrelay.distributed import launched
+from torchrelay.errors import UsageError
+
+if TYPE_CHECKING:
+    from torchrelay.recipe.recipe import Recipe
+    from torchrelay.run.terminal import Terminal
+    from torchrelay.train.trainer import Trainer
+
+# ------------------------------------------------------------------------------------------------ parsing
+
+
+def add_recipe(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Add the recipe's name."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="the name of a shipped recipe, or a TOML file")
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Add the run's folder."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add what changes a recipe's keys."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key of the recipe, such as optimizer.lr=0.02; can be repeated",
+    )
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what every command takes that builds a model from a recipe."""
+    add_overrides(parser)
+    parser.add_argument("--code", type=Path, metavar="FILE", help="a Python file whose names the recipe may use")
+    parser.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Add on how many devices to run."""
+    parser.add_argument(
+        "--devices", type=count, default=1, metavar="N", help="use N devices of this machine, one process each (1)"
+    )
+    parser.add_argument("--port", type=int, metavar="PORT", help="the rendezvous port of the processes (a free one)")
+    parser.set_defaults(restarts=0, shutdown_timeout=600.0)
+
+
+def add_restarts(parser: argparse.ArgumentParser) -> None:
+    """Add what happens to the processes of a training when one fails or a signal comes."""
+    parser.add_argument(
+        "--restarts", type=whole, default=0, metavar="N", help="restart the processes up to N times after a failure (0)"
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="after a signal, wait this long for the processes to save a checkpoint (600)",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add which of a run's checkpoints to use."""
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="WHICH", help="which checkpoint: best, last, or a step (best)"
+    )
+
+
+def whole(text: str, least: int = 0) -> int:
+    """Read a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' isn't a whole number of at least {least}")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    return whole(text, 1)
+
+
+# ------------------------------------------------------------------------------------------------ their meaning
+
+
+def code_of(options: argparse.Namespace) -> ModuleType | None:
+    """Return the user's file as a module."""
+    from torchrelay.recipe.code import load_code
+
+    return None if options.code is None else load_code(options.code)
+
+
+def terminal_of(options: argparse.Namespace) -> "Terminal":
+    """Return where the command writes to: of several processes rank 0 speaks, and others that have a file for it."""
+    from torchrelay.run.terminal import Terminal
+
+    quiet = options.quiet or getattr(options, "json", False)  # JSON stands alone on standard output
+    return Terminal(quiet=quiet or (launched.rank() > 0 and not launched.by_us()))
+
+
+def recipe_of_run(options: argparse.Namespace) -> "Recipe":
+    """Return the recipe in a run's folder with the overrides applied.
+
+    Raises:
+        UsageError: the folder holds no run, or its run needs the Python code that it was started with.
+    """
+    import tomllib
+
+    from torchrelay.recipe import recipe
+
+    file = options.folder / "recipe.toml"
+    if not file.is_file():
+        raise UsageError(
+            f"{options.folder} isn't a run: it has no recipe.toml; give a folder that 'torchrelay train' made"
+        )
+    environment = tomllib.loads(file.read_text(encoding="utf-8")).get("environment", {})
+    if environment.get("started_from") == "python":
+        raise UsageError(
+            f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that started it"
+        )
+    if "code" in environment and options.code is None:
+        raise UsageError(f"{options.folder} was started with a file of code: add --code {environment['code']}")
+    return recipe.load(str(file), options.overrides)
+
+
+def trainer_of_run(options: argparse.Namespace, recipe: "Recipe") -> "Trainer":
+    """Return the trainer of a run that has started."""
+    from torchrelay.recipe.build import build_trainer
+
+    return build_trainer(recipe, options.folder, code=code_of(options), terminal=terminal_of(options), fresh=False)
+
+
+def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path, *more: str) -> bool:
+    """Run the command in `--devices` processes and wait for them; return False where this process must run it.
+
+    Args:
+        options: of the command.
+        recipe: what it trains.
+        folder: the run's folder.
+        more: arguments for the processes, beside those that this one was given.
+
+    Raises:
+        UsageError: the machine hasn't that many devices, or the recipe needs a single process.
+        LaunchError: a process failed.
+    """
+    from torchrelay.distributed import launch
+
+    if options.devices == 1 or launched.by_us():
+        return False
+    if recipe.parallel.kind == "dp":
+        raise UsageError(
+            f"--devices {options.devices}: parallel.kind 'dp' uses all visible devices from one process: leave out "
+            "--devices, and choose the devices by CUDA_VISIBLE_DEVICES"
+        )
+    launch.check_devices(recipe.device.name, options.devices)
+    command, *rest = options.arguments
+    launch.start(
+        [command, *more, *rest],
+        options.devices,
+        folder,
+        threads=recipe.device.threads,
+        restarts=options.restarts,
+        shutdown_timeout=options.shutdown_timeout,
+        port=options.port,
+    )
+    return True
