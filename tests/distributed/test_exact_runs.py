@@ -20,7 +20,7 @@ from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import exact_ddp as tree_exchange
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.errors import Interrupted, RelayError
-from torchrelay.report import plots as report
+from torchrelay.report import curves as report
 from torchrelay.run.folder import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification

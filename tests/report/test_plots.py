@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from torchrelay.errors import RelayError
-from torchrelay.report.plots import (
+from torchrelay.report.curves import (
     Headline,
     best_line,
     confusion_matrix,
@@ -310,7 +310,7 @@ def test_plots_leave_matplotlib_as_it_was_and_need_no_display(tmp_path: Path) ->
     script = f"""
 import sys
 from pathlib import Path
-from torchrelay.report.plots import confusion_matrix, curves
+from torchrelay.report.curves import confusion_matrix, curves
 assert "matplotlib" not in sys.modules
 import matplotlib, torch
 def settings():  # asking for the backend would choose one, and import pyplot

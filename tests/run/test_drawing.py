@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from torchrelay.report.plots import Headline
-from torchrelay.run.drawing import Drawing
+from torchrelay.report.curves import Headline
+from torchrelay.run.plots import Drawing
 
 HEADLINE = Headline("accuracy", percent=True, higher_is_better=True)
 LINES = [
@@ -71,8 +71,8 @@ def test_nothing_draws_on_when_the_training_is_killed(folder: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from torchrelay.run.drawing import Drawing
-from torchrelay.report.plots import Headline
+from torchrelay.run.plots import Drawing
+from torchrelay.report.curves import Headline
 drawing = Drawing(Path({str(folder)!r}), print)
 drawing.start(Headline("accuracy", True, True), confusion=True)
 print(drawing._process.pid, flush=True)

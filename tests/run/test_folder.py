@@ -19,7 +19,7 @@ from torchrelay.checkpoint import format as checkpoint
 from torchrelay.checkpoint.format import CheckpointSettings
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.report.plots import read_metrics
+from torchrelay.report.curves import read_metrics
 from torchrelay.run.folder import Run, SaveSchedule, Stopwatch, free_folder
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchrelay.report.plots import confusion_matrix
+from torchrelay.report.curves import confusion_matrix
 from torchrelay.run.trackers import TensorBoard
 
 pytestmark = pytest.mark.browser

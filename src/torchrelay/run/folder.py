@@ -23,8 +23,8 @@ from torchrelay.checkpoint.format import CheckpointSettings, Contents
 from torchrelay.checkpoint.writer import Writer
 from torchrelay.data import files
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.report.plots import read_metrics
-from torchrelay.run.drawing import Drawing
+from torchrelay.report.curves import read_metrics
+from torchrelay.run.plots import Drawing
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
 from torchrelay.settings import Settings

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchrelay.errors import UsageError
-from torchrelay.report.plots import Headline
+from torchrelay.report.curves import Headline
 from torchrelay.run.terminal import epoch_line
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrelay.report.plots import Headline, confusion_matrix, curves, save
+from torchrelay.report.curves import Headline, confusion_matrix, curves, save
 
 _PATIENCE = 60.0  # seconds that a drawing may take on a machine with much to do
 _LAST = 19  # a training's threads wait for each other: one that is held up for a moment holds up all of them for long
