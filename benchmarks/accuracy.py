@@ -23,7 +23,7 @@ import torchvision
 from torch import nn
 
 from benchmarks.measure import machine
-from torchrelay.report.curves import read_metrics
+from torchrelay.run.metrics import read_metrics
 
 IMAGES, ACCURACY = 1_500_000, 88.44  # of the reference: 30 epochs, and what they reach
 BATCH, STEPS = 256, 3

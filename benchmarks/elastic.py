@@ -50,7 +50,7 @@ class Net(nn.Module):
 def train(run: Path) -> None:
     """Train as the environment says, from the beginning or from what a killed process left."""
     import torchrelay as tr
-    from torchrelay.checkpoint.format import CheckpointSettings
+    from torchrelay.checkpoint import CheckpointSettings
     from torchrelay.device.device import DeviceSettings
     from torchrelay.distributed.replicas import ParallelSettings
     from torchrelay.run.terminal import Terminal
@@ -142,9 +142,9 @@ def until(
 
 def newest(run: Path) -> int:
     """Return the step of the newest checkpoint."""
-    from torchrelay.checkpoint import format as checkpoint
+    from torchrelay import checkpoint
 
-    whole = checkpoint.whole(run / "checkpoints")
+    whole = checkpoint.complete(run / "checkpoints")
     return int(whole[-1].name.removeprefix("step-")) if whole else -1
 
 

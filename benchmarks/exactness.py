@@ -83,9 +83,8 @@ class Pauses(tr.Callback):
 
     def on_start(self, trainer: tr.Trainer) -> None:
         """Count the time in which an optimizer's step waits for the copy, too."""
-        run = trainer.run
-        assert run is not None  # noqa: S101
-        settle = run.settle
+        checkpointer = trainer.checkpointer
+        settle = checkpointer.settle
 
         def timed(*, trained: bool = False) -> None:
             began = time.perf_counter()
@@ -93,7 +92,7 @@ class Pauses(tr.Callback):
             if self._saved:
                 self.save[-1] += time.perf_counter() - began
 
-        run.settle = timed  # type: ignore[method-assign]
+        checkpointer.settle = timed  # type: ignore[method-assign]
 
     def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
         if trainer.step > 2:
@@ -109,12 +108,11 @@ class Pauses(tr.Callback):
         self.bytes = sum(tensor.nbytes for tensor in tensors)
         self.memory = self.memory or (np.ones(self.bytes, np.uint8), np.ones(self.bytes, np.uint8))
         target, source = self.memory
-        assert trainer.run is not None  # noqa: S101
-        trainer.run.wait()  # whoever saves so often that the disk can't follow waits for the disk
+        trainer.checkpointer.wait()  # whoever saves so often that the disk can't follow waits for the disk
         began = time.perf_counter()
         ctypes.memmove(target.ctypes.data, source.ctypes.data, self.bytes)
         copied = time.perf_counter()
-        trainer.save(goes_on=True)
+        trainer.save(training_continues=True)
         self.save.append(time.perf_counter() - copied)
         self.copy.append(copied - began)
 

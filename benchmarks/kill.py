@@ -46,7 +46,7 @@ def transform(image: Any) -> Tensor:
 def train(root: Path, run: Path, epochs: int) -> None:
     """Train, or go on with what a killed process left."""
     import torchrelay as tr
-    from torchrelay.checkpoint.format import CheckpointSettings
+    from torchrelay.checkpoint import CheckpointSettings
     from torchrelay.distributed.replicas import ParallelSettings
     from torchrelay.run.terminal import Terminal
 
@@ -120,7 +120,7 @@ def start(root: Path, run: Path, epochs: int) -> "subprocess.Popen[bytes]":
 
 def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: float, seed: int) -> Deaths:
     """Start the run, kill it at a random moment, and so on; then let it come to its end."""
-    from torchrelay.checkpoint import format as checkpoint
+    from torchrelay import checkpoint
 
     chance, deaths = random.Random(seed), Deaths()
     while True:
@@ -144,7 +144,7 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
         if pid != process.pid:
             deaths.before_training += 1
             continue
-        whole = checkpoint.whole(run / "checkpoints")
+        whole = checkpoint.complete(run / "checkpoints")
         saved = int(whole[-1].name.removeprefix("step-")) if whole else 0
         deaths.lost.append(step - saved)
         deaths.resumed_at.add(saved)

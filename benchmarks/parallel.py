@@ -84,7 +84,7 @@ def with_torchrelay(name: str, size: int, device: torch.device, exact: bool) -> 
     """Return the seconds of each step of `fit`."""
     import torchrelay as tr
     from torchrelay.distributed.replicas import ParallelSettings
-    from torchrelay.run.folder import RunSettings
+    from torchrelay.run.settings import RunSettings
     from torchrelay.run.terminal import Terminal
 
     class Times(tr.Callback):

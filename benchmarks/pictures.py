@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from benchmarks import accuracy as measured
 from benchmarks.page import Spread, Table
-from torchrelay.report.curves import read_metrics
+from torchrelay.run.metrics import read_metrics
 
 INK, GREY, RULE, OURS, OTHERS = "#16181d", "#6b7280", "#d9dde3", "#c2410c", "#9aa3b2"
 WIDTH, MARGIN, DPI = 1040, 48, 100  # pixels, pixels, pixels an inch

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchrelay as tr
-from torchrelay import rng
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint, rng
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.device import device

@@ -9,7 +9,8 @@ import torch
 
 import torchrelay as tr
 from processes import _namespace, _server, cli, namespace, one_line, server, start, terminal  # noqa: F401 - fixtures
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
+from torchrelay.checkpoint.format import Manifest
 from torchrelay.run.terminal import Terminal
 
 CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that the wall clock decides
@@ -36,7 +37,7 @@ def digits():
 
 def forge_manifest(saved: Path, manifest: dict) -> None:
     """Write a manifest with the checksum that it should have, as somebody would who wants to be believed."""
-    forged = checkpoint.Manifest.model_validate(manifest)
+    forged = Manifest.model_validate(manifest)
     forged.checksum = forged.own_checksum()
     (saved / "manifest.json").write_text(forged.model_dump_json())
 
@@ -54,7 +55,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Two runs ended alike: their checkpoints to the byte, their metrics but for the clock."""
-    mine, others = checkpoint.whole(one / "checkpoints"), checkpoint.whole(other / "checkpoints")
+    mine, others = checkpoint.complete(one / "checkpoints"), checkpoint.complete(other / "checkpoints")
     assert [path.name for path in mine] == [path.name for path in others]
     assert mine
     for a, b in zip(mine, others, strict=True):

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 import torchrelay as tr
-from torchrelay import cli
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint, cli
 
 FAST = ("--set", "device.threads=1")
 
@@ -161,7 +160,7 @@ def test_training_again_in_a_folder_says_how_to_go_on(run, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     code, line = failing(["train", "digits", *FAST, "--run", str(run)], capsys)
     assert code == 2
-    assert f"{run} holds a run already: choose another folder, or go on with it by: torchrelay resume" in line
+    assert f"{run} holds a run already: choose another folder, or resume it by: torchrelay resume" in line
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 
@@ -227,11 +226,11 @@ def test_evaluate_as_json_is_json_and_agrees_with_the_run(run, capsys):
 
 
 def test_a_checkpoint_is_chosen_by_name_or_step(run, capsys):
-    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.whole(run / "checkpoints")]
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
     assert f"step-{steps[0]:08d}" in say(["evaluate", str(run), "--checkpoint", str(steps[0])], capsys)
     code, line = failing(["evaluate", str(run), "--checkpoint", "999"], capsys)
     assert code == 2
-    assert f"has no checkpoint '999': there are best, last, {steps[0]}" in line
+    assert f"has no checkpoint '999': choose best, last, {steps[0]}" in line
 
 
 # ------------------------------------------------------------------------------------------------ predict

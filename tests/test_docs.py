@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay import cli
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint, cli
 from torchrelay.recipe import recipe
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -85,12 +85,12 @@ def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
     assert steps == 23 * epochs
     process = start("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path, stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while not checkpoint.whole(checkpoints):
+    while not checkpoint.complete(checkpoints):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    assert len(checkpoint.whole(checkpoints)) < epochs
+    assert len(checkpoint.complete(checkpoints)) < epochs
     assert outcome("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path) == steps
     last = f"checkpoints/step-{int(steps):08d}"
     for name in ("model.safetensors", "state.safetensors", "state.json"):
@@ -115,7 +115,7 @@ def test_several_devices_leaves_the_same_weights_from_one_process_and_from_two(t
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("epoch 2: loss") == 1, "one speaks for all"
     one, two = (
-        checkpoint.whole(tmp_path / name / "runs" / "several-devices" / "checkpoints") for name in ("one", "two")
+        checkpoint.complete(tmp_path / name / "runs" / "several-devices" / "checkpoints") for name in ("one", "two")
     )
     assert [path.name for path in one] == [path.name for path in two] == ["step-00000015", "step-00000030"]
     for a, b in zip(one, two, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import torchrelay as tr
 from benchmarks.scale.count import Link, Ports, by_link, connections, since
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 from torchrelay.checkpoint.writer import in_memory
 from torchrelay.data.order import order
 from torchrelay.distributed.exact_ddp import Levels, add, levels

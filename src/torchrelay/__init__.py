@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Trainer": "torchrelay.train.trainer",
-    "RunSettings": "torchrelay.run.folder",
+    "RunSettings": "torchrelay.run.settings",
     "Recipe": "torchrelay.recipe.recipe",
     "Task": "torchrelay.tasks.task",
     "Classification": "torchrelay.tasks.classification",
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from torchrelay.data import augment
     from torchrelay.errors import RelayError
     from torchrelay.recipe.recipe import Recipe
-    from torchrelay.run.folder import RunSettings
+    from torchrelay.run.settings import RunSettings
     from torchrelay.tasks.classification import Classification
     from torchrelay.tasks.multilabel import MultiLabel
     from torchrelay.tasks.next_token import NextToken

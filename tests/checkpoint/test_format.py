@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
+import torchrelay as tr
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint.format import _sha256, pack
+from torchrelay.checkpoint.retention import prune
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -72,7 +75,7 @@ def test_the_weights_open_with_plain_safetensors(tmp_path):
 
 def test_what_would_have_to_be_pickled_is_refused():
     with pytest.raises(TypeError, match=r"a checkpoint can't hold \w*Path at 'a\.b'"):
-        checkpoint.pack({"a": {"b": Path("x")}})
+        pack({"a": {"b": Path("x")}})
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "ema.safetensors"])
@@ -150,16 +153,16 @@ def test_a_later_format_is_refused_by_name(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step, score in enumerate([0.1, 0.9, 0.3, 0.8, 0.2, 0.4], start=1):
         checkpoint.write(tmp_path, contents(step, score))
-    checkpoint.prune(tmp_path, keep=2, keep_best=2)
-    assert [p.name[-1] for p in checkpoint.whole(tmp_path)] == ["2", "4", "5", "6"]
+    prune(tmp_path, keep=2, keep_best=2)
+    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["2", "4", "5", "6"]
     assert checkpoint.best(tmp_path).name == "step-00000002"
 
 
 def test_the_newest_is_kept_even_if_none_shall_be(tmp_path):
     for step in (1, 2):
         checkpoint.write(tmp_path, contents(step))
-    checkpoint.prune(tmp_path, keep=0, keep_best=0)
-    assert [p.name for p in checkpoint.whole(tmp_path)] == ["step-00000002"]
+    prune(tmp_path, keep=0, keep_best=0)
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000002"]
 
 
 def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
@@ -170,7 +173,7 @@ def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
     assert checkpoint.find(tmp_path, "best").name == "step-00000010"
     assert checkpoint.find(tmp_path, "last").name == "step-00000020"
     assert checkpoint.find(tmp_path, "20").name == "step-00000020"
-    with pytest.raises(UsageError, match="there are best, last, 10, 20"):
+    with pytest.raises(UsageError, match="choose best, last, 10, 20"):
         checkpoint.find(tmp_path, "30")
 
 
@@ -189,7 +192,7 @@ def test_loading_runs_no_code(tmp_path, forge):
     manifest = json.loads((path / "manifest.json").read_text())
     for name in ("model.safetensors", "state.json"):
         (path / name).write_bytes(bomb)
-        manifest["files"][name] = {"bytes": len(bomb), "sha256": checkpoint._sha256(path / name)}
+        manifest["files"][name] = {"bytes": len(bomb), "sha256": _sha256(path / name)}
     forge(path, manifest)
     with pytest.raises(RelayError, match="can't be read"):
         checkpoint.read(path)
@@ -198,7 +201,7 @@ def test_loading_runs_no_code(tmp_path, forge):
 
 def test_the_package_imports_no_pickle():
     """Nothing of ours calls pickle, or torch.load without weights_only."""
-    root = Path(checkpoint.__file__).parent
+    root = Path(tr.__file__).parent
     for file in root.rglob("*.py"):
         text = file.read_text()
         assert "pickle.load" not in text, file
@@ -211,8 +214,8 @@ def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_p
 import os, sys
 from pathlib import Path
 import torch
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
 countdown = int(sys.argv[2])
 def hook(event, arguments):
     global countdown

@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.checkpoint import writer as writer_module
-from torchrelay.checkpoint.format import CheckpointSettings, Contents
 from torchrelay.checkpoint.writer import Writer, in_memory
 from torchrelay.errors import RelayError
 
@@ -86,7 +86,7 @@ def test_the_writer_writes_behind_and_prunes(tmp_path):
     for step in range(5):
         writer.save(Contents(step, {"w": torch.ones(3)}, {}))
     writer.close()
-    assert [p.name[-1] for p in checkpoint.whole(tmp_path)] == ["3", "4"]
+    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["3", "4"]
 
 
 def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
@@ -106,7 +106,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     writer.save(Contents(2, {"w": torch.tensor([1.0, float("nan")]), "mask": mask}, {}, trained=("w",)))
     with pytest.raises(RelayError, match="the weights 'w' are not finite after step 2"):
         writer.close()
-    assert [path.name for path in checkpoint.whole(tmp_path)] == ["step-00000001"]
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000001"]
 
 
 def test_a_second_copy_lies_where_the_first_lay_and_is_right():
@@ -125,7 +125,7 @@ def test_what_is_being_written_is_not_copied_over(tmp_path):
     for step in range(30):
         writer.save(Contents(step, {"w": torch.full((50_000,), float(step))}, {"s": torch.full((9,), step)}))
     writer.close()
-    for step, path in enumerate(checkpoint.whole(tmp_path)):
+    for step, path in enumerate(checkpoint.complete(tmp_path)):
         found = checkpoint.read(path)
         assert set(found.model["w"].tolist()) == {float(step)}
         assert set(found.state["s"].tolist()) == {step}
@@ -166,10 +166,10 @@ def held_up(monkeypatch):
 def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
     released, waiting = held_up
     writer = Writer(tmp_path, CheckpointSettings())
-    writer.save(state_of(0), goes_on=True)
+    writer.save(state_of(0), training_continues=True)
     writer.settle(trained=True)  # nobody changed the weights
     second = state_of(1)
-    writer.save(second, goes_on=True)
+    writer.save(second, training_continues=True)
     assert waiting.wait(20)  # and `save` has returned
     second.model["buffer"].zero_()  # a forward pass, which changes buffers
     second.state["callbacks"][0].zero_()
@@ -182,41 +182,41 @@ def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
     for tensor in in_place(second):
         tensor.zero_()  # the optimizer's step
     writer.close()
-    found, expected = checkpoint.read(checkpoint.whole(tmp_path)[-1]), state_of(1)
+    found, expected = checkpoint.read(checkpoint.complete(tmp_path)[-1]), state_of(1)
     assert torch.equal(found.model["buffer"], expected.model["buffer"])
     assert torch.equal(found.state["callbacks"][0], expected.state["callbacks"][0])
     assert all(map(torch.equal, in_place(found), in_place(expected)))
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(goes_on, tmp_path):
+@pytest.mark.parametrize("training_continues", [True, False])
+def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(training_continues, tmp_path):
     writer = Writer(tmp_path, CheckpointSettings(keep=3))
-    for step in (0,) if goes_on else (0, 1):
+    for step in (0,) if training_continues else (0, 1):
         contents = state_of(step)
-        writer.save(contents, goes_on=goes_on)
-        if not goes_on:
+        writer.save(contents, training_continues=training_continues)
+        if not training_continues:
             writer.settle(trained=True)  # from here on a training could have its copies made meanwhile
         for tensor in in_place(contents):
             tensor.zero_()
         writer.wait()
     writer.close()
-    for step, path in enumerate(checkpoint.whole(tmp_path)):
+    for step, path in enumerate(checkpoint.complete(tmp_path)):
         assert all(map(torch.equal, in_place(checkpoint.read(path)), in_place(state_of(step))))
 
 
 def test_weights_that_a_forward_pass_changes_are_copied_at_once(tmp_path):
     writer = Writer(tmp_path, CheckpointSettings())
     contents = state_of(0)
-    writer.save(contents, goes_on=True)
+    writer.save(contents, training_continues=True)
     contents.model["w"].data[7] += 1  # which no version counter sees
     writer.settle(trained=True)
     for step in (1, 2):
         contents = state_of(step)
-        writer.save(contents, goes_on=True)
+        writer.save(contents, training_continues=True)
         contents.model["w"].data.zero_()
         writer.settle(trained=True)
     writer.close()
-    for path in checkpoint.whole(tmp_path):
+    for path in checkpoint.complete(tmp_path):
         found = checkpoint.read(path)
         assert torch.equal(found.model["w"], state_of(found.step).model["w"])
 
@@ -225,12 +225,12 @@ def test_what_waits_without_a_training_step_says_nothing_of_the_network(tmp_path
     """An evaluation before the first step: the forward pass that writes to the weights is yet to come."""
     writer = Writer(tmp_path, CheckpointSettings())
     contents = state_of(0)
-    writer.save(contents, goes_on=True)
+    writer.save(contents, training_continues=True)
     writer.settle()
     contents.model["w"].data[7] += 1
     writer.settle(trained=True)
     contents = state_of(1)
-    writer.save(contents, goes_on=True)
+    writer.save(contents, training_continues=True)
     contents.model["w"].data.zero_()
     writer.close()
-    assert torch.equal(checkpoint.read(checkpoint.whole(tmp_path)[-1]).model["w"], state_of(1).model["w"])
+    assert torch.equal(checkpoint.read(checkpoint.complete(tmp_path)[-1]).model["w"], state_of(1).model["w"])

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
+from torchrelay.device import processor
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
-from torchrelay.run import identity
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -100,7 +100,7 @@ def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this PyTorch doesn't tell what a CPU has")
 def test_the_identity_tells_cpus_apart_by_the_units_that_kernels_are_chosen_by():
     facts = Path("/proc/cpuinfo").read_text()
-    told = identity.of_machine(torch.device("cpu"))
+    told = processor.identity(torch.device("cpu"))
     for unit in ("avx512_bf16", "amx_bf16"):  # PyTorch's own word is AVX512 for CPUs with and without them
         assert (unit in str(told["instructions"])) == (unit in facts)
 

@@ -21,7 +21,7 @@ from torchrelay.distributed import exact_ddp as tree_exchange
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.errors import Interrupted, RelayError
 from torchrelay.report import curves as report
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
 from torchrelay.train.callbacks import Pictures

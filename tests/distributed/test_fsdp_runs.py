@@ -25,7 +25,7 @@ from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import fsdp_checks as shardable
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import Interrupted, RelayError, UsageError
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.callbacks import Pictures
 

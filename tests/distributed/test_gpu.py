@@ -16,7 +16,7 @@ from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed.process_group import DistributedGroup
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.distributed.strategy import share
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 
 DEVICE, BACKEND = "cuda", "nccl"
 pytestmark = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.hosts import hosts, why_not
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 
 REASON = why_not()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
@@ -44,7 +44,7 @@ def until(happened: Callable[[], object], what: str, timeout: float = 90) -> Non
 
 def saved(run: Path, step: int) -> bool:
     """Whether the run has come so far."""
-    return any(int(path.name[5:]) >= step for path in checkpoint.whole(run / "checkpoints"))
+    return any(int(path.name[5:]) >= step for path in checkpoint.complete(run / "checkpoints"))
 
 
 def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, same_runs, undisturbed):
@@ -95,7 +95,7 @@ def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
     assert "and waited 4 s for process 1, which hangs" in here, here
     assert "process 1 of 2 " in there, there
     assert "can't reach the store of process 0 either: this host may be cut off from the network" in there, there
-    assert checkpoint.whole(run / "checkpoints")
+    assert checkpoint.complete(run / "checkpoints")
 
 
 @pytest.mark.slow

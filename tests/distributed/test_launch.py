@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from processes import clean_environment
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 from torchrelay.distributed import launch, launched
 from torchrelay.errors import UsageError
 
@@ -124,7 +124,7 @@ def test_quiet_is_quiet_and_a_long_stop_is_cut_short(start, tmp_path, one_line):
     run = tmp_path / "run"
     more = ("--quiet", "--shutdown-timeout=0.5")
     launcher = start("train", "digits", "--run", run, "--devices=2", *more, sets=(*TWO, "run.epochs=400"))
-    launcher.until(lambda: len(checkpoint.whole(run / "checkpoints")) > 1)
+    launcher.until(lambda: len(checkpoint.complete(run / "checkpoints")) > 1)
     children = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
     os.kill(max(children), signal.SIGSTOP)
     launcher.send(signal.SIGTERM)

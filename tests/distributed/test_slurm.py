@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 from torchrelay.distributed.slurm import expand_hosts, from_slurm
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "clusters"
@@ -112,7 +112,7 @@ def test_who_is_alone_or_knows_better_is_left_alone(changes):
 
 
 def steps(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.whole(run / "checkpoints")]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
 def test_a_job_that_is_requeued_goes_on_to_the_same_bytes(start, cli, tmp_path, same_runs, one_line):

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint.format import FORMAT
+from torchrelay.checkpoint.retention import prune
 
 SETTINGS = ("run.epochs=4", 'checkpoint.every="10 steps"', "checkpoint.keep=3")
 
@@ -55,8 +57,9 @@ import os, signal, sys
 from pathlib import Path
 
 import torch
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
+from torchrelay import checkpoint
+from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint.retention import prune
 
 folder, step, value, keep, moment = Path(sys.argv[1]), *map(int, sys.argv[2:6])
 WATCHED = {"mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "write", "serialize_file", "truncate"}
@@ -75,7 +78,7 @@ def watch(frame, event, what):
 contents = Contents(step, {"w": torch.full((50,), float(value))}, {"value": value}, score=value / 100)
 sys.setprofile(watch)
 checkpoint.write(folder, contents)
-checkpoint.prune(folder, keep, 0)
+prune(folder, keep, 0)
 sys.setprofile(None)
 print(moment - countdown)
 """
@@ -126,7 +129,7 @@ def test_a_kill_while_old_checkpoints_are_deleted_leaves_one_that_loads(server, 
 
 
 def test_a_truncated_checkpoint_is_skipped_with_a_warning_for_the_one_before(cli, run, runs, same_runs):
-    newest = checkpoint.whole(run / "checkpoints")[-1]
+    newest = checkpoint.complete(run / "checkpoints")[-1]
     truncate(newest / "model.safetensors")
     done = going_on(cli, run)
     assert done.returncode == 0, done.stderr
@@ -136,7 +139,7 @@ def test_a_truncated_checkpoint_is_skipped_with_a_warning_for_the_one_before(cli
 
 
 def test_a_flipped_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_runs):
-    newest = checkpoint.whole(run / "checkpoints")[-1]
+    newest = checkpoint.complete(run / "checkpoints")[-1]
     flip(newest / "state.safetensors", -5)
     done = going_on(cli, run)
     assert done.returncode == 0, done.stderr
@@ -145,7 +148,7 @@ def test_a_flipped_bit_of_a_tensor_is_a_checksum_mismatch(cli, run, runs, same_r
 
 
 def test_an_error_lists_every_checkpoint_if_all_are_damaged(cli, one_line, run):
-    paths = checkpoint.whole(run / "checkpoints")
+    paths = checkpoint.complete(run / "checkpoints")
     assert len(paths) > 2
     for path in paths:
         flip(path / "model.safetensors", -5)
@@ -164,7 +167,7 @@ def test_an_error_lists_every_checkpoint_if_all_are_damaged(cli, one_line, run):
 
 def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(cli, run, runs, same_runs):
     checkpoints = run / "checkpoints"
-    newest = checkpoint.whole(checkpoints)[-1]
+    newest = checkpoint.complete(checkpoints)[-1]
     (newest / "manifest.json").unlink()
     shutil.copytree(newest, checkpoints / "step-00000050")  # its step is saved again
     shutil.copytree(newest, checkpoints / ".step-00000060.partial")
@@ -191,7 +194,7 @@ sys.exit(cli.main())
 
 
 def test_the_highest_step_is_resumed_even_if_the_clock_was_set_back(start, run, runs, same_runs, tmp_path):
-    for age, path in enumerate(checkpoint.whole(run / "checkpoints")):
+    for age, path in enumerate(checkpoint.complete(run / "checkpoints")):
         for file in (*path.iterdir(), path):
             os.utime(file, (time.time() - age * 86_400,) * 2)  # the newest looks oldest
     script = tmp_path / "yesterday.py"
@@ -214,16 +217,16 @@ def relabel(path: Path, number: int) -> None:
 
 @pytest.mark.parametrize("command", ["resume", "evaluate"])
 def test_a_checkpoint_of_a_later_release_is_refused_by_its_version(cli, one_line, run, command):
-    for path in checkpoint.whole(run / "checkpoints"):
-        relabel(path, checkpoint.FORMAT + 1)
+    for path in checkpoint.complete(run / "checkpoints"):
+        relabel(path, FORMAT + 1)
     done = cli(command, run)
-    one_line(done, f"was written by a later release (format {checkpoint.FORMAT + 1})", "upgrade torchrelay")
-    assert len(checkpoint.whole(run / "checkpoints")) > 2
+    one_line(done, f"was written by a later release (format {FORMAT + 1})", "upgrade torchrelay")
+    assert len(checkpoint.complete(run / "checkpoints")) > 2
 
 
 def test_a_checkpoint_of_this_release_states_its_format_and_loads(run):
-    for path in checkpoint.whole(run / "checkpoints"):
-        assert json.loads((path / "manifest.json").read_text())["format"] == checkpoint.FORMAT == 1
+    for path in checkpoint.complete(run / "checkpoints"):
+        assert json.loads((path / "manifest.json").read_text())["format"] == FORMAT == 1
         checkpoint.read(path)
 
 
@@ -233,7 +236,7 @@ def test_a_kill_while_a_step_is_saved_again_leaves_the_old_or_the_new_checkpoint
 
 
 def test_a_checkpoint_with_a_truncated_manifest_is_skipped_with_a_warning(cli, run, runs, same_runs):
-    newest = checkpoint.whole(run / "checkpoints")[-1]
+    newest = checkpoint.complete(run / "checkpoints")[-1]
     truncate(newest / "manifest.json")
     assert cli("evaluate", run).returncode == 0
     done = going_on(cli, run)
@@ -254,7 +257,7 @@ def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path):
         flip(manifest, place)
         warned = []
         found = checkpoint.newest(tmp_path, warned.append)
-        checkpoint.prune(tmp_path, keep=2, keep_best=1)
+        prune(tmp_path, keep=2, keep_best=1)
         assert checkpoint.best(tmp_path).is_dir()
         if found.step == 2:
             assert (found.score, found.metrics) == (0.5, {"a": 1.0}), whole[place - 10 : place + 10]
@@ -265,6 +268,6 @@ def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path):
 
 def test_a_checkpoint_of_a_later_release_is_not_taken_for_a_damaged_one(cli, one_line, run):
     """Going on from the checkpoint before would throw away, in the end, what the later release has done."""
-    newest = checkpoint.whole(run / "checkpoints")[-1]
-    relabel(newest, checkpoint.FORMAT + 1)
+    newest = checkpoint.complete(run / "checkpoints")[-1]
+    relabel(newest, FORMAT + 1)
     one_line(cli("resume", run), f"{newest} was written by a later release", "upgrade torchrelay")

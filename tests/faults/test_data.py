@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
+from torchrelay.checkpoint.format import Manifest
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import RelayError
 from torchrelay.tasks.multilabel import MultiLabel
@@ -120,7 +121,7 @@ def code(tmp_path) -> Path:
 
 def readable(run: Path) -> list[int]:
     """The steps of a run's checkpoints, each of which can be read to the last checksum."""
-    return [checkpoint.read(path).step for path in checkpoint.whole(run / "checkpoints")]
+    return [checkpoint.read(path).step for path in checkpoint.complete(run / "checkpoints")]
 
 
 def rewrite(saved: Path, name: str, content: bytes) -> None:
@@ -128,7 +129,7 @@ def rewrite(saved: Path, name: str, content: bytes) -> None:
     (saved / name).write_bytes(content)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    forged = checkpoint.Manifest.model_validate(manifest)
+    forged = Manifest.model_validate(manifest)
     forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
     (saved / "manifest.json").write_text(forged.model_dump_json())
 
@@ -193,7 +194,7 @@ def test_recipe_changes_are_shown_and_break_exactness_only_if_accepted(cli, one_
 
 
 def test_another_thread_count_torch_version_or_device_is_a_warning(cli, tmp_path, digits_run):
-    (saved,) = (path for path in checkpoint.whole(tmp_path / "run" / "checkpoints") if path.name.endswith("3"))
+    (saved,) = (path for path in checkpoint.complete(tmp_path / "run" / "checkpoints") if path.name.endswith("3"))
     state = json.loads((saved / "state.json").read_text())
     state["identity"] |= {"torch": "2.11.0+elsewhere", "device": "NVIDIA H100"}
     rewrite(saved, "state.json", json.dumps(state).encode())

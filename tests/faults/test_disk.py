@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 
 # ------------------------------------------------------------------------------------------------ 7: a full disk
 
@@ -57,7 +57,7 @@ def test_a_disk_that_fills_up_at_another_moment_is_a_one_line_error(namespace, d
     done = namespace.server.start("train", "digits", "--run", run, folder=tmp_path, sets=("run.epochs=2",)).done()
     line = one_line(done, "No space left on device")
     assert re.search(r"make room[^;]*, then resume the run$", line)
-    assert checkpoint.whole(namespace.seen(run / "checkpoints")) == [] or size == 270
+    assert checkpoint.complete(namespace.seen(run / "checkpoints")) == [] or size == 270
 
 
 def test_plots_that_cannot_be_written_do_not_end_a_run(namespace, cli, tmp_path):
@@ -131,7 +131,7 @@ def test_blanks_unicode_and_newlines_in_paths_work(cli, tmp_path, name):
     assert list((tmp_path / name).iterdir()), "the cache lies where it was asked for"
     done = cli("resume", run, sets=("run.max_steps=5",))
     assert (done.returncode, done.stderr) == (0, "")
-    assert [path.name for path in checkpoint.whole(run / "checkpoints")][-1] == "step-00000005"
+    assert [path.name for path in checkpoint.complete(run / "checkpoints")][-1] == "step-00000005"
     done = cli("evaluate", run, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["checkpoint"].startswith(str(run))

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
+from torchrelay.checkpoint.format import Manifest
 from torchrelay.cli import main
 
 SETTINGS = ("model.name=mlp", "model.options.widths=[16]", "run.max_steps=3", "schedule.name=constant")
@@ -52,7 +53,7 @@ def run(trained, tmp_path) -> Path:
 
 def only(run: Path) -> Path:
     """The one checkpoint of a run."""
-    (saved,) = checkpoint.whole(run / "checkpoints")
+    (saved,) = checkpoint.complete(run / "checkpoints")
     return saved
 
 
@@ -60,7 +61,7 @@ def change_manifest(saved: Path, change) -> None:
     path = saved / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    forged = checkpoint.Manifest.model_validate(manifest)
+    forged = Manifest.model_validate(manifest)
     forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
     path.write_text(forged.model_dump_json())
 
@@ -269,5 +270,5 @@ def test_a_mistyped_setting_at_a_resume_leaves_the_run_unchanged(cli, one_line, 
     one_line(
         cli("resume", run, "--accept-change"), "no option '--accept-change'; did you mean '--accept-changes'?", code=2
     )
-    one_line(cli("evaluate", run, "--checkpoint", "bset"), "has no checkpoint 'bset': there are best, last, 3", code=2)
+    one_line(cli("evaluate", run, "--checkpoint", "bset"), "has no checkpoint 'bset': choose best, last, 3", code=2)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from processes import clean_environment
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 
 SLOW = pytest.mark.slow  # as well, where it may be
 SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"')
@@ -42,7 +42,7 @@ def tired(rank, calls, classes=10, channels=1, image_size=8):
 
 def steps(run: Path) -> list[int]:
     """The steps of which there is a whole checkpoint."""
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.whole(run / "checkpoints")]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
 def ranks(launcher) -> list[int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint
 
 # Images that workers read one by one, with a random transform; a step takes long enough to be met.
 CODE = """
@@ -49,7 +49,7 @@ def lines(run: Path, name: str = "log.txt") -> list[str]:
 
 def steps(run: Path) -> list[int]:
     """The steps of which there is a whole checkpoint."""
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.whole(run / "checkpoints")]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_signal_during_a_save_lets_the_save_complete(start, cli, tmp_path):
     assert done.returncode == 75
     stopped_at = int(re.search(r"after step (\d+), saved", done.stderr)[1])
     assert {4, stopped_at} <= set(steps(run))
-    for path in checkpoint.whole(run / "checkpoints"):
+    for path in checkpoint.complete(run / "checkpoints"):
         checkpoint.read(path)  # compares the checksums
     assert not is_writing(run)
 

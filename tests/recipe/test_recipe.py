@@ -100,7 +100,7 @@ def test_the_schema_is_one_by_which_an_editor_completes():
     assert schema["additionalProperties"] is False
     run = schema["$defs"]["RunSettings"]["properties"]
     assert run["epochs"]["minimum"] == 1
-    assert run["epochs"]["description"] == "How many times to go through the training data."
+    assert run["epochs"]["description"] == "Number of passes over the training data."
     transforms = schema["$defs"]["DataSettings"]["properties"]["augment"]["items"]
     assert "crop" in json.dumps(schema["$defs"])
     assert transforms

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from torchrelay.report.curves import Headline
-from torchrelay.run.plots import Drawing
+from torchrelay.run.metrics import Headline
+from torchrelay.run.plots import PlotProcess
 
 HEADLINE = Headline("accuracy", percent=True, higher_is_better=True)
 LINES = [
@@ -32,7 +32,7 @@ def test_both_pictures_are_drawn_from_the_files_of_the_folder(folder: Path) -> N
     found = {"accuracy_by_class": {"cat": 0.75, "dog": 1.0}, "confusion_matrix": [[3, 1], [0, 2]]}
     (folder / "evaluation.json").write_text(json.dumps(found))
     said: list[str] = []
-    drawing = Drawing(folder, said.append)
+    drawing = PlotProcess(folder, said.append)
     drawing.start(HEADLINE, confusion=True)
     assert drawing.finish()
     assert said == []
@@ -44,11 +44,11 @@ def test_both_pictures_are_drawn_from_the_files_of_the_folder(folder: Path) -> N
 def test_an_error_is_said_and_is_no_error_of_the_run(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("{ damaged\n{}\n")
     said: list[str] = []
-    drawing = Drawing(folder, said.append)
+    drawing = PlotProcess(folder, said.append)
     drawing.start(HEADLINE)
     assert not drawing.finish()
     [text] = said
-    assert "the pictures can't be drawn" in text
+    assert "the plots can't be drawn" in text
     assert "metrics.jsonl is damaged" in text
     assert "\n" not in text
 
@@ -58,7 +58,7 @@ def test_without_an_interpreter_nothing_is_drawn_and_that_is_said(
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
     said: list[str] = []
-    drawing = Drawing(folder, said.append)
+    drawing = PlotProcess(folder, said.append)
     drawing.start(HEADLINE)
     assert not drawing.finish()
     assert len(said) == 1
@@ -71,9 +71,9 @@ def test_nothing_draws_on_when_the_training_is_killed(folder: Path) -> None:
     script = f"""
 import sys, time
 from pathlib import Path
-from torchrelay.run.plots import Drawing
-from torchrelay.report.curves import Headline
-drawing = Drawing(Path({str(folder)!r}), print)
+from torchrelay.run.plots import PlotProcess
+from torchrelay.run.metrics import Headline
+drawing = PlotProcess(Path({str(folder)!r}), print)
 drawing.start(Headline("accuracy", True, True), confusion=True)
 print(drawing._process.pid, flush=True)
 time.sleep(60)
@@ -110,7 +110,7 @@ print("matplotlib" in sys.modules)
 
 def test_a_drawing_gives_way_to_the_training(folder: Path) -> None:
     said: list[str] = []
-    drawing = Drawing(folder, said.append)
+    drawing = PlotProcess(folder, said.append)
     drawing.start(HEADLINE)
     process = drawing._process
     assert process is not None

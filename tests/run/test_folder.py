@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.checkpoint.schedule import SaveSchedule
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.report.curves import read_metrics
-from torchrelay.run.folder import Run, SaveSchedule, Stopwatch, free_folder
+from torchrelay.run.folder import RunFolder, free_folder
+from torchrelay.run.metrics import Stopwatch, read_metrics
 
 
-def opened(folder: Path, quiet, resume: bool = False) -> Run:
-    return Run(folder, quiet, CheckpointSettings(), resume=resume)
+def opened(folder: Path, quiet, resume: bool = False) -> RunFolder:
+    return RunFolder(folder, quiet, resume=resume)
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
     run.write_recipe({"run": {"epochs": 1}})
     run.close()
     with pytest.raises(
-        UsageError, match="holds a run already: choose another folder, or go on with it by: torchrelay resume"
+        UsageError, match="holds a run already: choose another folder, or resume it by: torchrelay resume"
     ):
-        opened(run.folder, quiet)
-    opened(run.folder, quiet, resume=True).close()
+        opened(run.path, quiet)
+    opened(run.path, quiet, resume=True).close()
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
@@ -68,11 +69,11 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from torchrelay.checkpoint.format import CheckpointSettings
-from torchrelay.run.folder import Run
+from torchrelay.checkpoint import CheckpointSettings
+from torchrelay.run.folder import RunFolder
 from torchrelay.run.terminal import Terminal
 
-run = Run(Path(sys.argv[1]), Terminal(quiet=True), CheckpointSettings())
+run = RunFolder(Path(sys.argv[1]), Terminal(quiet=True))
 run.write_recipe({})
 child = os.fork()  # as a loader's worker is
 if child == 0:
@@ -111,7 +112,7 @@ def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet
 
 def test_a_line_of_metrics_is_json_that_any_reader_takes(run):
     run.record({"step": 1, "split": "train", "loss": math.nan, "accuracy": math.inf, "name": "Zähler"})
-    (line,) = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (line,) = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 1, "split": "train", "loss": None, "accuracy": None, "name": "Zähler",
     }  # fmt: skip
@@ -119,14 +120,14 @@ def test_a_line_of_metrics_is_json_that_any_reader_takes(run):
 
 def test_a_line_of_the_log_has_its_time(run):
     run.say("hello")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d hello\n", (run.folder / "log.txt").read_text())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d hello\n", (run.path / "log.txt").read_text())
 
 
 def test_the_recipe_is_written_whole_and_read_again(run):
     record = {"run": {"epochs": 3}, "data": {"root": "a\nb"}, "environment": {"torch": "2"}}
     run.write_recipe(record)
     assert run.read_recipe() == record
-    assert not list(run.folder.glob("*.partial"))
+    assert not list(run.path.glob("*.partial"))
 
 
 def test_metrics_are_cut_back_to_a_checkpoint(run):
@@ -136,23 +137,23 @@ def test_metrics_are_cut_back_to_a_checkpoint(run):
     run.rewind(lines)
     assert run.metrics_lines == lines == 1
     run.record({"step": 2, "split": "train", "loss": 0.25})
-    assert [line["loss"] for line in read_metrics(run.folder)] == [1.0, 0.25]
+    assert [line["loss"] for line in read_metrics(run.path)] == [1.0, 0.25]
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_the_clock():
     def times(every: str) -> SaveSchedule:
         return SaveSchedule(CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
 
-    assert [step for step in range(1, 13) if times("4 steps").after_step(step)] == [4, 8, 12]
-    assert [step for step in range(1, 31) if times("50%").after_step(step)] == [15, 30]
-    assert not times("4 steps").by_clock()
+    assert [step for step in range(1, 13) if times("4 steps").due_after(step)] == [4, 8, 12]
+    assert [step for step in range(1, 31) if times("50%").due_after(step)] == [15, 30]
+    assert not times("4 steps").due_by_clock()
     hourly = times("1 h")
-    assert not hourly.by_clock()
-    assert not any(hourly.after_step(step) for step in range(1, 100))
+    assert not hourly.due_by_clock()
+    assert not any(hourly.due_after(step) for step in range(1, 100))
     hourly._saved_at -= 3601
-    assert hourly.by_clock()
+    assert hourly.due_by_clock()
     hourly.saved()
-    assert not hourly.by_clock()
+    assert not hourly.due_by_clock()
 
 
 def test_a_stopwatch_tells_samples_of_each_second():

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.errors import UsageError
 
 

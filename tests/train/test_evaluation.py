@@ -12,7 +12,7 @@ from torchrelay.data.batches import Batches
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
 from torchrelay.report import curves as report
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.classification import Classification
 from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
 

@@ -6,8 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchrelay as tr
-from torchrelay import rng
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay import checkpoint, rng
 from torchrelay.cli import main
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, DeviceSettings

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.errors import Interrupted, RelayError
 from torchrelay.train.recovery import SpikeDetector, SpikeError
 
@@ -112,8 +112,8 @@ def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
         with contextlib.suppress(Interrupted):
             go()
     build(quiet, run, bad=bad, callbacks=[StopAt(-1)]).resume()
-    there = {path.name for path in checkpoint.whole(tmp_path / "undisturbed" / "checkpoints")}
-    for path in checkpoint.whole(run / "checkpoints"):
+    there = {path.name for path in checkpoint.complete(tmp_path / "undisturbed" / "checkpoints")}
+    for path in checkpoint.complete(run / "checkpoints"):
         if path.name not in there:  # what the signals saved
             for file in path.iterdir():
                 file.unlink()

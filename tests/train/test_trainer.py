@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint import writer
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay import checkpoint
+from torchrelay.checkpoint import CheckpointSettings, writer
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
@@ -140,7 +139,7 @@ def test_checkpoints_copied_meanwhile_have_the_bytes_of_those_copied_at_once(
     counts = []
     for name in ("meanwhile", "at once"):
         if name == "at once":
-            monkeypatch.setattr(tr.Trainer, "save", lambda trainer, goes_on=False: save(trainer))
+            monkeypatch.setattr(tr.Trainer, "save", lambda trainer, training_continues=False: save(trainer))
         torch.manual_seed(1)
         saving = CheckpointSettings(every="1 step", keep=100)
         options = {"optimizer": tr.optim.AdamW(lr=0.01), "ema": 0.9, "checkpoint": saving, "terminal": quiet}
@@ -148,7 +147,7 @@ def test_checkpoints_copied_meanwhile_have_the_bytes_of_those_copied_at_once(
         tr.Trainer(model, *digits, epochs=2, batch_size=300, run=tmp_path / name, **options).fit()
         counts.append(len(meanwhile))
     same_runs(tmp_path / "meanwhile", tmp_path / "at once")
-    saves = len(checkpoint.whole(tmp_path / "at once" / "checkpoints"))
+    saves = len(checkpoint.complete(tmp_path / "at once" / "checkpoints"))
     # Of each save but the first: the weights, two moments, the averages. The last is followed by no step, but is no
     # different. The second run copies nothing meanwhile.
     expected = 0 if writes_to_its_weights else 4 * (saves - 1)
@@ -178,7 +177,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
-def test_a_stopped_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_runs, changes):
+def test_a_stopped_run_training_continues_to_the_same_bytes(digits, quiet, tmp_path, same_runs, changes):
     """Stopped inside an epoch, at an epoch's end and after its evaluation; resumed by a new trainer each time."""
     changes = dict(changes)
     if "validation" in changes:
@@ -194,7 +193,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_r
         with pytest.raises(Interrupted, match=f"stopped by SIGTERM after step {stop}, saved"):
             trainer.fit() if number == 0 else trainer.resume()
     build(digits, quiet, run, checkpoint=saving, callbacks=[StopAt(-1)], **changes).resume()
-    for path in checkpoint.whole(run / "checkpoints"):
+    for path in checkpoint.complete(run / "checkpoints"):
         if not (tmp_path / "undisturbed" / "checkpoints" / path.name).exists():
             for file in path.iterdir():
                 file.unlink()
@@ -225,7 +224,7 @@ class StoppedInTest(tr.Classification):
         pytest.param(8, 24, {"max_steps": 24}, id="where max_steps ends with an epoch"),
     ],
 )
-def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_bytes(
+def test_a_run_stopped_in_an_evaluation_training_continues_to_the_same_bytes(
     digits, quiet, tmp_path, same_runs, at, step, settings
 ):
     """Nothing of the evaluation counts twice: no line of metrics, no patience; and it is made up for."""
@@ -297,7 +296,7 @@ def test_a_metric_that_is_not_finite_spoils_no_checkpoint_and_is_never_the_best(
     )
     trainer.fit()
     assert trainer.best == tr.trainer.Best(0.25, 2)
-    saved = checkpoint.whole(tmp_path / "run" / "checkpoints")
+    saved = checkpoint.complete(tmp_path / "run" / "checkpoints")
     assert [checkpoint.read(path).step for path in saved] == [0, 15, 30, 45]  # each can be read
     assert math.isnan(checkpoint.read(saved[1]).metrics["broken"])
     assert checkpoint.best(tmp_path / "run" / "checkpoints") == saved[2]
@@ -311,7 +310,7 @@ def test_a_frozen_mask_may_hold_minus_infinity(digits, quiet, tmp_path):
     assert load_file(last / "model.safetensors")["mask"][0, 1] == -math.inf
 
 
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
+def test_a_run_killed_at_any_moment_training_continues_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
     """A real process, killed by SIGKILL at five moments, resumed each time."""
     script = tmp_path / "run.py"
     script.write_text(f"""
@@ -320,7 +319,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_trainer import build
 import torchrelay as tr
 from torchrelay.run.terminal import Terminal
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay.checkpoint import CheckpointSettings
 torch.set_num_threads(1)
 folder = sys.argv[1]
 import pathlib
@@ -343,7 +342,7 @@ trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer
     same_runs(tmp_path / "killed", tmp_path / "undisturbed")
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_epochs(digits, quiet, tmp_path):
+def test_a_finished_run_says_so_and_training_continues_with_more_epochs(digits, quiet, tmp_path):
     run = tmp_path / "run"
     schedule = {"schedule": tr.optim.Constant()}
     build(digits, quiet, run, epochs=2, **schedule).fit()
@@ -461,7 +460,7 @@ def test_a_second_run_in_a_folder_is_refused(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run, epochs=1).fit()
     with pytest.raises(
-        UsageError, match="holds a run already: choose another folder, or go on with it by: torchrelay resume"
+        UsageError, match="holds a run already: choose another folder, or resume it by: torchrelay resume"
     ):
         build(digits, quiet, run).fit()
     with pytest.raises(UsageError, match="holds no run to resume"):

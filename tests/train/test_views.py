@@ -6,7 +6,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay.errors import UsageError
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 from torchrelay.train.views import with_tta
 
 

@@ -16,8 +16,6 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,35 +23,15 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from torchrelay.duration import Duration
-from torchrelay.errors import RelayError, UsageError
-from torchrelay.settings import Settings
+from torchrelay.errors import RelayError
 
 FORMAT = 1  # raised when an older release could no longer read what we write
-_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and an end: moved aside
+CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and an end: moved aside
 _NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
 _LARGEST_JSON = 64 * 2**20  # bytes; a state of a million numbers is below it, a bomb isn't
-
-
-class CheckpointSettings(Settings):
-    """When checkpoints are saved and which are kept."""
-
-    every: Duration = Duration("1 epoch")
-    """How often to save: "1 epoch", "500 steps" or "10 min". The end of the run is always saved."""
-    keep: int = Field(default=2, ge=1)
-    """How many of the newest to keep."""
-    keep_best: int = Field(default=1, ge=0)
-    """How many of the best, by the task's headline metric, to keep beside them."""
-
-    @field_validator("every")
-    @classmethod
-    def _check(cls, every: Duration) -> Duration:
-        if not every.amount:
-            raise ValueError(f"'{every}' is no interval: write '1 epoch', '500 steps' or '10 min'")
-        return every
 
 
 class LaterReleaseError(RelayError):
@@ -251,133 +229,15 @@ def read_manifest(path: Path) -> Manifest:
         raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest") from error
     if manifest.checksum != manifest.own_checksum():
         raise RelayError(f"{path}/manifest.json doesn't match its checksum")
-    if manifest.step != _step(path) or not manifest.files.keys() >= _NEEDED:
+    if manifest.step != step_of(path) or not manifest.files.keys() >= _NEEDED:
         raise RelayError(f"{path}/manifest.json is that of another folder")
     return manifest
 
 
-def whole(folder: Path) -> list[Path]:
-    """Return the checkpoints below `folder` that have a manifest, by step, the newest last."""
-    if not folder.is_dir():
-        return []
-    found = {p.name: p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()}
-    moved = [name for name in found if name.startswith(".") and name[1:].removesuffix(".before") in found]
-    return sorted((path for name, path in found.items() if name not in moved), key=_step)
-
-
-def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name, or -1 if it is no checkpoint's."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
     return int(match[1]) if match else -1
-
-
-def newest(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Contents | None:
-    """Read the newest whole checkpoint; a damaged one is named through `warn`, and the one before it is used.
-
-    Args:
-        folder: where the checkpoints are.
-        warn: told of a damaged one.
-        before: only of fewer steps than this.
-
-    Returns:
-        None if there is no checkpoint at all.
-
-    Raises:
-        RelayError: there are checkpoints, and all are damaged: never a silent fresh start.
-        LaterReleaseError: the newest is of a later release, whose work would be lost.
-    """
-    damage = []
-    for path in reversed(whole(folder)):
-        if before is not None and _step(path) >= before:
-            continue
-        try:
-            return read(path)
-        except LaterReleaseError:
-            raise
-        except RelayError as error:
-            damage.append(str(error))
-            warn(f"skipped a damaged checkpoint: {error}")
-    if damage:
-        raise RelayError(f"no checkpoint in {folder} can be used: " + "; ".join(damage))
-    return None
-
-
-def best(folder: Path) -> Path | None:
-    """Return the checkpoint with the highest score (of equal ones the earliest), or None if none was scored."""
-    ranked = _ranked(whole(folder))
-    return ranked[0] if ranked else None
-
-
-def _ranked(paths: Sequence[Path]) -> list[Path]:
-    """Return the scored ones of these, the best first; one whose manifest is damaged has no score."""
-    scores: dict[Path, float] = {}
-    for path in paths:
-        with suppress(RelayError):
-            score = read_manifest(path).score
-            if score is not None:
-                scores[path] = score
-    return sorted(scores, key=lambda path: scores[path], reverse=True)
-
-
-def find(folder: Path, which: str) -> Path:
-    """Return a checkpoint by what a person calls it: "best" (the last where none was scored), "last", or a step.
-
-    Raises:
-        UsageError: there is no such checkpoint; the text lists those there are.
-    """
-    paths = [path for path in whole(folder) if _has_manifest(path)]
-    by_step = {str(_step(path)): path for path in paths}
-    if not paths:
-        raise UsageError(f"{folder} has no checkpoint yet")
-    if which == "best":
-        return best(folder) or paths[-1]
-    if which == "last":
-        return paths[-1]
-    if which not in by_step:
-        raise UsageError(f"{folder} has no checkpoint '{which}': there are best, last, {', '.join(by_step)}")
-    return by_step[which]
-
-
-def prune(folder: Path, keep: int, keep_best: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the best `keep_best`; the newest one always stays.
-
-    One whose manifest is damaged counts as neither, and stays for a person to look at.
-    """
-    paths = [path for path in whole(folder) if _has_manifest(path)]
-    kept = {*paths[-max(keep, 1) :], *_ranked(paths)[:keep_best]}
-    for path in paths:
-        if path not in kept:
-            _remove(path)
-
-
-def remove_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of more steps than this, the newest first: what is left goes on without a gap."""
-    for path in reversed(whole(folder)):
-        if _step(path) > step:
-            _remove(path)
-
-
-def clean(folder: Path) -> None:
-    """Delete what a killed process left behind; nobody else may be writing here."""
-    for pattern in (".step-*.partial", ".step-*.removed"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _has_manifest(path: Path) -> bool:
-    try:
-        read_manifest(path)
-    except LaterReleaseError:
-        return True
-    except RelayError:
-        return False
-    return True
-
-
-def _remove(path: Path) -> None:
-    removed = path.with_name(f".{path.name.strip('.')}.removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    path.rename(removed)  # first: a half-deleted folder must not count
-    shutil.rmtree(removed)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

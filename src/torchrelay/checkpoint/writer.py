@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchrelay.checkpoint.format import CheckpointSettings, Contents, clean, prune, write
+from torchrelay.checkpoint.format import Contents, write
+from torchrelay.checkpoint.retention import clean, prune
+from torchrelay.checkpoint.schedule import CheckpointSettings
 
 _LARGE = 2**15  # bytes from which a tensor is worth a call of its own
 _PLAIN = {Tensor, nn.Parameter}  # a tensor of another class may keep its numbers elsewhere
@@ -120,13 +122,13 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
         self._thread.start()
 
-    def save(self, contents: Contents, *, goes_on: bool = False) -> None:
+    def save(self, contents: Contents, *, training_continues: bool = False) -> None:
         """Copy `contents` to memory and return; the disk is written behind the caller's back.
 
         Args:
             contents: what to save.
-            goes_on: whether the caller calls `settle` before it changes weights, averages or the optimizer's state;
-                then large ones may be copied behind its back, too.
+            training_continues: the caller calls `settle` before it changes weights, averages or the optimizer's
+                state; so large tensors may be staged in the background, too.
 
         Raises:
             RelayError: an earlier write failed.
@@ -134,7 +136,7 @@ class Writer:
         self.wait()
         copy, pairs = _laid_out(contents, self._memory)
         weights = [pair for pair in pairs if _rests(pair.path, contents) and _is_block(pair)]
-        later = weights if goes_on and self._rest else []
+        later = weights if training_continues and self._rest else []
         chosen = set(map(id, later))
         _copy([pair for pair in pairs if id(pair) not in chosen])
         if self._rest is None:

@@ -1,11 +1,8 @@
 """Step 2: which files samples come from, so that a resume can name what has changed among them."""
 
-import gzip
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -53,20 +50,3 @@ def differences(before: Marks, now: Marks) -> str:
     found += [f"{name} was added" for name in now if name not in before]
     more = f" and {len(found) - _SHOWN:,} more changes" if len(found) > _SHOWN else ""
     return ", ".join(found[:_SHOWN]) + more
-
-
-def write(path: Path, marks: Marks) -> None:
-    """Write marks to a compressed JSON file, whole or not at all."""
-    staging = path.with_name(f".{path.name}.partial")
-    with gzip.open(staging, "wt", encoding="utf-8", compresslevel=1) as file:
-        json.dump(dict(marks), file)
-    staging.replace(path)
-
-
-def read(path: Path) -> Marks:
-    """Return what `write` wrote; nothing if there is no such file."""
-    if not path.exists():
-        return {}
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        found: Marks = json.load(file)
-    return found

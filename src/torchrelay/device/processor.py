@@ -26,6 +26,20 @@ def has_amx() -> bool:
     return bool(_capabilities().get("amx_bf16"))
 
 
+def identity(device: torch.device) -> dict[str, str | int | bool]:
+    """Return what decides the last bits of a result on this machine."""
+    facts: dict[str, str | int | bool] = {}
+    if device.type == "cuda":
+        facts["cudnn"] = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({name()})"
+    return facts | {
+        "torch": torch.__version__,
+        "device": kind,
+        "instructions": instructions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 @cache
 def _capabilities() -> dict[str, Any]:
     found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which an older PyTorch doesn't have

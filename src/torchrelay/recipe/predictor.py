@@ -6,8 +6,8 @@ from types import ModuleType
 
 import torch
 
-from torchrelay.checkpoint import format as checkpoint
-from torchrelay.checkpoint.format import Contents
+from torchrelay.checkpoint.format import Contents, read
+from torchrelay.checkpoint.retention import find
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.folder import decode_images
@@ -86,5 +86,5 @@ def load_predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: M
         raise UsageError(
             f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()"
         )
-    contents = checkpoint.read(checkpoint.find(folder / "checkpoints", which))
+    contents = read(find(folder / "checkpoints", which))
     return Predictor(recipe, contents, code)

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
-from torchrelay.checkpoint.format import CheckpointSettings
+from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.settings import DataSettings
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
@@ -22,7 +22,7 @@ from torchrelay.models.factory import ModelSettings
 from torchrelay.optim.optimizers import SGD, OptimizerSettings
 from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.recipe import shipped
-from torchrelay.run.folder import RunSettings
+from torchrelay.run.settings import RunSettings
 from torchrelay.settings import Settings
 from torchrelay.tasks.task import LossSettings
 

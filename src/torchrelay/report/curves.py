@@ -4,19 +4,17 @@ The plots use matplotlib's objects directly, without pyplot, so they need no dis
 metrics give the same bytes.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from torchrelay.errors import RelayError
+from torchrelay.run.metrics import Headline, Line, read_metrics
 from torchrelay.run.terminal import duration, metric
 
 if TYPE_CHECKING:
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
     from torch import Tensor
-
-Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 
 _SPLITS = ("train", "validation", "test")
 _COLOURS = {
@@ -58,40 +54,6 @@ _STYLE: dict[Any, Any] = {
     "lines.solid_capstyle": "round",
     "text.parse_math": False,  # a $ in a run's or a class's name is a $
 }
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The metric that a run is judged by."""
-
-    name: str
-    percent: bool
-    higher_is_better: bool
-
-    @property
-    def words(self) -> str:
-        """The name as people read it."""
-        return self.name.replace("_", " ")
-
-
-def read_metrics(folder: Path) -> list[Line]:
-    """Return the lines of a run's metrics.jsonl; the last one is left out if a killed process left it half written.
-
-    Raises:
-        RelayError: there is no such file, or a line before the last is damaged.
-    """
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise RelayError(f"{folder} has no metrics.jsonl: give the folder of a run")
-    texts = path.read_bytes().splitlines()
-    lines: list[Line] = []
-    for place, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if place < len(texts):
-                raise RelayError(f"line {place} of {path} is damaged: remove it, and the rest can be read") from error
-    return lines
 
 
 def headline_of(lines: Sequence[Line]) -> Headline:

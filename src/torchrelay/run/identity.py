@@ -7,9 +7,6 @@ only its last bits is a warning.
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from torchrelay.device import processor
 from torchrelay.errors import RelayError
 
 Identity = dict[str, str | int | bool]
@@ -32,21 +29,6 @@ _MAY_CHANGE = {
     *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),
     *("parallel.kind", "parallel.timeout"),
 }
-
-
-def of_machine(device: torch.device) -> Identity:
-    """Return what of this machine decides the last bits of a result."""
-    on_gpu: Identity = {}
-    if device.type == "cuda":
-        on_gpu["cudnn"] = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
-    return on_gpu | {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} ({processor.name()})",
-        "instructions": processor.instructions(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def compare(

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from torchrelay.run.metrics import Line
 from torchrelay.run.pictures import columns, image_grid, png_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Line = Mapping[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 
 _PLACE = {"step", "epoch", "split", "time", "seconds"}  # where a line belongs, which is no chart
 _SHARED = {"lr", "samples_per_second"}  # the same chart, whichever split tells of it

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torchrelay.errors import UsageError
-from torchrelay.report.curves import Headline
+from torchrelay.run.metrics import Headline
 from torchrelay.run.terminal import epoch_line
 
 if TYPE_CHECKING:
@@ -171,19 +171,19 @@ class Pictures(Callback):
         except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and its table is worth no run
             trainer.say(f"no summary of the model: {type(error).__name__}: {error}")
             return
-        (trainer.run.folder / "model.txt").write_text(f"{found}\n", encoding="utf-8")
+        (trainer.run.path / "model.txt").write_text(f"{found}\n", encoding="utf-8")
         trainer.say(
             f"a sample takes {found.flops / 1e6:,.1f} MFLOP forward and {found.activation_bytes / 2**20:.2f} MiB of "
-            f"activations; {found.trainable:,} parameters are trained (layers in {trainer.run.folder / 'model.txt'})"
+            f"activations; {found.trainable:,} parameters are trained (layers in {trainer.run.path / 'model.txt'})"
         )
 
     def on_epoch(self, trainer: "Trainer", epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Draw the curves so far, now and then."""
         ends = trainer.step == trainer.total_steps or trainer.stop_reason is not None  # and on_end draws
-        if trainer.run is None or ends or trainer.run.drawing.busy:
+        if trainer.run is None or ends or trainer.run.plots.busy:
             return
         if time.monotonic() - self._drawn_at > _REDRAW:
-            trainer.run.drawing.start(_headline(trainer))
+            trainer.run.plots.start(_headline(trainer))
             self._drawn_at = time.monotonic()
 
     def on_end(self, trainer: "Trainer") -> None:
@@ -193,15 +193,15 @@ class Pictures(Callback):
         last = trainer.last_evaluation
         if last is not None:
             found = json.dumps(last.to_json(trainer.classes), indent=1, ensure_ascii=False)
-            (trainer.run.folder / "evaluation.json").write_text(found + "\n", encoding="utf-8")
+            (trainer.run.path / "evaluation.json").write_text(found + "\n", encoding="utf-8")
         has_confusion = last is not None and last.confusion is not None
-        trainer.run.drawing.start(_headline(trainer), confusion=has_confusion)
+        trainer.run.plots.start(_headline(trainer), confusion=has_confusion)
         values = last.values if last is not None else {}
         trainer.run.tensorboard.hyperparameters(
             _flat(trainer.record), {f"{k}/{trainer.selects_on}": v for k, v in values.items()}
         )
-        if trainer.run.drawing.finish() and has_confusion:
-            picture = trainer.run.folder / "confusion.png"
+        if trainer.run.plots.finish() and has_confusion:
+            picture = trainer.run.path / "confusion.png"
             trainer.run.tensorboard.figure("pictures/confusion matrix", picture, step=trainer.step)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrelay.checkpoint import format as checkpoint
+from torchrelay.checkpoint.format import Contents, read
 from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
@@ -19,7 +19,7 @@ from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
-from torchrelay.run.folder import Run
+from torchrelay.run.folder import RunFolder
 from torchrelay.run.terminal import Counters, metric
 from torchrelay.train.recovery import SpikeError
 from torchrelay.train.signals import StopNow, StopSignal
@@ -44,7 +44,7 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
         trainer.signal = stack.enter_context(StopSignal())
         stack.callback(_close, trainer)
         if trainer.folder is not None and trainer.group.main:
-            trainer.run = Run(trainer.folder, trainer.terminal, trainer.saving, resume=resume)
+            trainer.run = RunFolder(trainer.folder, trainer.terminal, resume=resume)
             for note in trainer.notes:
                 trainer.run.note(note)
         trainer.say(_introduction(trainer))
@@ -96,7 +96,7 @@ def _samples(trainer: "Trainer", step: int) -> list[int]:
     return found
 
 
-def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
+def _roll_back(trainer: "Trainer", run: RunFolder | None, spike: SpikeError) -> None:
     """Stand where the run stood before the batch to be left out.
 
     That is the one that shows the spike. If the loss is high, and the batch before is left out already, then the harm
@@ -111,8 +111,7 @@ def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
             f"{spike.what}, and {len(trainer.skipped)} batches are left out already: the data or optimizer.lr may be "
             "at fault; else raise run.max_skipped and resume"
         )
-    if run is not None:
-        run.wait()
+    trainer.checkpointer.wait()
     contents = _newest(trainer, before=min(steps))
     if contents is None:
         raise RelayError(
@@ -125,13 +124,13 @@ def _roll_back(trainer: "Trainer", run: Run | None, spike: SpikeError) -> None:
     trainer.skipped = skipped
     trainer.stop_reason = None  # the steps that follow decide anew whether the run ends
     if run is not None:
-        checkpoint.remove_after(run.checkpoints, contents.step)  # they hold what the left-out batch led to
+        trainer.checkpointer.remove_after(contents.step)  # they hold what the left-out batch led to
         run.rewind(contents.state["metrics_lines"])
     left_out = " and ".join(f"step {step}" for step in sorted(steps))
     trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
 
 
-def _stand_at(trainer: "Trainer", contents: checkpoint.Contents) -> None:
+def _stand_at(trainer: "Trainer", contents: Contents) -> None:
     """Stand where a checkpoint stands; what it was judged by stays with it, should it be saved again."""
     trainer.load_weights(contents)
     trainer.load_state_dict(contents.state)
@@ -142,9 +141,12 @@ def _close(trainer: "Trainer") -> None:
     trainer.signal, trainer.phase = StopSignal(), ""  # a signal ended this session, not what comes after it
     for batches in (trainer.batches, *trainer.evaluated.values()):
         batches.close()
-    run, trainer.run = trainer.run, None
-    if run is not None:
-        run.close()
+    try:
+        trainer.checkpointer.close()
+    finally:
+        run, trainer.run = trainer.run, None
+        if run is not None:
+            run.close()
 
 
 def _begin(trainer: "Trainer") -> None:
@@ -166,18 +168,16 @@ def _files(trainer: "Trainer") -> Marks:
     return together(source.files for source in sources if source.files is not None)
 
 
-def _newest(trainer: "Trainer", before: int | None = None) -> checkpoint.Contents | None:
+def _newest(trainer: "Trainer", before: int | None = None) -> Contents | None:
     """Return the newest whole checkpoint: the first process looks for it, and all read the same."""
-    assert trainer.folder is not None  # noqa: S101 - the callers have asked
-    folder = trainer.folder / "checkpoints"
     if trainer.group.size == 1:
-        return checkpoint.newest(folder, trainer.say, before)
+        return trainer.checkpointer.newest(trainer.say, before)
     if trainer.group.main:
-        contents = checkpoint.newest(folder, trainer.say, before)
+        contents = trainer.checkpointer.newest(trainer.say, before)
         trainer.group.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
         return contents
     step = trainer.group.broadcast_bytes(None).decode()
-    return checkpoint.read(checkpoint.find(folder, step)) if step else None
+    return read(trainer.checkpointer.find(step)) if step else None
 
 
 def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
@@ -207,7 +207,7 @@ def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
         trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
 
 
-def _keep_threads(trainer: "Trainer", contents: checkpoint.Contents) -> None:
+def _keep_threads(trainer: "Trainer", contents: Contents) -> None:
     """Compute with as many threads as before, unless the settings say how many: others would give other bits."""
     before = contents.state["identity"]["threads"]
     if trainer.device.settings.threads is None and before != torch.get_num_threads():
@@ -215,7 +215,7 @@ def _keep_threads(trainer: "Trainer", contents: checkpoint.Contents) -> None:
         trainer.say(f"going on with {before} thread{'s' * (before > 1)} an operation, as it began (see device.threads)")
 
 
-def _compare(trainer: "Trainer", run: Run, contents: checkpoint.Contents, accept_changes: bool) -> None:
+def _compare(trainer: "Trainer", run: RunFolder, contents: Contents, accept_changes: bool) -> None:
     """Compare what the run was started with and what there is now.
 
     Raises:
@@ -245,8 +245,7 @@ def _interrupted(trainer: "Trainer") -> Interrupted:
     except SpikeError:  # of a step that nobody had read yet; the resumed run meets it again
         if trainer.settings.on_spike == "stop":
             raise
-    if trainer.run is not None:
-        trainer.run.wait()
+    trainer.checkpointer.wait()
     trainer.group.barrier("the last checkpoint")  # whoever started us ends all when one ends
     return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
 
@@ -254,8 +253,7 @@ def _interrupted(trainer: "Trainer") -> Interrupted:
 def _finish(trainer: "Trainer") -> None:
     if trainer.stop_reason is not None:
         trainer.say(f"stopped: {trainer.stop_reason}")
-    if trainer.run is not None:
-        trainer.run.wait()
+    trainer.checkpointer.wait()
     if trainer.last_evaluation is None and trainer.evaluated:  # the run had come to its end before
         trainer.evaluate(trainer.selects_on)
     for callback in trainer.callbacks:

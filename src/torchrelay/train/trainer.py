@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay import rng
-from torchrelay.checkpoint import format as checkpoints
-from torchrelay.checkpoint.format import CheckpointSettings, Contents
+from torchrelay.checkpoint.checkpointer import Checkpointer
+from torchrelay.checkpoint.format import Contents, read
+from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.augment.pipeline import Augment, Pipeline
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches, Sampling
 from torchrelay.data.sources import ArraySource, as_source, statistics
+from torchrelay.device import processor
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed.process_group import join
 from torchrelay.distributed.replicas import Buffers, GradientTree, ParallelSettings, replicas_of
@@ -41,7 +43,9 @@ from torchrelay.optim.groups import clear_gradients
 from torchrelay.optim.optimizers import SGD
 from torchrelay.optim.schedules import Constant, Schedule, ScheduleSettings
 from torchrelay.run import identity
-from torchrelay.run.folder import Run, RunSettings, SaveSchedule, Stopwatch
+from torchrelay.run.folder import RunFolder
+from torchrelay.run.metrics import Stopwatch
+from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.targets import check_targets, explain
@@ -137,7 +141,7 @@ class Trainer:
         self.settings = RunSettings(**((settings or RunSettings()).model_dump() | changes))
         self.terminal = terminal or Terminal()
         self.folder = Path(run) if run is not None else None
-        self.run: Run | None = None
+        self.run: RunFolder | None = None
         self.notes: list[str] = []  # what was said before there was a run, for its log
 
         # 4. The device comes before the data, which is augmented there
@@ -227,8 +231,13 @@ class Trainer:
         self.evaluated_at: tuple[int, dict[str, float]] = (-1, {})  # after which step, and what came out
         self._ended = 0  # the step after which an epoch's end was last done
         self.sums = self._new_sums()  # of the running epoch
-        self.saving = checkpoint or CheckpointSettings()
-        self._save_times = SaveSchedule(self.saving, len(self.batches), self.total_steps)
+        self.checkpointer = Checkpointer(
+            (self.folder or Path()) / "checkpoints",
+            checkpoint or CheckpointSettings(),
+            steps_per_epoch=len(self.batches),
+            total_steps=self.total_steps,
+            before_write=lambda: self.run.flush() if self.run is not None else None,
+        )
         self._save_is_due = False
         self.step_log = StepLog()
         self.stopwatch = Stopwatch()
@@ -399,13 +408,13 @@ class Trainer:
         asked = self._asked()
         if asked & _STOP:
             raise StopNow
-        self._save_is_due = bool(asked & _SAVE) or self._save_times.after_step(self.step)
+        self._save_is_due = bool(asked & _SAVE) or self.checkpointer.due_after(self.step)
         if self.step % len(self.batches) and self._save_is_due:  # at an epoch's end the evaluation comes first
-            self.save(goes_on=True)
+            self.save(training_continues=True)
 
     def _asked(self) -> int:
         """Return what any process asks of all: several see it a step later, and all at the same step."""
-        late = self.group.main and self._save_times.by_clock()
+        late = self.group.main and self.checkpointer.due_by_clock()
         return self.group.agree(_STOP * (self.signal.received is not None) | _SAVE * late)
 
     def stop(self, reason: str) -> None:
@@ -462,7 +471,7 @@ class Trainer:
             self.epochs_done, self.sums = epoch, self._new_sums()
         self._ended = self.step
         if last or improved or self.stop_reason is not None or self._save_is_due:
-            self.save(goes_on=True)
+            self.save(training_continues=True)
         self.stopwatch.start()
 
     def _evaluate_all(self) -> dict[str, dict[str, float]]:
@@ -605,7 +614,7 @@ class Trainer:
     def identity(self) -> identity.Identity:
         """Return what this run's bits depend on."""
         source = self.batches.source
-        return identity.of_machine(self.device.device) | {
+        return processor.identity(self.device.device) | {
             "data": source.fingerprint(),
             **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
             "samples": len(source),
@@ -615,12 +624,12 @@ class Trainer:
             "precision": self.device.settings.precision,
         }
 
-    def save(self, *, goes_on: bool = False) -> None:
+    def save(self, *, training_continues: bool = False) -> None:
         """Save a checkpoint; only the copy to memory holds training up.
 
         Args:
-            goes_on: whether nothing but the training changes the weights from here on; then it isn't held up by most
-                of the copying, either.
+            training_continues: only training steps change the weights from here on; then most of the copying doesn't
+                hold training up, either.
 
         Raises:
             RelayError: an earlier one could not be written, or a loss up to here wasn't finite.
@@ -641,17 +650,15 @@ class Trainer:
             weights=tuple(name for name, _ in self.model.named_parameters()),
             trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
         )
-        self._save_times.saved()
         self._save_is_due = False
         if self.run is not None:
-            self.run.save(contents, goes_on=goes_on)
+            self.checkpointer.save(contents, training_continues=training_continues)
             stood_still = 1000 * (time.perf_counter() - began)
             self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
 
     def _settle(self, *, trained: bool = False) -> None:
         """Let a checkpoint that is being copied have its weights before they change."""
-        if self.run is not None:
-            self.run.settle(trained=trained)
+        self.checkpointer.settle(trained=trained)
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.
@@ -664,8 +671,8 @@ class Trainer:
         """
         if self.folder is None:
             raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
-        path = checkpoints.find(self.folder / "checkpoints", which)
-        self.load_weights(checkpoints.read(path))
+        path = self.checkpointer.find(which)
+        self.load_weights(read(path))
         return path
 
     def load_weights(self, contents: Contents) -> None:

@@ -5,15 +5,15 @@ unsure images need the shifts, after github.com/hiverge/cifar10-speedrun.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchrelay.errors import UsageError
+from torchrelay.run.settings import Views
 
 Forward = Callable[[Any], Any]  # from inputs to outputs
-Views = Literal[1, 2, 6]
 _SURE = 0.6  # of a class's probability by the mean of two views, from which the shifts rarely change the class
 
 

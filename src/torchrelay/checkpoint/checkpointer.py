@@ -1,0 +1,119 @@
+"""Step 3: the `Checkpointer`, all that a training loop needs: is a checkpoint due, save it, restore it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from torchrelay.checkpoint import retention
+from torchrelay.checkpoint.format import Contents
+from torchrelay.checkpoint.schedule import CheckpointSettings, SaveSchedule
+from torchrelay.checkpoint.writer import Writer
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of a folder.
+
+    Checkpoints are written on a background thread, which starts at the first `save` and ends with `close`. Reading
+    needs no thread, so processes that only read may have a checkpointer as well.
+
+    Example::
+
+        with Checkpointer(folder, CheckpointSettings(), steps_per_epoch=100, total_steps=1000) as checkpointer:
+            if (contents := checkpointer.newest(print)) is not None:
+                model.load_state_dict(contents.model)
+            ...
+            if checkpointer.due_after(step) or checkpointer.due_by_clock():
+                checkpointer.save(Contents(step, model.state_dict(), {"optimizer": optimizer.state_dict()}))
+
+    Args:
+        folder: the folder of checkpoints.
+        settings: when to save and what to keep.
+        steps_per_epoch: global batches per epoch.
+        total_steps: steps of the whole run.
+        before_write: called on the background thread before each write.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointSettings,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._schedule = SaveSchedule(settings, steps_per_epoch, total_steps)
+        self._before_write = before_write
+        self._writer: Writer | None = None
+
+    def due_after(self, step: int) -> bool:
+        """Return whether a checkpoint is due by the number of steps done."""
+        return self._schedule.due_after(step)
+
+    def due_by_clock(self) -> bool:
+        """Return whether a checkpoint is due by wall-clock time."""
+        return self._schedule.due_by_clock()
+
+    def save(self, contents: Contents, *, training_continues: bool = False) -> None:
+        """Stage `contents` in memory and return; the background thread writes the files.
+
+        Args:
+            contents: what to save.
+            training_continues: the caller calls `settle` before it changes weights, averages or the optimizer's
+                state; so large tensors may be staged in the background, too.
+
+        Raises:
+            RelayError: an earlier checkpoint could not be written.
+        """
+        self._schedule.saved()
+        if self._writer is None:
+            self._writer = Writer(self.folder, self.settings, self._before_write)
+        self._writer.save(contents, training_continues=training_continues)
+
+    def settle(self, *, trained: bool = False) -> None:
+        """Wait until everything is staged; call this before weights change.
+
+        Args:
+            trained: whether a training step's forward and backward pass ran since the last save.
+        """
+        if self._writer is not None:
+            self._writer.settle(trained=trained)
+
+    def wait(self) -> None:
+        """Wait until all checkpoints are on disk.
+
+        Raises:
+            RelayError: one could not be written.
+        """
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Finish writing and end the background thread; a later `save` starts a new one.
+
+        Raises:
+            RelayError: a checkpoint could not be written.
+        """
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def newest(self, warn: Callable[[str], None], before: int | None = None) -> Contents | None:
+        """Read the newest intact checkpoint; see `retention.newest`."""
+        return retention.newest(self.folder, warn, before)
+
+    def find(self, which: str) -> Path:
+        """Return the checkpoint called "best", "last" or by its step; see `retention.find`."""
+        return retention.find(self.folder, which)
+
+    def remove_after(self, step: int) -> None:
+        """Delete the checkpoints of more steps than this, as a rollback does."""
+        retention.remove_after(self.folder, step)

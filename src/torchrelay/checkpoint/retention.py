@@ -1,0 +1,131 @@
+"""Step 3: which checkpoints a folder has, which of them to load, and which to delete."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from torchrelay.checkpoint.format import CHECKPOINT_NAME, Contents, LaterReleaseError, read, read_manifest, step_of
+from torchrelay.errors import RelayError, UsageError
+
+
+def complete(folder: Path) -> list[Path]:
+    """Return the checkpoints in `folder` that have a manifest, sorted by step."""
+    if not folder.is_dir():
+        return []
+    paths = {
+        p.name: p for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and (p / "manifest.json").is_file()
+    }
+    replaced = [name for name in paths if name.startswith(".") and name[1:].removesuffix(".before") in paths]
+    return sorted((path for name, path in paths.items() if name not in replaced), key=step_of)
+
+
+def newest(folder: Path, warn: Callable[[str], None], before: int | None = None) -> Contents | None:
+    """Read the newest intact checkpoint, skipping damaged ones with a warning.
+
+    Args:
+        folder: the folder of checkpoints.
+        warn: called with a message about each damaged checkpoint.
+        before: consider only checkpoints of fewer steps than this.
+
+    Returns:
+        The checkpoint, or None if there is none.
+
+    Raises:
+        RelayError: there are checkpoints, but all are damaged: a run never silently starts afresh.
+        LaterReleaseError: the newest was written by a later release, and its progress would be lost.
+    """
+    damage = []
+    for path in reversed(complete(folder)):
+        if before is not None and step_of(path) >= before:
+            continue
+        try:
+            return read(path)
+        except LaterReleaseError:
+            raise
+        except RelayError as error:
+            damage.append(str(error))
+            warn(f"skipped a damaged checkpoint: {error}")
+    if damage:
+        raise RelayError(f"no checkpoint in {folder} can be used: " + "; ".join(damage))
+    return None
+
+
+def best(folder: Path) -> Path | None:
+    """Return the checkpoint with the highest score (the earliest of equal ones), or None if none has a score."""
+    ranked = _by_score(complete(folder))
+    return ranked[0] if ranked else None
+
+
+def find(folder: Path, which: str) -> Path:
+    """Return the checkpoint called "best", "last" or by its step; without scores, "best" is the last.
+
+    Raises:
+        UsageError: there is no such checkpoint; the message lists those available.
+    """
+    paths = [path for path in complete(folder) if _has_valid_manifest(path)]
+    by_step = {str(step_of(path)): path for path in paths}
+    if not paths:
+        raise UsageError(f"{folder} has no checkpoint yet")
+    if which == "best":
+        return best(folder) or paths[-1]
+    if which == "last":
+        return paths[-1]
+    if which not in by_step:
+        raise UsageError(f"{folder} has no checkpoint '{which}': choose best, last, {', '.join(by_step)}")
+    return by_step[which]
+
+
+def prune(folder: Path, keep: int, keep_best: int) -> None:
+    """Delete all checkpoints but the newest `keep` (at least one) and the best `keep_best`.
+
+    A checkpoint with a damaged manifest counts as neither and is left for a person to inspect.
+    """
+    paths = [path for path in complete(folder) if _has_valid_manifest(path)]
+    kept = {*paths[-max(keep, 1) :], *_by_score(paths)[:keep_best]}
+    for path in paths:
+        if path not in kept:
+            _remove(path)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of more steps than this, newest first: a crash midway leaves no gap in the middle."""
+    for path in reversed(complete(folder)):
+        if step_of(path) > step:
+            _remove(path)
+
+
+def clean(folder: Path) -> None:
+    """Delete what a killed process left half-written or half-deleted; no other process may be writing here."""
+    for pattern in (".step-*.partial", ".step-*.removed"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _by_score(paths: Sequence[Path]) -> list[Path]:
+    """Return those that have a score, best first; a checkpoint with a damaged manifest has none."""
+    scores: dict[Path, float] = {}
+    for path in paths:
+        with suppress(RelayError):
+            score = read_manifest(path).score
+            if score is not None:
+                scores[path] = score
+    return sorted(scores, key=lambda path: scores[path], reverse=True)
+
+
+def _has_valid_manifest(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except LaterReleaseError:
+        return True
+    except RelayError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    removed = path.with_name(f".{path.name.strip('.')}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    # Rename first: a half-deleted folder must not count as a checkpoint.
+    path.rename(removed)
+    shutil.rmtree(removed)

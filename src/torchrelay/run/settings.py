@@ -1,0 +1,38 @@
+"""Step 1: the settings of a run as a whole, which a recipe has under `[run]`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from torchrelay.settings import Settings
+
+Views = Literal[1, 2, 6]  # how many views of an image test-time augmentation averages over
+
+
+class RunSettings(Settings):
+    """How long to train, from which seed, and how often to evaluate and log."""
+
+    epochs: int = Field(default=10, ge=1)
+    """Number of passes over the training data."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed of all randomness in the run: initial weights, order, augmentation, dropout."""
+    exact: bool = True
+    """Use deterministic kernels and a power of two of replicas, so that an interrupted run gives the same bits."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
+    evaluate_every: int = Field(default=1, ge=1)
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    train_metrics: bool = True
+    """Also measure the task's metrics, such as accuracy, on the training batches."""
+    test_views: Views = 1
+    """Average evaluation over views of each image. 2: it and its mirror image; 6: if unsure, shifted ones as well."""
+    log_every: int = Field(default=50, ge=1)
+    """Steps between two lines of metrics within an epoch."""
+    on_spike: Literal["stop", "rollback"] = "stop"
+    """What to do on a loss spike: stop, or roll back to the checkpoint before it, skip its batch and continue."""
+    spike_threshold: float | None = Field(default=None, gt=1)
+    """A loss above this multiple of the median of the last 50 steps is a spike. Unset: only a non-finite loss is."""
+    max_skipped: int = Field(default=20, ge=1)
+    """How many batches rollbacks may skip before the run stops anyway."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
