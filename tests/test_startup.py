@@ -36,9 +36,14 @@ def test_the_trainer_loads_no_library_that_it_may_not_need():
     assert loaded & set(OPTIONAL) == set()
 
 
-def test_training_a_classifier_loads_no_torchmetrics():
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [("None", "torch.arange(9) % 2"), ("tr.MultiLabel(labels=2)", "torch.eye(2)[torch.arange(9) % 2]")],
+)
+def test_a_training_loads_no_torchmetrics(task, targets):
     training = (
-        "data = torch.randn(9, 3), torch.arange(9) % 2; tr.Trainer(torch.nn.Linear(3, 2), data, data, epochs=1).fit()"
+        f"data = torch.randn(9, 3), {targets}\n"
+        f"tr.Trainer(torch.nn.Linear(3, 2), data, data, task={task}, epochs=1).fit()"
     )
     assert "torchmetrics" not in loaded_by(f"import torch, torchrelay as tr\n{training}")
 

@@ -39,11 +39,11 @@ __all__ = [
     "data",
     "models",
     "optim",
-    "tasks",
 ]
 
 if TYPE_CHECKING:
-    from torchrelay import data, models, optim, tasks
+    from torchrelay import data, models, optim
+    from torchrelay import tasks as tasks
     from torchrelay.data import augment
     from torchrelay.errors import RelayError
     from torchrelay.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MultilabelF1Score
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
@@ -160,6 +160,24 @@ def test_multilabel_is_the_mean_binary_cross_entropy(positive_weights):
     found = mean_loss(tr.MultiLabel(positive_weights), x[:, :3], y)
     expected = F.binary_cross_entropy_with_logits(x[:, :3], y, pos_weight=positive_weights)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.bool])
+def test_multilabel_metrics_are_those_of_torchmetrics_to_the_bit(kind):
+    generator = torch.Generator().manual_seed(1)
+    probabilities, targets = torch.rand(70, 5, generator=generator), torch.rand(70, 5, generator=generator) < 0.3
+    targets[:, 2], targets[:, 3], probabilities[:, 3] = False, False, 0.1  # never present; nor predicted
+    probabilities[:9, 0] = 0.5  # on the threshold
+    metrics = tr.MultiLabel(labels=5).metrics()
+    beside = {"f1": MultilabelF1Score(5, average="micro"), "f1_by_label": MultilabelF1Score(5, average="none")}
+    assert set(metrics) == set(beside)
+    for name, metric in metrics.items():
+        for part in range(0, 70, 16):
+            metric.update(probabilities[part : part + 16], targets[part : part + 16].to(kind))
+            beside[name].update(probabilities[part : part + 16], targets[part : part + 16].long())
+        found, expected = metric.compute(), beside[name].compute()
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), name
 
 
 def test_several_labels_are_learnt(quiet, tmp_path):

@@ -1,47 +1,53 @@
-"""Step 7, the test: what a classification is counted by.
+"""Metrics that are counts of right and wrong predictions, kept on the device.
 
-torchmetrics has all of this, and more; its import takes 100 MB and one to two seconds, for what are a few lines.
+torchmetrics has all of them and many more, but importing it takes 100 MB and one to two seconds. A task of your own may
+use it: install the extra `metrics`.
 """
 
 from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 class Count(ABC):
-    """Whole numbers that add up over batches, on the device. It is used as a metric of torchmetrics is."""
+    """An int64 tensor of counts that adds up over batches. It has the interface of a torchmetrics metric.
+
+    Args:
+        shape: of the tensor.
+    """
 
     def __init__(self, *shape: int) -> None:
         self.counts = torch.zeros(shape, dtype=torch.int64)
 
-    def to(self, device: torch.device) -> "Count":
-        """Count on another device."""
+    def to(self, device: torch.device) -> Self:
+        """Move the counts to a device."""
         self.counts = self.counts.to(device)
         return self
 
     @abstractmethod
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
-            predictions: (batch, classes) of which the largest counts.
-            targets: (batch,) classes, or (batch, classes) probabilities, of which the largest counts.
+            predictions: what the task's `predict` returned: (batch, classes) or (batch, labels) probabilities.
+            targets: (batch,) classes, (batch, classes) probabilities, or (batch, labels) zeros and ones.
         """
 
     @abstractmethod
     def compute(self) -> Tensor:
-        """Return what follows from all that was counted."""
+        """Return the metric of all batches so far."""
 
 
 class ConfusionMatrix(Count):
-    """(classes, classes) int64. Row: what it is; column: what the network said."""
+    """(classes, classes) int64: the samples of each true class (row) by predicted class (column)."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes, classes)
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count each pair of what it is and what was said."""
+        """Add a batch of (batch, classes) predictions."""
         classes = len(self.counts)
         pairs = _classes(targets) * classes + predictions.argmax(1)
         self.counts += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -52,28 +58,58 @@ class ConfusionMatrix(Count):
 
 
 class AccuracyByClass(ConfusionMatrix):
-    """(classes,) float64: the share of each class's samples that was right; 0 for a class without any."""
+    """(classes,) float64: the share of each class's samples that was predicted correctly; 0 for a class without any."""
 
     def compute(self) -> Tensor:
-        """Return the diagonal's share of each row."""
+        """Return the diagonal divided by the sums of the rows."""
         return self.counts.diagonal() / self.counts.sum(1).clamp(min=1).double()
 
 
 class TopAccuracy(Count):
-    """The share of samples whose class is among the `top` likeliest ones."""
+    """Float64 scalar: the share of samples whose class is among the `top` most probable ones."""
 
     def __init__(self, top: int) -> None:
-        super().__init__(2)  # right, all
+        super().__init__(2)  # correct, all
         self._top = top
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count who is right, and all."""
-        right = (predictions.topk(self._top, dim=1).indices == _classes(targets)[:, None]).sum()
-        self.counts += torch.stack((right, right.new_full((), len(targets))))
+        """Add a batch of (batch, classes) predictions."""
+        correct = (predictions.topk(self._top, dim=1).indices == _classes(targets)[:, None]).sum()
+        self.counts += torch.stack((correct, correct.new_full((), len(targets))))
 
     def compute(self) -> Tensor:
-        """Return a float64 without dimensions."""
+        """Return the share."""
         return self.counts[0] / self.counts[1].clamp(min=1).double()
+
+
+class F1ByLabel(Count):
+    """(labels,) float32: each label's F1 score at a threshold of 0.5; 0 for one neither present nor predicted."""
+
+    def __init__(self, labels: int) -> None:
+        super().__init__(3, labels)  # true positives, false positives, false negatives
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch of (batch, labels) predictions."""
+        predicted, present = predictions > 0.5, targets > 0.5
+        self.counts += torch.stack((predicted & present, predicted & ~present, ~predicted & present)).sum(1)
+
+    def compute(self) -> Tensor:
+        """Return the scores."""
+        return _f1(*self.counts)
+
+
+class F1(F1ByLabel):
+    """Float32 scalar: the F1 score of all labels together (micro average)."""
+
+    def compute(self) -> Tensor:
+        """Return the score."""
+        return _f1(*self.counts.sum(1))
+
+
+def _f1(true_positives: Tensor, false_positives: Tensor, false_negatives: Tensor) -> Tensor:
+    # In float32 and in this order of operations, torchmetrics computes the same bits.
+    total = 2.0 * true_positives + false_negatives + false_positives
+    return torch.where(total > 0, 2.0 * true_positives / total, 0.0)
 
 
 def _classes(targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from torchrelay.data.labels import TargetError
 from torchrelay.errors import RelayError
+from torchrelay.tasks.metrics import F1, F1ByLabel
 from torchrelay.tasks.task import Task
 
 
@@ -58,14 +59,9 @@ class MultiLabel(Task):
 
     def metrics(self) -> Mapping[str, Any]:
         """Return the F1 score over all labels and each label's."""
-        from torchmetrics.classification import MultilabelF1Score
-
         if self.classes is None:
             raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
-        return {
-            "f1": MultilabelF1Score(self.classes, average="micro"),
-            "f1_by_label": MultilabelF1Score(self.classes, average="none"),
-        }
+        return {"f1": F1(self.classes), "f1_by_label": F1ByLabel(self.classes)}
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, labels) probabilities."""
