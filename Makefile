@@ -43,12 +43,12 @@ GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 bench-gpu:
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu; tests=$$?; \
-	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu $(RECORDS) --out docs/measured/gpu.md && exit $$tests
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.speed.gpu $(RECORDS) --out docs/measured/gpu.md && exit $$tests
 
 docs: install
-	$(BIN)/python -m benchmarks.augmentations --out docs/pictures/augmentations.png
-	$(BIN)/python -m benchmarks.schedules --out docs/pictures/schedules.png
-	$(BIN)/python -m benchmarks.reference --out docs/recipes.md
+	$(BIN)/python -m tools.augmentations --out docs/pictures/augmentations.png
+	$(BIN)/python -m tools.schedules --out docs/pictures/schedules.png
+	$(BIN)/python -m tools.reference --out docs/recipes.md
 	$(BIN)/torchrelay recipe --schema > docs/recipe.schema.json
 
 clean:

@@ -7,21 +7,32 @@ Each runs in a process of its own. The long ones have commands of their own, whi
 
 import argparse
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import pictures
 from benchmarks.measure import fresh_process
 from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
+from tools import pictures
 
-SHORT = ("overhead", "first_step", "memory", "augment_speed", "startup", "order", "exactness", "gpu", "records")
-SOMETIMES = ("photos", "folder_cache")  # where they are there
+# Of the room `speed`.
+SHORT = (
+    "overhead",
+    "first_step",
+    "memory",
+    "augment_speed",
+    "startup",
+    "order",
+    "exactness",
+    "gpu",
+    "records",
+    "photos",
+    "folder_cache",
+)
 OVERHEAD, ACCURACY = "pictures/overhead.png", "pictures/accuracy-over-time.png"
 
 NOTE_ON_TIME = """\
-Made by `python -m benchmarks.pictures --root FOLDER`. The fast recipe was tested after each epoch for this picture; its
+Made by `python -m tools.pictures --root FOLDER`. The fast recipe was tested after each epoch for this picture; its
 times are without the earlier tests, which it doesn't make otherwise. The reference's accuracies are those that the
 tutorial prints after 1, 10, 20 and 30 epochs; its times follow from the rate of its step on the same machine."""
 
@@ -38,34 +49,40 @@ class Long:
 LONG = (
     Long(
         "one run killed again and again, compared byte by byte",
-        "python -m benchmarks.kill --root FOLDER --epochs 20",
+        "python -m benchmarks.exactness.kill --root FOLDER --epochs 20",
         "measured/kill.md",
     ),
-    Long("a run that goes on with other numbers of processes", "python -m benchmarks.elastic", "measured/elastic.md"),
-    Long("several processes beside DistributedDataParallel", "python -m benchmarks.parallel", "measured/parallel.md"),
+    Long("a run that changes its number of processes", "python -m benchmarks.exactness.elastic", "measured/elastic.md"),
+    Long(
+        "several processes beside DistributedDataParallel",
+        "python -m benchmarks.scale.parallel",
+        "measured/parallel.md",
+    ),
     Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),
-    Long("losses and weights against a plain loop", "python -m benchmarks.agreement --data FOLDER", "agreement.md"),
-    Long("the time to the reference's accuracy", "python -m benchmarks.accuracy --root FOLDER", "measured/accuracy.md"),
+    Long(
+        "losses and weights against a plain loop",
+        "python -m benchmarks.exactness.agreement --data FOLDER",
+        "agreement.md",
+    ),
+    Long(
+        "the time to the reference's accuracy",
+        "python -m benchmarks.speed.accuracy --root FOLDER",
+        "measured/accuracy.md",
+    ),
     Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
 )
 
 
-def names() -> tuple[str, ...]:
-    """Return the benchmarks that there are."""
-    there = (name for name in SOMETIMES if importlib.util.find_spec(f"benchmarks.{name}"))
-    return (*SHORT, *(name for name in there if hasattr(importlib.import_module(f"benchmarks.{name}"), "tables")))
-
-
 def run(name: str, quick: bool) -> list[Table]:
     """Run a benchmark in a process of its own."""
-    tables = importlib.import_module(f"benchmarks.{name}").tables
+    tables = importlib.import_module(f"benchmarks.speed.{name}").tables
     with fresh_process() as pool:
         found: list[Table] = pool.submit(tables, quick).result()
     return found
 
 
 def title(name: str) -> str:
-    found: str = importlib.import_module(f"benchmarks.{name}").TITLE
+    found: str = importlib.import_module(f"benchmarks.speed.{name}").TITLE
     return found
 
 
@@ -111,13 +128,13 @@ def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=names(), metavar="NAME", help=f"some of: {', '.join(names())}")
+    parser.add_argument("--only", nargs="+", choices=SHORT, metavar="NAME", help=f"some of: {', '.join(SHORT)}")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
     parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `pictures` beside it")
     options = parser.parse_args()
     before = circumstances()
     found: dict[str, list[Table]] = {}
-    for name in options.only or names():
+    for name in options.only or SHORT:
         print(f"{name} …", flush=True)
         found[name] = run(name, options.quick)
     folder = options.out.parent if options.out is not None else None

@@ -140,5 +140,5 @@ def test_the_schema_and_the_table_of_keys_are_in_step(tmp_path):
     assert json.loads((ROOT / "docs" / "recipe.schema.json").read_text()) == json.loads(recipe.schema())
     out = tmp_path / "recipes.md"
     shutil.copy(ROOT / "docs" / "recipes.md", out)
-    subprocess.run([sys.executable, "-m", "benchmarks.reference", "--out", out], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "tools.reference", "--out", out], cwd=ROOT, check=True)
     assert out.read_text() == (ROOT / "docs" / "recipes.md").read_text(), "run `make docs`"

@@ -1,6 +1,6 @@
 """Draw what each transform does: a row a transform, the same eight images in all.
 
-python -m benchmarks.augmentations --out docs/pictures/augmentations.png
+python -m tools.augmentations --out docs/pictures/augmentations.png
 
 The images are parts of the two photographs that come with scikit-learn, so nothing is downloaded.
 """

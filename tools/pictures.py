@@ -1,6 +1,6 @@
 """Pictures of what was measured: bars of overhead, and accuracy over time.
 
-    python -m benchmarks.pictures --root FOLDER [--out docs/pictures]
+    python -m tools.pictures --root FOLDER [--out docs/pictures]
 
 trains `cifar10-fast` on the photographs in FOLDER, tested after each epoch, and draws its accuracy over time beside the
 reference's, whose times follow from the rate of its step before and after; the run's own pictures are put beside it.
@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from benchmarks import accuracy as measured
 from benchmarks.page import Spread, Table
+from benchmarks.speed import accuracy as measured
 from torchrelay.run.metrics import read_metrics
 
 INK, GREY, RULE, OURS, OTHERS = "#16181d", "#6b7280", "#d9dde3", "#c2410c", "#9aa3b2"
@@ -61,7 +61,7 @@ def bare(axes: Axes) -> None:
 
 
 def draw_overhead(table: Table, path: Path) -> None:
-    """Draw what each framework adds to a step: the first column of figures of `benchmarks.overhead`."""
+    """Draw what each framework adds to a step: the first column of figures of `benchmarks.speed.overhead`."""
     rows = [row for row in table.rows if isinstance(row[1], Spread)]
     found = sorted(((str(row[0]), row[1]) for row in rows), key=lambda row: row[1].median)  # type: ignore[union-attr]
     by_hand = median(row[3].median for row in rows if isinstance(row[3], Spread))

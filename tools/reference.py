@@ -1,6 +1,6 @@
 """The table of all recipe keys in docs/recipes.md, from the settings classes.
 
-    python -m benchmarks.reference --out docs/recipes.md
+    python -m tools.reference --out docs/recipes.md
 
 replaces what stands between the two `keys` comments of that file.
 """

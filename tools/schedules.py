@@ -1,6 +1,6 @@
 """Draw every schedule over a run of 30 epochs: small multiples of the learning rate.
 
-python -m benchmarks.schedules --out docs/pictures/schedules.png
+python -m tools.schedules --out docs/pictures/schedules.png
 
 Each line is read from a bound schedule, step by step, as the trainer reads it; nothing is redrawn by hand.
 """

@@ -1,10 +1,10 @@
 """Do the recipes compute what a plain loop computes? Losses and final weights, bit by bit.
 
-    python -m benchmarks.agreement [--data FOLDER] [--out docs/agreement.md]
+    python -m benchmarks.exactness.agreement [--data FOLDER] [--out docs/agreement.md]
 
-trains each recipe with torchrelay, writing down the batches, and then `benchmarks/twin.py`, a hand-written loop that
-imports nothing of torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's
-photographs; without it only the digits run.
+trains each recipe with torchrelay and records the batches, then runs `twin.py`, a hand-written loop that imports
+nothing of torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's photographs;
+without it only the digits run.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def main() -> None:
     heading = "| recipe | what ran | steps | last loss | losses | weights |\n| --- | --- | ---: | ---: | --- | --- |\n"
     note = (
         f"float32 on the CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"made by `python -m benchmarks.agreement{' --data FOLDER' if options.data else ''}`.\n"
+        f"made by `python -m benchmarks.exactness.agreement{' --data FOLDER' if options.data else ''}`.\n"
     )
     text = f"# The recipes against a hand-written loop, bit by bit\n\n{note}\n{heading}" + "\n".join(rows) + "\n"
     print(text)

@@ -1,6 +1,6 @@
 """One run on 1, 2, 4 and 8 processes, moved between them by kill -9, and on hosts of which one dies: the same bytes.
 
-    python -m benchmarks.elastic [--out docs/measured/elastic.md]
+    python -m benchmarks.exactness.elastic [--out docs/measured/elastic.md]
 
 The network has BatchNorm, dropout and weights that only some replicas use; the gradient is clipped and the weights are
 averaged; the last batch of an epoch has three samples for eight replicas. Hashes are those of all files of the final
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.hosts import hosts, why_not
+from benchmarks.scale.hosts import hosts, why_not
 
 SAMPLES, BATCH, EPOCHS, REPLICAS = 1403, 100, 8, 8
 STEPS = EPOCHS * -(-SAMPLES // BATCH)
@@ -89,7 +89,7 @@ def start(run: Path, size: int) -> list["subprocess.Popen[bytes]"]:
         port = str(free.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"} if size > 1 else {}
     sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)} if size > 1 else {}
-    command = [sys.executable, "-m", "benchmarks.elastic", "--child", str(run)]
+    command = [sys.executable, "-m", "benchmarks.exactness.elastic", "--child", str(run)]
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {} for rank in range(size)]
     return [subprocess.Popen(command, env=os.environ | meeting | sizes | each) for each in own]
 
@@ -119,7 +119,13 @@ def on_two_hosts(run: Path) -> None:
         logs = [Path(folder) / "0.log", Path(folder) / "1.log"]
         started = [
             host.start(
-                *command, *host.rendezvous("1:2", first.address), "-m", "benchmarks.elastic", "--child", run, log=log
+                *command,
+                *host.rendezvous("1:2", first.address),
+                "-m",
+                "benchmarks.exactness.elastic",
+                "--child",
+                run,
+                log=log,
             )
             for host, log in zip((first, second), logs, strict=True)
         ]
@@ -201,7 +207,7 @@ def main() -> None:
     text = (
         f"# One run, on any number of processes\n\n{STEPS} steps of {BATCH} samples in {REPLICAS} replicas: BatchNorm, "
         "dropout, weights that only some replicas use, clipping,\naveraged weights, a last batch of three samples. "
-        f"gloo, one thread a process; {machine()};\nmade by `python -m benchmarks.elastic`.\n\n"
+        f"gloo, one thread a process; {machine()};\nmade by `python -m benchmarks.exactness.elastic`.\n\n"
         f"| on | SHA-256 of the final checkpoint's files |\n| --- | --- |\n{lines}\n\n"
         f"{'All are equal.' if same else 'They differ.'}\n"
     )

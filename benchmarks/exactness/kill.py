@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it each time, and compare all that it leaves with the run that nobody touched.
 
-    python -m benchmarks.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/measured/kill.md]
+    python -m benchmarks.exactness.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/measured/kill.md]
 
 The run reads an image folder (`--root`, such as CIFAR-10's photographs; without it, pictures of handwritten digits)
 image by image in two worker processes, by a transform that draws from PyTorch, NumPy and Python; on top of that batched
@@ -113,7 +113,7 @@ class Deaths:
 
 
 def start(root: Path, run: Path, epochs: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "benchmarks.kill", "--child", str(run), "--root", str(root)]
+    command = [sys.executable, "-m", "benchmarks.exactness.kill", "--child", str(run), "--root", str(root)]
     command += ["--epochs", str(epochs)]
     return subprocess.Popen(command, start_new_session=True)
 
@@ -275,7 +275,9 @@ def main() -> None:
         deaths = kill_repeatedly(root, folder / "killed", options.epochs, options.kills, options.longest, options.seed)
         found = differences(folder / "undisturbed", folder / "killed")
         steps = metrics(folder / "killed")[-1]["step"]
-        command = f"python -m benchmarks.kill{' --root FOLDER' if options.root else ''} --epochs {options.epochs}"
+        command = (
+            f"python -m benchmarks.exactness.kill{' --root FOLDER' if options.root else ''} --epochs {options.epochs}"
+        )
         text = table(deaths, found, steps, data, command)
     print(text)
     if options.out is not None:

@@ -1,9 +1,9 @@
 """A hand-written training loop in plain PyTorch, as a user would write it. It imports nothing of torchrelay.
 
-`benchmarks/agreement.py` runs it beside the recipes, on the batches that those trained on, and compares losses and
+`agreement.py` runs it beside the recipes, on the batches that those trained on, and compares losses and
 weights bit by bit:
 
-    python benchmarks/twin.py FOLDER
+    python benchmarks/exactness/twin.py FOLDER
 
 reads `FOLDER/case.json` (the parameters) and `FOLDER/batch-*.safetensors`, trains, and writes
 `FOLDER/twin.safetensors` (losses and weights).

@@ -1,6 +1,6 @@
 """What several processes cost: a step of an exact run beside DistributedDataParallel's, and what a second one brings.
 
-    python -m benchmarks.parallel [--rounds 5] [--out docs/measured/parallel.md]
+    python -m benchmarks.scale.parallel [--rounds 5] [--out docs/measured/parallel.md]
 
 Each case runs in one and in two processes of one thread, on the CPU over gloo, or on as many GPUs over nccl. `by hand`
 is a loop of PyTorch's own DistributedDataParallel that imports nothing of ours. All take the same batches from memory;
@@ -147,7 +147,7 @@ def start(size: int, rounds: int, cuda: bool) -> dict[str, float]:
         free.close()
         out = Path(folder) / "times.json"
         common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "benchmarks.parallel", "--rounds", str(rounds), "--child", str(out)]
+        command = [sys.executable, "-m", "benchmarks.scale.parallel", "--rounds", str(rounds), "--child", str(out)]
         started = []
         for rank in range(size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if size > 1 else {}
@@ -200,7 +200,7 @@ def main() -> None:
     text = (
         "# What several processes cost\n\nStep times of a hand-written loop with PyTorch's DistributedDataParallel, "
         "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, taken in turns. "
-        f"{where};\n{machine()}; made by `python -m benchmarks.parallel`.\n\n{table(one, two)}"
+        f"{where};\n{machine()}; made by `python -m benchmarks.scale.parallel`.\n\n{table(one, two)}"
         + ("" if options.cuda else "\n## GPUs, nccl\n\nNot measured: two of them are needed, and `--cuda`.\n")
     )
     print(text)

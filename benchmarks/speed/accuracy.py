@@ -1,6 +1,6 @@
 """How long `cifar10-fast` takes to the reference's 88.44%, beside the reference's own rate on the same machine.
 
-    python -m benchmarks.accuracy --root FOLDER [--seeds 5] [--out docs/measured/accuracy.md]
+    python -m benchmarks.speed.accuracy --root FOLDER [--seeds 5] [--out docs/measured/accuracy.md]
 
 FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg. Each seed is a `torchrelay train` of its own with a cache of its
 own, timed from the start of the process to its end: imports, decoding, training, evaluation and checkpoint. The
@@ -96,7 +96,7 @@ def table(rates: list[float], runs: list[tuple[float, float]]) -> str:
     spread = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
     met = "reached" if mean(reached) >= ACCURACY else "not reached"
     return (
-        f"# The reference's accuracy\n\n{machine()}; made by `python -m benchmarks.accuracy --root FOLDER`.\n\n"
+        f"# The reference's accuracy\n\n{machine()}; made by `python -m benchmarks.speed.accuracy --root FOLDER`.\n\n"
         f"The reference's training step: {median(rates):.1f} images a second "
         f"({min(rates):.1f} to {max(rates):.1f}); its 1.5 million images: {median(whole) / 3600:.1f} hours.\n\n"
         "`torchrelay train cifar10-fast`, from the start of the process to its end:\n\n"

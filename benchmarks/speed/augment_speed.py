@@ -1,6 +1,6 @@
 """Images that are ready for the network, a second: gathered, flipped, cropped, normalized.
 
-    python -m benchmarks.augment_speed [--quick] [--out FILE]
+    python -m benchmarks.speed.augment_speed [--quick] [--out FILE]
 
 Ours works on whole batches in one process; torchvision's transforms work image by image, in a `DataLoader` of two
 worker processes. Both start from the same bytes in memory and end in float32 batches.

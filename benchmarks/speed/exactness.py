@@ -1,6 +1,6 @@
 """What exactness costs: a training step with it and without, and how long a checkpoint holds training up.
 
-    python -m benchmarks.exactness [--quick] [--out FILE]
+    python -m benchmarks.speed.exactness [--quick] [--out FILE]
 
 Steps: `run.exact` on and off, otherwise alike (on the CPU, and on a GPU where there is one). Checkpoints: the time for
 which the training waits for one, beside a plain memcpy of as many bytes.

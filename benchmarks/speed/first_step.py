@@ -1,6 +1,6 @@
 """From the start of a process to the end of its first training step: the digits recipe, and the same by hand.
 
-    python -m benchmarks.first_step [--quick] [--out FILE]
+    python -m benchmarks.speed.first_step [--quick] [--out FILE]
 
 The moment is taken by PyTorch's own hook behind `Optimizer.step`, and the process ends there.
 """

@@ -1,6 +1,6 @@
 """An image folder: decoding it, against reading it from the cache; and four processes that start at once.
 
-    python -m benchmarks.folder_cache [--quick] [--out FILE]
+    python -m benchmarks.speed.folder_cache [--quick] [--out FILE]
 
 The first epoch lists and decodes small JPEG files; the next ones read the decoded images, mapped into memory.
 """

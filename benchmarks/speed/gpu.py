@@ -1,9 +1,9 @@
 """A training step on a GPU: how busy it keeps the device, what is added to it, and what exactness costs there.
 
-    python -m benchmarks.gpu [--quick] [--out FILE]
-    python -m benchmarks.gpu --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
+    python -m benchmarks.speed.gpu [--quick] [--out FILE]
+    python -m benchmarks.speed.gpu --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
 
-The second also takes the times to an accuracy: see `benchmarks/records.py`.
+The second also takes the times to an accuracy: see `benchmarks/speed/records.py`.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import torchrelay as tr
-from benchmarks import page, peers, records
+from benchmarks import page
 from benchmarks.measure import side_by_side
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
+from benchmarks.speed import peers, records
 from torchrelay.data import batches as batches_module
 from torchrelay.data.augment import Flip, PaddedCrop
 from torchrelay.data.batch import Batch
@@ -216,7 +217,7 @@ def in_one_graph(device: str, pairs: peers.Pairs, **how: Any) -> peers.Clock:
 
 GRAPH = "torchrelay, metrics and a schedule, one graph"
 TINY = """\
-The tiny model of `benchmarks.overhead` on the GPU, batches of 32 that lie there; exact, but for the others' loops. us a
+The tiny model of `overhead` on the GPU, batches of 32 that lie there; exact, but for the others' loops. us a
 step: {steps:,} steps between two waits for the device, the first {warm} aside; medians of {rounds} rounds in turns.
 "One graph": forward, backward, optimizer and metrics are replayed, the schedule's rate is written beside them. Its
 kernels' own time is the union of kernels and copies in the profiler's trace."""
@@ -333,7 +334,7 @@ def main() -> None:
     records.add_arguments(parser)
     options = parser.parse_args()
     device, size = "cuda" if torch.cuda.is_available() else "", QUICK if options.quick else FULL
-    before = f"# On a GPU\n\n{page.circumstances()}\nMade by `python -m benchmarks.gpu`."
+    before = f"# On a GPU\n\n{page.circumstances()}\nMade by `python -m benchmarks.speed.gpu`."
     before += f"\n\n{page.QUICK}" if options.quick else ""
     found: list[Table] = []
     parts: list[Callable[[], Table]] = [partial(make, device, size) for make in TABLES]

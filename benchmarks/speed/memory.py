@@ -1,6 +1,6 @@
 """The most memory that a training takes, beside a hand-written loop on the same data.
 
-    python -m benchmarks.memory [--quick] [--out FILE]
+    python -m benchmarks.speed.memory [--quick] [--out FILE]
 
 Each runs in a process of its own. Figures are the kernel's high-water mark of resident memory (VmHWM), which a new
 process starts afresh: `ru_maxrss` would count what its parent had. It needs Linux.
@@ -105,7 +105,7 @@ def peak() -> float:
 
 def measure(case: str, data: str, steps: int) -> float:
     """Return the MB of a case in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--case", case, "--data", data, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.speed.memory", "--case", case, "--data", data, "--steps", str(steps)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.splitlines()[-1])

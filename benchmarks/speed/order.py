@@ -1,6 +1,6 @@
 """What it costs to know which sample stands where, and to start inside an epoch.
 
-    python -m benchmarks.order [--quick] [--out FILE]
+    python -m benchmarks.speed.order [--quick] [--out FILE]
 
 The order of an epoch is a keyed permutation, computed place by place: a batch's 256 indices out of 10^3 and of 10^12
 samples, beside a table such as `torch.randperm` makes. Then the time from asking to the first batch, at batch 0 and at

@@ -1,6 +1,6 @@
 """What a framework adds to a hand-written training step.
 
-    python -m benchmarks.overhead [--quick] [--out FILE]
+    python -m benchmarks.speed.overhead [--quick] [--out FILE]
     pip install 'torchrelay[peers]'  # for the rows of the others
 
 The network is tiny, so that nearly all of a step is what surrounds the arithmetic: 64-64-64-10, batches of 32 made
@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import page, peers
+from benchmarks import page
 from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
+from benchmarks.speed import peers
 from torchrelay import __version__
 
 TITLE = "What is added to a hand-written training step"
@@ -108,7 +109,7 @@ def tables(quick: bool = False) -> list[Table]:
 
 def run(key: str, steps: int, rounds: int) -> list[list[dict[str, float]]]:
     """Measure a case in a process of its own; return, for it and for what it is beside, each round's us a step."""
-    command = [sys.executable, "-m", "benchmarks.overhead", "--case", key, "--steps", str(steps)]
+    command = [sys.executable, "-m", "benchmarks.speed.overhead", "--case", key, "--steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, "--rounds", str(rounds)], env=environment, capture_output=True, text=True, check=False

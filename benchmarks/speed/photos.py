@@ -1,6 +1,6 @@
 """Photographs of 500x375, cut out at random to 224x224: images that are ready for the network, a second and core.
 
-    python -m benchmarks.photos [--quick] [--out FILE]
+    python -m benchmarks.speed.photos [--quick] [--out FILE]
 
 The photographs are cut out of those that come with scikit-learn, turned, coloured and overlaid with shapes, all from a
 seed. torchvision decodes each in each epoch, in the workers of a `DataLoader`, which stay from epoch to epoch;
@@ -20,8 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import page
-from benchmarks.augment_speed import MEAN, STD
 from benchmarks.page import Goal, Spread, Table
+from benchmarks.speed.augment_speed import MEAN, STD
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, Pipeline, RandomResizedCrop
 from torchrelay.data.batches import Batches

@@ -1,6 +1,6 @@
 """The time to an accuracy on one GPU, beside the public records' scripts and beside the reference's whole training.
 
-    python -m benchmarks.records --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
+    python -m benchmarks.speed.records --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
 
 FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg, or it is torchvision's folder of CIFAR-10, with `--data cifar10`.
 The scripts are for the user to fetch: airbench94_muon.py of github.com/KellerJordan/cifar10-airbench, and

@@ -1,6 +1,6 @@
 """What a person waits for before anything happens: fresh processes, the median of several, against `import torch`.
 
-    python -m benchmarks.startup [--quick] [--out FILE]
+    python -m benchmarks.speed.startup [--quick] [--out FILE]
 
 The cases take turns, so that a busy moment of the machine falls on all of them.
 """

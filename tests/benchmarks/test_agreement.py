@@ -13,7 +13,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(tmp_path):
     out = tmp_path / "table.md"
-    command = [sys.executable, "-m", "benchmarks.agreement", "--out", out]
+    command = [sys.executable, "-m", "benchmarks.exactness.agreement", "--out", out]
     done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in out.read_text().splitlines() if line.startswith("| `digits`"))
@@ -22,7 +22,7 @@ def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(tmp
 
 
 def test_the_hand_written_loop_is_its_own():
-    text = (ROOT / "benchmarks" / "twin.py").read_text()
+    text = (ROOT / "benchmarks" / "exactness" / "twin.py").read_text()
     assert "import torchrelay" not in text
     assert "from torchrelay" not in text
 
@@ -31,7 +31,7 @@ def test_the_hand_written_loop_is_its_own():
 def test_the_comparison_can_fail(tmp_path):
     """With another learning rate by one part in a million the weights differ, and the program says so."""
     script = """
-import benchmarks.agreement as agreement, sys
+import benchmarks.exactness.agreement as agreement, sys
 true = agreement.parameters
 agreement.parameters = lambda loaded, trainer: {**true(loaded, trainer), "lr": 0.05 * (1 + 1e-6)}
 sys.argv = ["agreement"]

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from benchmarks import __main__ as all_of_them
-from benchmarks import measure, memory, overhead, peers, pictures, startup
+from benchmarks import measure
 from benchmarks.page import Goal, Spread, Table, sections
+from benchmarks.speed import memory, overhead, peers, startup
+from tools import pictures
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import gpu, peers, records
 from benchmarks.page import Goal, Spread
-from benchmarks.records import Images, Run
+from benchmarks.speed import gpu, peers, records
+from benchmarks.speed.records import Images, Run
 from torchrelay.data import batches as batches_module
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/kill.py, which kills a run at random moments and compares every byte that it leaves."""
+"""A run killed at random moments leaves the same bytes: a short `python -m benchmarks.exactness.kill`."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill
+from benchmarks.exactness import kill
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_leaves_what_the_undisturbed_one_leaves(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.kill", "--kills", "3", "--epochs", "3", "--longest", "7"]
+    command = [sys.executable, "-m", "benchmarks.exactness.kill", "--kills", "3", "--epochs", "3", "--longest", "7"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "table.md")], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import hosts, why_not
+from benchmarks.scale.hosts import hosts, why_not
 from torchrelay import checkpoint
 
 REASON = why_not()

@@ -11,7 +11,7 @@ from PIL import Image
 pytest.importorskip("sklearn")
 ROOT = Path(__file__).parents[2]
 ROWS = 11
-LAYOUT = f"from benchmarks import augmentations as a; print(a.TILE, a.GAP, a.LEFT, *map(a.row_top, range({ROWS})))"
+LAYOUT = f"from tools import augmentations as a; print(a.TILE, a.GAP, a.LEFT, *map(a.row_top, range({ROWS})))"
 
 
 def python(*arguments: str) -> str:
@@ -25,7 +25,7 @@ def python(*arguments: str) -> str:
 def bands(tmp_path_factory) -> list[np.ndarray]:
     """Return the images' part of each row of the written picture."""
     path = tmp_path_factory.mktemp("picture") / "folder" / "augmentations.png"
-    assert str(path) in python("-m", "benchmarks.augmentations", "--out", str(path))
+    assert str(path) in python("-m", "tools.augmentations", "--out", str(path))
     tile, gap, left, *tops = map(int, python("-c", LAYOUT).split())
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
