@@ -209,6 +209,27 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_tra
     assert "epoch 20: " in out
 
 
+def old_names(run: Path) -> None:
+    """Write a run's recipe as the release before wrote it."""
+    file = run / "recipe.toml"
+    file.write_text(file.read_text().replace("normalize = ", "normalise = "))
+    assert "normalise" in file.read_text()
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")
+def test_a_run_with_an_old_key_resumes_with_a_line_that_names_the_new_one(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    old_names(copy)
+    assert cli.main(["resume", str(copy), "--set", "run.epochs=7"]) == 0
+    out, err = capsys.readouterr()
+    assert err == (
+        "warning: data.normalise has been renamed to data.normalize; the old name will be removed in the next release\n"
+    )
+    assert "changed: run.epochs was 6 and is 7" in out
+    assert "normali" not in out
+    assert "epoch 7: " in out
+
+
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
@@ -525,6 +546,6 @@ def test_what_pytorch_refuses_is_a_line_and_debug_shows_where(tmp_path, capsys):
     assert cli.main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
-    assert line.endswith("; --debug shows where")
+    assert line.endswith("; --debug shows the traceback")
     with pytest.raises(Exception, match="Expected tensor for argument"):
         cli.main([*arguments[:-2], str(tmp_path / "other"), "--debug"])

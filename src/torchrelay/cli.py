@@ -8,14 +8,16 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torchrelay import __version__
 from torchrelay.distributed import launched
 from torchrelay.distributed.failures import LaunchError, report
-from torchrelay.errors import STOPPED, RelayError, UsageError, nearest
+from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, nearest
 
 COMMANDS = ("train", "resume", "evaluate", "predict", "recipes", "recipe", "doctor", "profile", "tune")
 _FAILED = 1
@@ -28,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launched.attach()
         # PyTorch's profiler reads it once, when torch is imported, and otherwise logs to standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "7")
-        options.execute(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            options.execute(options)
     except LaunchError as error:
         # A process that we started failed; with --debug it has shown its traceback itself.
         _print_error(str(error), stopped=error.exit_code >= STOPPED)
@@ -44,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - each is reported, here or by the launcher
         return _fail(error, _describe(error), _FAILED, options.debug)
     return 0
+
+
+def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Print that a name in the recipe has changed in one line; show any other warning as Python does."""
+    if isinstance(message, RenamedWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        show(message, category, *place)
 
 
 def _fail(error: Exception, text: str, exit_code: int, debug: bool) -> int:

@@ -31,6 +31,10 @@ class Interrupted(RelayError):  # noqa: N818 - it isn't an error: the user asked
     exit_code = STOPPED
 
 
+class RenamedWarning(FutureWarning):
+    """Something public has a new name. The old one is accepted for one release."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name most like `name`, or an empty string if none is like it."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -46,7 +50,7 @@ def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
         stacklevel: as in `warnings.warn`, counted from the caller.
     """
     message = f"{old} has been renamed to {new}; the old name will be removed in the next release"
-    warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+    warnings.warn(message, RenamedWarning, stacklevel=stacklevel + 1)
 
 
 def renamed(module: str, new_names: dict[str, str]) -> Callable[[str], Any]:

@@ -11,7 +11,47 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+
+from torchrelay.errors import warn_renamed
+
+# Keys and transforms of recipes that have a new name. The old ones are accepted for one release.
+RENAMED = {
+    "data.normalise": "data.normalize",
+    "optimizer.normalise_weights": "optimizer.normalize_weights",
+}
+RENAMED_TRANSFORMS = {"colour_jitter": "color_jitter"}
+
+
+def rename_keys(recipe: dict[str, Any], warn: bool = True) -> dict[str, Any]:
+    """Return a recipe's table with the present names of its keys and transforms.
+
+    Args:
+        recipe: sections of keys and values, as in a TOML file.
+        warn: whether a `FutureWarning` names the new name of each old one.
+    """
+    renamed = {name: dict(section) if isinstance(section, dict) else section for name, section in recipe.items()}
+    for old, new in RENAMED.items():
+        (section, old_key), new_key = old.split("."), new.partition(".")[2]
+        values = renamed.get(section)
+        if isinstance(values, dict) and old_key in values:
+            values[new_key] = values.pop(old_key)
+            if warn:
+                warn_renamed(old, new, stacklevel=3)
+    data = renamed.get("data")
+    if isinstance(data, dict) and isinstance(data.get("augment"), list):
+        data["augment"] = [_rename_transform(transform, warn) for transform in data["augment"]]
+    return renamed
+
+
+def _rename_transform(transform: Any, warn: bool) -> Any:
+    """Return a transform, which is its name or a table with it, under its present name."""
+    old = transform.get("name") if isinstance(transform, dict) else transform
+    if not isinstance(old, str) or old not in RENAMED_TRANSFORMS:
+        return transform
+    if warn:
+        warn_renamed(f"transform '{old}'", f"'{RENAMED_TRANSFORMS[old]}'", stacklevel=4)
+    return transform | {"name": RENAMED_TRANSFORMS[old]} if isinstance(transform, dict) else RENAMED_TRANSFORMS[old]
 
 
 class Settings(BaseModel):
@@ -24,6 +64,16 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        for old, new in RENAMED.items():
+            old_key, new_key = old.partition(".")[2], new.partition(".")[2]
+            if isinstance(values, dict) and old_key in values and new_key in cls.model_fields:
+                warn_renamed(old, new, stacklevel=3)
+                values = {new_key if key == old_key else key: value for key, value in values.items()}
+        return values
 
     @classmethod
     def meanings(cls) -> dict[str, str]:

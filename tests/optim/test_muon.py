@@ -110,7 +110,7 @@ def test_a_tall_matrix_moves_more_so_that_its_output_moves_alike():
 
 def test_normalised_weights_have_the_norm_of_their_rows_root_before_the_update():
     model = a_model()
-    optimizer = Muon(lr=1e-9, normalise_weights=True, weight_decay=0.5)(model)
+    optimizer = Muon(lr=1e-9, normalize_weights=True, weight_decay=0.5)(model)
     fill_gradients(model)
     optimizer.step()
     assert model[3].weight.norm().item() == pytest.approx(16**0.5, rel=1e-5)
@@ -205,7 +205,7 @@ def test_a_schedules_factor_multiplies_every_rate():
     "settings",
     [
         Muon(lr=0.05),
-        Muon(lr=0.1, momentum=0.6, iterations=3, normalise_weights=True, other="sgd", other_lr=0.1),
+        Muon(lr=0.1, momentum=0.6, iterations=3, normalize_weights=True, other="sgd", other_lr=0.1),
     ],
     ids=["plain", "normalized"],
 )

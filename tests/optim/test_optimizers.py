@@ -27,7 +27,7 @@ EVERY = [
     AdamW(),
     AdamW(fused=True),
     Muon(),
-    Muon(normalise_weights=True, other="sgd", other_lr=0.1, iterations=3, dtype="bfloat16"),
+    Muon(normalize_weights=True, other="sgd", other_lr=0.1, iterations=3, dtype="bfloat16"),
     *(Other(name=name) for name in TORCH_NAMES),
 ]
 parser: TypeAdapter[OptimizerSettings] = TypeAdapter(OptimizerSettings)

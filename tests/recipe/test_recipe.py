@@ -5,12 +5,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 import torchrelay as tr
-from torchrelay.data.augment import Flip, PaddedCrop, RandomResizedCrop
-from torchrelay.errors import UsageError
+from torchrelay.data.augment import ColorJitter, Flip, PaddedCrop, RandomResizedCrop
+from torchrelay.data.settings import DataSettings
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.recipe import recipe, shipped
+from torchrelay.run.identity import compare_recipes
 from torchrelay.settings import Settings
 
 
@@ -175,6 +177,51 @@ def test_a_recipe_of_ones_own_is_a_file(tmp_path):
     file.write_text('[run]\nepochs = 2\n[data]\naugment = ["flip"]\n')
     loaded = recipe.load(str(file), ["run.seed=5"])
     assert (loaded.run.epochs, loaded.run.seed, loaded.data.augment) == (2, 5, [Flip()])
+
+
+# ------------------------------------------------------------------------------------------------ renamed keys
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "value"),
+    [
+        ("normalise = false", [], False),
+        ("normalise = true", ["data.normalize=false"], False),
+        ("normalize = true", ["data.normalise=false"], False),
+        ("normalise = true", ["data.normalise=false"], False),
+    ],
+)
+def test_an_old_key_is_accepted_with_a_warning_that_names_the_new_one(content, overrides, value, tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text(f"[data]\n{content}\n")
+    with pytest.warns(FutureWarning, match=r"data\.normalise has been renamed to data\.normalize;"):
+        assert recipe.load(str(file), overrides).data.normalize is value
+
+
+def test_an_old_key_of_an_optimizer_and_an_old_transform_are_accepted():
+    with pytest.warns(FutureWarning, match=r"normalise_weights has been renamed to optimizer\.normalize_weights"):
+        loaded = recipe.load("digits", ["optimizer.name=muon", "optimizer.normalise_weights=true"])
+    assert loaded.optimizer.normalize_weights
+    with pytest.warns(FutureWarning, match="transform 'colour_jitter' has been renamed to 'color_jitter'"):
+        assert recipe.load("digits", ['data.augment=["colour_jitter"]']).data.augment == [ColorJitter()]
+
+
+def test_an_old_name_is_accepted_from_python_and_warned_of_once_in_a_call():
+    with pytest.warns(FutureWarning, match=r"data\.normalise has been renamed") as seen:
+        assert DataSettings(normalise=False) == DataSettings(normalize=False)
+    assert len(seen) == 1
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        tr.RunSettings(normalise=False)
+
+
+def test_a_recipe_with_old_names_is_no_change_to_a_run():
+    new = recipe.load("digits", ['data.augment=[{name="color_jitter", hue=0.2}]', "data.normalize=false"])
+    record = new.model_dump(mode="json", exclude_none=True)
+    old = json.loads(json.dumps(record).replace('"normalize"', '"normalise"').replace("color_jitter", "colour_jitter"))
+    assert old != record
+    assert compare_recipes(old, record, accept_changes=False) == []
+    with pytest.raises(RelayError, match=r"data\.normalize was False and is True"):
+        compare_recipes(old, record | {"data": record["data"] | {"normalize": True}}, accept_changes=False)
 
 
 # ------------------------------------------------------------------------------------------------ what is wrong

@@ -113,7 +113,7 @@ class Muon(_Base):
     """Orthogonalised momentum for the weights of linear and convolutional layers, AdamW or SGD for the rest.
 
     "The rest" is what has no matrix (biases, norms), embeddings, and the head: the model's last linear layer. The fast
-    CIFAR-10 recipe's variant (Jordan's airbench94_muon) is `normalise_weights` with `other = "sgd"`; a learning rate of
+    CIFAR-10 recipe's variant (Jordan's airbench94_muon) is `normalize_weights` with `other = "sgd"`; a learning rate of
     a program that sums the loss over the batch, as that does, is multiplied by the batch size for ours.
     """
 
@@ -127,7 +127,7 @@ class Muon(_Base):
     """Look ahead along the momentum, in matrices and by "sgd"."""
     iterations: int = Field(default=5, ge=1, le=12)
     """Of the orthogonalisation."""
-    normalise_weights: bool = False
+    normalize_weights: bool = False
     """Set each matrix to a norm of sqrt(rows) before its update, in place of decay; only where norm layers follow."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """In which the orthogonalisation computes; auto: bfloat16 where the device has it in hardware."""
@@ -176,7 +176,8 @@ class Muon(_Base):
             "nesterov": self.nesterov,
             "iterations": self.iterations,
             "dtype": _fastest(device) if self.dtype == "auto" else self.dtype,
-            "normalise_weights": self.normalise_weights,
+            # Checkpoints of earlier versions have the key in this spelling.
+            "normalise_weights": self.normalize_weights,
         }
 
     def _of_the_rest(self) -> Options:

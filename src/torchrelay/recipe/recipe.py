@@ -23,7 +23,7 @@ from torchrelay.optim.optimizers import SGD, OptimizerSettings
 from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.recipe import shipped
 from torchrelay.run.settings import RunSettings
-from torchrelay.settings import Settings
+from torchrelay.settings import Settings, rename_keys
 from torchrelay.tasks.task import LossSettings
 
 Table = dict[str, Any]  # a TOML table
@@ -84,10 +84,12 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: no such recipe, or a key or a value in it is wrong.
     """
-    table = _read(name)
-    table.pop("environment", None)  # what a run's folder adds: versions, not parameters
-    for override in sorted(overrides, key=lambda text: not text.startswith(_KINDS)):  # first what clears its section
+    table = rename_keys(_read(name))
+    table.pop("environment", None)  # a run's folder adds it: versions, not parameters
+    # First what clears its section.
+    for override in sorted(overrides, key=lambda text: not text.startswith(_KINDS)):
         _apply(table, override)
+        table = rename_keys(table)
     return parse(table, name)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torchrelay.errors import RelayError
+from torchrelay.settings import rename_keys
 
 Identity = dict[str, str | int | bool]
 
@@ -67,6 +68,7 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
         RelayError: a change would lead to another result, and `accept_changes` is off.
     """
     changes, refused = [], []
+    saved, now = rename_keys(saved, warn=False), rename_keys(now, warn=False)
     code, code_now = (table.get("environment", {}).get("code_sha256") for table in (saved, now))
     if code != code_now and code is not None:
         changes.append("the file of --code is not the one that the run was started with")

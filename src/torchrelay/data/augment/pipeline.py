@@ -27,6 +27,7 @@ from torchrelay.data.augment.pixels import as_floats
 from torchrelay.data.augment.policies import RandAugment, TrivialAugment
 from torchrelay.data.order import Positions
 from torchrelay.errors import UsageError, nearest, warn_renamed
+from torchrelay.settings import RENAMED_TRANSFORMS
 
 _Fixed = Resize | CenterCrop
 _Any = (
@@ -44,7 +45,6 @@ _Any = (
     | Mixup
     | CutMix
 )
-_OLD_NAMES = {"colour_jitter": "color_jitter", "centre_crop": "center_crop"}
 # The random streams keep the names that they were released with, and so their numbers.
 _STREAM_NAMES = {"color_jitter": "colour_jitter"}
 
@@ -64,9 +64,9 @@ def _by_name(known: tuple[str, ...]) -> Callable[[Any], Any]:
         if "name" not in value:
             raise ValueError(f"a transform needs a name: one of {', '.join(known)}")
         name = str(value["name"])
-        if name in _OLD_NAMES:
-            warn_renamed(f"transform '{name}'", f"'{_OLD_NAMES[name]}'")
-            name = _OLD_NAMES[name]
+        if name in RENAMED_TRANSFORMS:
+            warn_renamed(f"transform '{name}'", f"'{RENAMED_TRANSFORMS[name]}'")
+            name = RENAMED_TRANSFORMS[name]
         if name not in known:
             near = nearest(name, known) or f": choose one of {', '.join(known)}"
             raise ValueError(f"unknown transform '{name}'{near}")
