@@ -19,9 +19,8 @@ from torchrelay.data.augment import Pipeline
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.device import device
-from torchrelay.distributed.process_group import join
-from torchrelay.distributed.replicas import Buffers, GradientTree
-from torchrelay.distributed.strategy import share
+from torchrelay.distributed.build import build_strategy
+from torchrelay.distributed.process_group import init_process_group
 
 SEED, REPLICAS = 0, 4
 
@@ -29,7 +28,7 @@ SEED, REPLICAS = 0, 4
 def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
     # 2. Data   4. Device, and the other processes
     here = device.set_up(device.DeviceSettings(threads=1), exact=True)
-    group = join(here.device)
+    group = init_process_group(here.device)
     train, _ = tr.data.digits()
     batches = Batches(
         train, 100, here, Pipeline(), seed=SEED, replicas=REPLICAS, rank=group.rank, world_size=group.size
@@ -38,27 +37,22 @@ def main(run: str = "runs/several-devices", epochs: int = 2) -> None:
     # 3. Model   5. Optimizer
     torch.manual_seed(SEED)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
-    exchange = share(model, "ddp", group, here, exact=True, say=print)
-    exchange.broadcast_weights()
+    strategy = build_strategy(model, "ddp", group, here, exact=True)
+    strategy.broadcast_weights()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    buffers = Buffers(model)
 
     # 6. Loss   7. Train
     def train_step(step: int, batch: Batch) -> torch.Tensor:
-        gradients, losses = GradientTree(), GradientTree()
-        buffers.keep()
+        losses = []
         for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
-            buffers.restore()  # each replica starts from the step's: BatchNorm's statistics become the first one's
-            with exchange.sync(gradients) if replica == batch.first_replica else exchange.no_sync(gradients):
+            with strategy.replica(last=replica == batch.first_replica):
                 loss = torch.zeros((), device=here.device)
-                if len(targets):  # the last ones of a small batch may be empty
+                if len(targets):  # the last replicas of a small batch may be empty
                     rng.reseed(rng.seed_for(SEED, "model", step, replica), here.device)
-                    loss = F.cross_entropy(exchange(inputs), targets, reduction="sum") / batch.size
+                    loss = F.cross_entropy(strategy(inputs), targets, reduction="sum") / batch.size
                     loss.backward()  # type: ignore[no-untyped-call]
-            losses.add([loss.detach()])
-        (own,) = losses.total()
-        assert own is not None
-        total = exchange.reduce(own)  # the gradients are there
+            losses.append(loss.detach())
+        total = strategy.reduce(losses)  # now the gradients are those of the global batch
         optimizer.step()
         optimizer.zero_grad()
         return total

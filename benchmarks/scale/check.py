@@ -9,7 +9,7 @@ import torch
 from benchmarks.scale import measure as measured
 from benchmarks.scale.count import Wire, simulate_rings, simulate_tree
 from benchmarks.scale.model import Phase, evaluation_bytes, hierarchical, leaving, messages, ring, sent, tree
-from torchrelay.distributed.replicas import add_neighbours
+from torchrelay.distributed.replicas import add_neighbors
 
 SIMULATED = range(1, 65)
 FRAME = 48  # bytes that gloo puts before each message; up to two notices of as many go with it
@@ -47,7 +47,7 @@ def simulation(counts: Counts) -> str:
     rows = []
     for size in SIMULATED:
         values = torch.randn(size, 1003, generator=torch.Generator().manual_seed(size))
-        expected = add_neighbours(values.clone().unbind())
+        expected = add_neighbors(values.clone().unbind())
         shapes = [(size,), *((1 << k, size >> k) for k in range(1, 6) if size % (1 << k) == 0 and 1 << k < size)]
         bits = True
         for levels in shapes:

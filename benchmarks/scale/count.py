@@ -21,8 +21,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from torchrelay.distributed import exact_ddp as tree_exchange
-from torchrelay.distributed.exact_ddp import Levels
+from torchrelay.distributed import all_reduce
+from torchrelay.distributed.all_reduce import Levels
 
 Link = tuple[int, int]  # from, to
 # Where Linux's struct tcp_info has bytes_sent, of which what was sent again is no message, and bytes_received.
@@ -196,8 +196,8 @@ def simulate_tree(values: Tensor, levels: Sequence[int], backend: str = "nccl") 
         What was sent, and what each process has in the end, padding included.
     """
     wire, own = Wire(len(values)), padded(values)
-    with patch.object(tree_exchange, "dist", Simulated(backend)):
-        return wire, wire.run(lambda rank: tree_exchange.add(own[rank], groups_of(wire, rank, levels)))
+    with patch.object(all_reduce, "dist", Simulated(backend)):
+        return wire, wire.run(lambda rank: all_reduce.all_reduce(own[rank], groups_of(wire, rank, levels)))
 
 
 def simulate_rings(values: Tensor, levels: Sequence[int]) -> tuple[Wire, list[Tensor]]:

@@ -19,8 +19,8 @@ from benchmarks.scale.count import Link, Ports, by_link, connections, since
 from torchrelay import checkpoint
 from torchrelay.checkpoint.writer import in_memory
 from torchrelay.data.order import order
-from torchrelay.distributed.exact_ddp import Levels, add, levels
-from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup, join
+from torchrelay.distributed.all_reduce import Levels, all_reduce, host_levels
+from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup, init_process_group
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.evaluation import RunningSums
@@ -32,7 +32,7 @@ BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
 def collectives(rank: int) -> dict[str, Any]:
     """Return, from inside one of several processes, what each form of exchange makes its connections carry."""
     torch.set_num_threads(1)
-    group = join(torch.device("cpu"))
+    group = init_process_group(torch.device("cpu"))
     found: dict[str, Any] = {"sockets": len(connections())}
     if not isinstance(group, DistributedGroup):
         return found
@@ -40,7 +40,7 @@ def collectives(rank: int) -> dict[str, Any]:
     flat = torch.nn.functional.pad(values, (0, -ELEMENTS % group.size))
     for on_host in [group.size, *(1 << k for k in range(1, 3) if 1 << k < group.size)]:
         before = set(connections())
-        groups = levels(group, on_host) if on_host < group.size else [(group.new_group(), group.size)]
+        groups = host_levels(group, on_host) if on_host < group.size else [(group.new_group(), group.size)]
         own = set(connections()) - before
         name = f"{on_host} x {group.size // on_host}" if on_host < group.size else "flat"
         found[name] = _measured(group, partial(_add, flat, groups), own)
@@ -52,7 +52,7 @@ def collectives(rank: int) -> dict[str, Any]:
 
 
 def _add(flat: Tensor, groups: Levels) -> None:
-    add(flat.clone(), groups)
+    all_reduce(flat.clone(), groups)
 
 
 def _all_reduce(flat: Tensor, groups: Levels) -> None:
@@ -143,7 +143,7 @@ def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
 def meeting(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
     """Return, from inside one of several processes, what it takes that they know each other."""
     began = time.perf_counter()
-    group = join(torch.device("cpu"))
+    group = init_process_group(torch.device("cpu"))
     found = {"seconds": time.perf_counter() - began}
     found |= {"sockets": len(connections()), "store": _of_store(connections())}
     group.barrier("a look")  # the first one has the store, and must not leave before the others

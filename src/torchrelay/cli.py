@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from torchrelay import __version__
-from torchrelay.distributed import launched
+from torchrelay.distributed import process
 from torchrelay.distributed.failures import LaunchError, report
 from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, nearest
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved."""
     options = _parse(arguments)
     try:
-        launched.attach()
+        process.attach()
         # PyTorch's profiler reads it once, when torch is imported, and otherwise logs to standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "7")
         with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def _fail(error: Exception, text: str, exit_code: int, debug: bool) -> int:
         raise error
     stopped = exit_code == STOPPED
     # A signal stops all processes alike, and rank 0 speaks for them.
-    if not reported and not (stopped and launched.rank() > 0):
+    if not reported and not (stopped and process.rank() > 0):
         _print_error(text, stopped)
     return exit_code
 

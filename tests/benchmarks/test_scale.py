@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.scale import check, count, model
 from benchmarks.scale.model import leaving, messages, sent
-from torchrelay.distributed.replicas import add_neighbours
+from torchrelay.distributed.replicas import add_neighbors
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def hosts(processes):
 def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_the_same_bits(first, backend):
     for processes in range(first, first + 8):
         values = rows(processes)
-        expected = add_neighbours(values.clone().unbind())
+        expected = add_neighbors(values.clone().unbind())
         wire, totals = count.simulate_tree(values, (processes,), backend)
         for on_host in {1, processes, *hosts(processes)}:
             check_counts(wire, model.tree(ELEMENTS, (processes,), on_host, backend), on_host)
@@ -58,7 +58,7 @@ def test_three_levels_are_the_same_tree(levels):
     values = rows(prod(levels))
     wire, totals = count.simulate_tree(values, levels)
     check_counts(wire, model.tree(ELEMENTS, levels, levels[0]), levels[0])
-    assert all(torch.equal(total[:ELEMENTS], add_neighbours(values.clone().unbind())) for total in totals)
+    assert all(torch.equal(total[:ELEMENTS], add_neighbors(values.clone().unbind())) for total in totals)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 12, 24, pytest.param(64, marks=pytest.mark.slow)])
@@ -77,7 +77,7 @@ def test_another_order_has_other_bits():
     """The comparison of bits above can fail: a ring adds in an order of its own."""
     values = rows(8)
     _, totals = count.simulate_rings(values, (8,))
-    assert not torch.equal(totals[0][:ELEMENTS], add_neighbours(values.clone().unbind()))
+    assert not torch.equal(totals[0][:ELEMENTS], add_neighbors(values.clone().unbind()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what connections carry")

@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from torchrelay.device.allocator import keep_freed_memory
+from torchrelay.device.private import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 for _ in range(12):  # at first the heap grows
     torch.zeros(2**26, dtype=torch.uint8)

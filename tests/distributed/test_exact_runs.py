@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import torchrelay as tr
 from forked import fork
 from torchrelay.device.device import DeviceSettings
-from torchrelay.distributed import exact_ddp as tree_exchange
+from torchrelay.distributed.exact_ddp import divide
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.errors import Interrupted, RelayError
 from torchrelay.report import curves as report
@@ -125,7 +125,7 @@ def interrupted(trainer: tr.Trainer, step: int, by: bool = True, resume: bool = 
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def join(rank: int, size: int, port: int) -> None:
+def set_environment(rank: int, size: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def in_four(rank: int, folder: Path) -> None:
     interrupted(build("adamw", folder / "4 to 1 to 2"), STEPS + 2, by=rank == 3)
     os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
     hosts = build("adamw", folder / "hosts" / "adamw")
-    assert [size for _, size in hosts.exchange._levels] == [2, 2]
+    assert [size for _, size in hosts.strategy._levels] == [2, 2]
     hosts.fit()
 
 
@@ -168,7 +168,7 @@ def main(size: int, folder: Path) -> None:
         port = free.getsockname()[1]
 
     def run(rank: int) -> None:
-        join(rank, size, port)
+        set_environment(rank, size, port)
         SEVERAL[size](rank, folder)
 
     fork(size, run)
@@ -238,14 +238,14 @@ def test_closing_a_tree_is_adding_its_last_leaf():
         other.add(list(leaf))
     other.add(leaves[-1])
     for place, total in enumerate(other.total()):
-        (found,) = tree.closing([place], [leaves[-1][place]])
+        (found,) = tree.total_with([place], [leaves[-1][place]])
         assert torch.equal(found, total)
 
 
 def test_buckets_hold_each_parameter_once_and_one_type_each():
     types = (torch.float32, torch.bfloat16)
     parameters = [nn.Parameter(torch.zeros(200_000, dtype=types[place % 3 == 0])) for place in range(60)]
-    found = tree_exchange.divide(parameters)
+    found = divide(parameters)
     assert sorted(place for bucket in found for place in bucket) == list(range(60))
     assert found[0][0] == 59, "the backward pass comes to the last ones first"
     for bucket in found:

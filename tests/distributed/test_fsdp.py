@@ -163,36 +163,33 @@ def train(case: Case, processes: ProcessGroup, start: Any = None) -> dict[str, A
 
     forward = FSDP(model, processes, device, exact=case.exact, dummy_loss=dummy_loss)
     optimizer = case.optimizer(model)
-    forward.check(optimizer)
+    forward.check_optimizer(optimizer)
     if start is not None:
-        forward.load(model, start[0])
-        forward.load(optimizer, start[1])
+        forward.load_state(model, start[0])
+        forward.load_state(optimizer, start[1])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    buffers, norms = Buffers(model), []
+    norms = []
     for step in range(case.first, case.last):
         inputs, targets = data(step, case.device)
         sizes = replica_sizes(len(inputs), case.replicas)
         parts = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
         each = case.replicas // processes.size
-        tree, mine = GradientTree(), range(processes.rank * each, (processes.rank + 1) * each)
-        buffers.keep()
+        mine = range(processes.rank * each, (processes.rank + 1) * each)
         for replica in reversed(mine):
-            empty, last = not sizes[replica], replica == mine[0]
-            with forward.send(tree) if last else forward.no_sync(tree):
-                buffers.restore()
+            with forward.replica(last=replica == mine[0]):
                 torch.manual_seed(1000 * step + replica)
-                if not empty:
+                if sizes[replica]:
                     with device.autocast():
                         outputs = forward(parts[replica][0])
                         loss = nn.functional.cross_entropy(outputs, parts[replica][1], reduction="sum") / len(targets)
                     loss.backward()
-        norms.append(forward.clip(parameters, LARGEST_NORM))
+        norms.append(forward.clip_grad_norm(parameters, LARGEST_NORM))
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     with torch.no_grad(), device.autocast():
         outputs = forward(data(0, case.device)[0])
-    state = forward.whole((model.state_dict(keep_vars=True), optimizer.state_dict()))
+    state = forward.full_state((model.state_dict(keep_vars=True), optimizer.state_dict()))
     return state and {"state": state, "norms": torch.stack(norms), "outputs": outputs}
 
 

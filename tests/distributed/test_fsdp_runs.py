@@ -299,7 +299,7 @@ def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
         kind, "sgd, bf16, rollback", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1)
     )
     trainer.fit()
-    said = f"parallel.kind '{kind}' does nothing {where}: the model runs as with 'none'"
+    said = f"parallel.kind '{kind}' has no effect {where}: the model runs as with 'none'"
     assert said in (tmp_path / "run" / "log.txt").read_text()
     assert f'kind = "{kind}"' in (tmp_path / "run" / "recipe.toml").read_text()
 

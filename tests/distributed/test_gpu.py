@@ -13,9 +13,9 @@ from torch import nn
 import torchrelay as tr
 from distributed.test_fsdp import ADAMW, Case, alone, compare, train
 from torchrelay.device.device import DeviceSettings, set_up
+from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import DistributedGroup
-from torchrelay.distributed.replicas import GradientTree, ParallelSettings
-from torchrelay.distributed.strategy import share
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.run.settings import RunSettings
 
 DEVICE, BACKEND = "cuda", "nccl"
@@ -65,15 +65,15 @@ def test_gradients_are_added(group, exact):
     device = set_up(DeviceSettings(name=DEVICE), exact)
 
     def dummy_loss() -> torch.Tensor:
-        return exchange(inputs[0]).sum()
+        return strategy(inputs[0]).sum()
 
-    exchange = share(model, "ddp", group, device, exact=exact, dummy_loss=dummy_loss, say=print)
-    tree = GradientTree()
+    strategy = build_strategy(model, "ddp", group, device, exact=exact, dummy_loss=dummy_loss)
+    losses = []
     for number, part in enumerate(inputs):
-        with exchange.sync(tree) if number else exchange.no_sync(tree):
-            loss = exchange(part).sum()
-            loss.backward()
-    assert torch.equal(exchange.reduce(loss.detach()), loss)
+        with strategy.replica(last=number == 1):
+            losses.append(strategy(part).sum())
+            losses[-1].backward()
+    assert torch.equal(strategy.reduce([loss.detach() for loss in losses]), losses[0] + losses[1])
     assert torch.allclose(model.weight.grad, inputs.sum((0, 1)).expand(2, 3), atol=1e-5)
 
 
@@ -93,8 +93,8 @@ def test_dp_trains_on_the_gpus_there_are(tmp_path):
     inexact = RunSettings(exact=False, epochs=1)
     found = trained("dp", tmp_path / "run", settings=inexact)
     several = torch.cuda.device_count() > 1
-    assert isinstance(found.exchange._forward, nn.DataParallel) == several
-    assert ("does nothing with one device" in (tmp_path / "run" / "log.txt").read_text()) != several
+    assert isinstance(found.strategy._forward, nn.DataParallel) == several
+    assert ("has no effect with one device" in (tmp_path / "run" / "log.txt").read_text()) != several
     wanted = trained("none", settings=inexact)
     for mine, theirs in zip(found.model.parameters(), wanted.model.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=0.05)

@@ -15,7 +15,7 @@ import torch
 
 from processes import clean_environment
 from torchrelay import checkpoint
-from torchrelay.distributed import launch, launched
+from torchrelay.distributed import launch, process
 from torchrelay.errors import UsageError
 
 TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2")
@@ -156,7 +156,7 @@ def test_a_traceback_is_shown_on_request(cli, tmp_path):
         (["--devices=two"], TWO, {}, "'two' isn't a whole number of at least 1"),
         (["--devices=2", "--restarts=-1"], TWO, {}, "'-1' isn't a whole number of at least 0"),
         (["--devices=2", "--port=70000"], TWO, {}, "--port 70000: a port is a number from 1 to 65535"),
-        (["--devices=3"], TWO, {}, "3 devices can't share a run of 2 replicas: go on with 1 or 2"),
+        (["--devices=3"], TWO, {}, "3 devices can't share a run of 2 replicas: resume it with 1 or 2"),
         (["--devices=2"], ["device.name=mps"], {}, "--devices 2: device.name 'mps' is one device"),
     ],
 )
@@ -245,23 +245,23 @@ def environment(monkeypatch):
 )
 def test_a_launch_knows_its_own_run_again(environment, tmp_path, first, again, other):
     environment(**first)
-    assert not launched.goes_on(tmp_path)
-    launched.mark(tmp_path)
-    assert not launched.goes_on(tmp_path)  # there is no run yet
+    assert not process.is_restart(tmp_path)
+    process.record_launch(tmp_path)
+    assert not process.is_restart(tmp_path)  # there is no run yet
     (tmp_path / "recipe.toml").touch()
     environment(**again)
-    assert launched.goes_on(tmp_path)
+    assert process.is_restart(tmp_path)
     environment(**other)
-    assert not launched.goes_on(tmp_path)
+    assert not process.is_restart(tmp_path)
 
 
 def test_a_run_that_nobody_launched_is_nobodys(environment, tmp_path):
-    launched.mark(tmp_path / "run")
+    process.record_launch(tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "recipe.toml").touch()
     environment(TORCHELASTIC_RUN_ID="mine")
-    launched.mark(tmp_path)  # too late: the folder holds a run
-    assert not launched.goes_on(tmp_path)
+    process.record_launch(tmp_path)  # too late: the folder holds a run
+    assert not process.is_restart(tmp_path)
     for text in ("", "no JSON", '{"run_id": 3}'):
         (tmp_path / "elastic.json").write_text(text)
-        assert not launched.goes_on(tmp_path)
+        assert not process.is_restart(tmp_path)

@@ -8,10 +8,10 @@ import pytest
 
 SCRIPT = """
 import torch
-from torchrelay.distributed.process_group import join
+from torchrelay.distributed.process_group import init_process_group
 
 torch.set_num_threads(1)
-group = join(torch.device("cpu"))
+group = init_process_group(torch.device("cpu"))
 for _ in range(20):
     group.barrier("nothing")
 """

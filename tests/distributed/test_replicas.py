@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrelay.distributed.replicas import GradientTree, ParallelSettings, check_replicas, replicas_of
+from torchrelay.distributed.replicas import GradientTree, ParallelSettings, count_replicas
 from torchrelay.errors import UsageError
 
 
@@ -58,25 +58,25 @@ def test_any_number_of_leaves_is_added():
 
 
 def test_an_exact_run_needs_a_power_of_two():
-    check_replicas(8, 1, exact=True)
-    check_replicas(6, 1, exact=False)
+    assert count_replicas(ParallelSettings(replicas=8), 1, exact=True) == 8
+    assert count_replicas(ParallelSettings(replicas=6), 1, exact=False) == 6
     with pytest.raises(UsageError, match=r"parallel\.replicas is 6: .* such as 4 or 8; or --set run\.exact=false"):
-        check_replicas(6, 1, exact=True)
+        count_replicas(ParallelSettings(replicas=6), 1, exact=True)
 
 
 def test_devices_that_cannot_share_the_replicas_are_told_which_can():
-    check_replicas(8, 4, exact=True)
+    assert count_replicas(ParallelSettings(replicas=8), 4, exact=True) == 8
     with pytest.raises(
         UsageError,
-        match=r"3 devices can't share a run of 8 replicas: go on with 1, 2, 4 or 8, start one with "
-        r"--set parallel\.replicas=4, or give exactness up by --set run\.exact=false",
+        match=r"3 devices can't share a run of 8 replicas: resume it with 1, 2, 4 or 8, start one with "
+        r"--set parallel\.replicas=4, or give up exactness by --set run\.exact=false",
     ):
-        check_replicas(8, 3, exact=True)
-    with pytest.raises(UsageError, match="2 devices can't share a run of 1 replica: go on with 1, start"):
-        check_replicas(1, 2, exact=True)
+        count_replicas(ParallelSettings(replicas=8), 3, exact=True)
+    with pytest.raises(UsageError, match="2 devices can't share a run of 1 replica: resume it with 1, start"):
+        count_replicas(ParallelSettings(replicas=1), 2, exact=True)
 
 
 def test_replicas_are_the_devices_unless_they_are_said():
-    assert replicas_of(ParallelSettings(), 4, exact=True) == 4
-    assert replicas_of(ParallelSettings(replicas=8), 4, exact=True) == 8
-    assert replicas_of(ParallelSettings(replicas=8), 3, exact=False) == 3
+    assert count_replicas(ParallelSettings(), 4, exact=True) == 4
+    assert count_replicas(ParallelSettings(replicas=8), 4, exact=True) == 8
+    assert count_replicas(ParallelSettings(replicas=8), 3, exact=False) == 3

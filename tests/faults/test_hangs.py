@@ -36,7 +36,7 @@ def train(rank: int, step: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    world.first_patience = lambda _: world.timedelta(seconds=2 * WAITS)
+    world.first_timeout = lambda _: world.timedelta(seconds=2 * WAITS)
     began = time.monotonic()
     trainer = tr.Trainer(
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)),
@@ -80,7 +80,7 @@ def test_a_hanging_rank_is_named_with_the_collective_that_waits_for_it(tmp_path,
     stopped, seconds, text = (tmp_path / "rank-0.txt").read_text().split("\n")
     assert text == (
         f"process 0 of 2 added gradients and waited {patience} s for process 1, which hangs or needs longer than "
-        "parallel.timeout: look into its log, then resume the run"
+        "parallel.timeout: see its log, then resume the run"
     )
     assert int(stopped) == step
     assert patience < float(seconds) < HANGS / 2

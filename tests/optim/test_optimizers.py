@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrelay import optim
 from torchrelay.checkpoint.format import pack, unpack
 from torchrelay.distributed.process_group import ProcessGroup
-from torchrelay.distributed.single import Strategy
+from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import UsageError
 from torchrelay.optim import SGD, AdamW, Muon, OptimizerSettings, Other
 from torchrelay.recipe import recipe

@@ -13,7 +13,7 @@ from torchrelay.commands.options import (
     run_in_processes,
     trainer_of_run,
 )
-from torchrelay.distributed import launched
+from torchrelay.distributed import process
 
 if TYPE_CHECKING:
     from torchrelay.train.evaluation import Evaluation
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     trainer = trainer_of_run(options, recipe)
     checkpoint = trainer.load(options.checkpoint)
     evaluations = {split: trainer.evaluate(split) for split in trainer.evaluated}
-    if launched.rank() > 0:
+    if process.rank() > 0:
         return
     if options.json:
         tables = {split: evaluation.to_json(trainer.classes) for split, evaluation in evaluations.items()}

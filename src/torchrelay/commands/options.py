@@ -5,7 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from torchrelay.distributed import launched
+from torchrelay.distributed import process
 from torchrelay.errors import UsageError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def terminal_of(options: argparse.Namespace) -> "Terminal":
     from torchrelay.run.terminal import Terminal
 
     quiet = options.quiet or getattr(options, "json", False)  # JSON stands alone on standard output
-    return Terminal(quiet=quiet or (launched.rank() > 0 and not launched.by_us()))
+    return Terminal(quiet=quiet or (process.rank() > 0 and not process.started_by_launcher()))
 
 
 def recipe_of_run(options: argparse.Namespace) -> "Recipe":
@@ -152,7 +152,7 @@ def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path
     """
     from torchrelay.distributed import launch
 
-    if options.devices == 1 or launched.by_us():
+    if options.devices == 1 or process.started_by_launcher():
         return False
     if recipe.parallel.kind == "dp":
         raise UsageError(

@@ -15,7 +15,7 @@ from torchrelay.commands.options import (
     run_in_processes,
     terminal_of,
 )
-from torchrelay.distributed import launched
+from torchrelay.distributed import process
 from torchrelay.recipe import shipped
 
 HELP = "train a network from a recipe"
@@ -48,12 +48,12 @@ def run(options: argparse.Namespace) -> None:
     folder = options.run or _default_folder(run_name(options.recipe, options.overrides))
     if run_in_processes(options, loaded, folder, "--run", str(folder)):
         return
-    restarted = launched.goes_on(folder)  # rank 0's answer counts for all
+    restarted = process.is_restart(folder)  # rank 0's answer counts for all
     trainer = build_trainer(loaded, folder, code=code_of(options), terminal=terminal_of(options), fresh=not restarted)
     if restarted:
         trainer.resume()
     else:
-        launched.mark(folder)
+        process.record_launch(folder)
         trainer.fit()
     trainer.terminal.say(f"the run is in {folder}")
 
@@ -69,4 +69,4 @@ def _default_folder(name: str) -> Path:
     from torchrelay.run.folder import free_folder
 
     candidates = sorted(Path("runs").glob(f"{glob.escape(name)}*"))
-    return next((folder for folder in candidates if launched.goes_on(folder)), None) or free_folder(name)
+    return next((folder for folder in candidates if process.is_restart(folder)), None) or free_folder(name)

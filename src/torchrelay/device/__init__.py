@@ -1,1 +1,1 @@
-"""Step 4: the device: precision, memory format, processor."""
+"""Step 4: the device: precision, memory format, threads, and what the processor is."""

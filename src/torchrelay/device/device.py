@@ -1,8 +1,7 @@
-"""Step 4: the device: where the arithmetic runs, in which precision, and with which switches."""
+"""Step 4: the device: which one computes, in which precision, and with which of PyTorch's switches."""
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,52 +11,52 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from torchrelay.device.allocator import keep_freed_memory
+from torchrelay.device import private
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.settings import Settings
 
-_AS_IT_IS = nullcontext()
+_NO_AUTOCAST = nullcontext()
 Precision = Literal["float32", "bf16", "fp16"]
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
 
 
 class DeviceSettings(Settings):
-    """Where the arithmetic runs and how."""
+    """Which device computes, and how."""
 
     name: str = "auto"
     """auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps."""
     precision: Precision = "float32"
-    """float32; bf16 or fp16 by autocast, the weights staying float32 (fp16 with loss scaling)."""
+    """float32; bf16 or fp16 by autocast with float32 weights (fp16 with loss scaling)."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of one operation; unset: as PyTorch chooses. It belongs to the run's identity: it changes bits."""
+    """CPU threads per operation; unset: PyTorch's default. It changes bits, so it belongs to the run's identity."""
     channels_last: bool = False
     """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16."""
     compile: bool = False
-    """Compile the model with torch.compile: slower to start, faster steps on a GPU."""
+    """Compile the model with torch.compile: a slower start, faster steps on a GPU."""
     graph: bool = False
     """Record a training step as a CUDA graph and replay it: small networks no longer wait for Python."""
     tf32: bool = False
     """Let a CUDA device round float32 products to 10 bits of mantissa: faster, less exact."""
     benchmark: bool = False
-    """Let cuDNN choose kernels by timing them: faster, and not the same bits each time (needs run.exact=false)."""
+    """Let cuDNN choose kernels by timing them: faster, but the bits vary (needs run.exact=false)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device that is set up."""
+    """A device that is set up, as `set_up` returns it."""
 
     device: torch.device
     settings: DeviceSettings
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which autocast computes."""
+        """The dtype that autocast computes in."""
         return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision]
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of a forward pass in this device's precision."""
         if self.settings.precision == "float32":
-            return _AS_IT_IS
+            return _NO_AUTOCAST
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def place(self, model: nn.Module) -> nn.Module:
@@ -67,9 +66,10 @@ class Device:
         return model.to(self.device)
 
     def move(self, value: Any) -> Any:
-        """Move a tensor, or the tensors of a tuple, list or dict, without waiting for the copy."""
+        """Move a tensor, or the tensors of a tuple, list or dict, to the device; on CUDA without waiting."""
         if isinstance(value, Tensor):
-            return value.to(self.device, non_blocking=self.device.type == "cuda")  # MPS may read what is freed by then
+            # MPS may read memory that was freed in the meantime.
+            return value.to(self.device, non_blocking=self.device.type == "cuda")
         if isinstance(value, dict):
             return {key: self.move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -77,64 +77,71 @@ class Device:
         return value
 
     def arrange(self, inputs: Any) -> Any:
-        """Set the memory format of images that the model is about to see; anything else stays as it is."""
+        """Return inputs of shape (batch, channels, height, width) in the model's memory format, others unchanged."""
         if self.settings.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return the loss scaler that fp16 needs; it does nothing in the other precisions."""
+        """Return the loss scaler that fp16 needs; with other precisions it is disabled."""
         return torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
+    def keep_threads(self, threads: int) -> bool:
+        """Compute with the number of threads that a run started with, unless the settings say how many.
+
+        Returns:
+            Whether that changed the number.
+        """
+        if self.settings.threads is not None or threads == torch.get_num_threads():
+            return False
+        torch.set_num_threads(threads)
+        return True
+
     @contextmanager
-    def explained(self, batch_size: int) -> Iterator[None]:
-        """Say what to do where the device has no memory left, or where a GPU met an index out of range.
+    def explain_errors(self, batch_size: int) -> Iterator[None]:
+        """Say what to do if the device runs out of memory, or if a GPU meets an index out of range.
 
         Raises:
-            RelayError: instead of PyTorch's error; nothing was changed to go on.
+            RelayError: in place of PyTorch's error.
         """
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             text = str(error)
-            if "device-side assert" in text:  # a GPU tells it late, and neither where nor which
+            if "device-side assert" in text:  # a GPU reports it late, and doesn't say where
                 raise RelayError(
                     f"{self.device} met an index out of range, most likely a label that the model has no output for: "
-                    "device.name=cpu names the sample; data that names its classes is checked before"
+                    "run with device.name=cpu, which names the sample"
                 ) from error
             if not isinstance(error, MemoryError) and not _NO_MEMORY.search(text):
                 raise
             wanted = re.search(r"tried to allocate ([\d.,]+ ?\w+)", text, re.IGNORECASE)
             raise RelayError(
                 f"{self.device} has no memory left{f' (it tried to get {wanted[1]})' if wanted else ''} at batches of "
-                f"{batch_size}: lower data.batch_size, or raise parallel.replicas to go through a batch in more "
-                "parts, or take a smaller model or device.precision=bf16"
+                f"{batch_size}: lower data.batch_size, raise parallel.replicas to process a batch in more parts, or "
+                "choose a smaller model or device.precision=bf16"
             ) from error
 
     def describe(self) -> str:
         """Return a line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        extras: list[str] = [self.settings.precision]
+        details: list[str] = [self.settings.precision]
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
-            extras.append(f"{threads} thread{'s' if threads > 1 else ''}")
-        extras += [
-            word
-            for word, on in (("channels last", self.settings.channels_last), ("compiled", self.settings.compile))
-            if on
-        ]
-        return f"{name}, {', '.join(extras)}"
+            details.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        details += ["channels last"] * self.settings.channels_last + ["compiled"] * self.settings.compile
+        return f"{name}, {', '.join(details)}"
 
 
 def set_up(settings: DeviceSettings, exact: bool) -> Device:
-    """Choose the device and set PyTorch's switches for it, each one explicitly.
+    """Choose the device and set PyTorch's switches for it, each one explicitly, and the number of threads.
 
     Args:
-        settings: what the recipe asks for.
+        settings: which device, and how it computes.
         exact: whether only deterministic kernels may run.
 
     Raises:
-        UsageError: this machine has no such device, or it can't compute in that precision.
+        UsageError: this machine has no such device, or the device doesn't support the settings.
     """
     device = torch.device(_choose(settings.name))
     if settings.precision == "fp16" and device.type == "cpu":
@@ -142,35 +149,34 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
     if exact and settings.benchmark:
         raise UsageError("device.benchmark gives other bits each time: leave it off, or --set run.exact=false")
     if device.type == "cpu":
-        keep_freed_memory()
+        private.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     torch.backends.cudnn.benchmark = settings.benchmark
     if exact and device.type == "cuda":
-        # cuBLAS reads this when its first handle is made; without it PyTorch refuses its deterministic mode.
+        # cuBLAS reads this when it creates its first handle; without it PyTorch refuses its deterministic mode.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    _allow_only_deterministic(exact, settings.compile)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no bug of ours and costs memory traffic
+    private.use_deterministic_algorithms(exact, settings.compile)
+    # It would help to find reads of uninitialized memory, and costs memory traffic at each allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Device(device, settings)
 
 
-def _allow_only_deterministic(exact: bool, compiles: bool) -> None:
-    """Set PyTorch's switch, without importing its compiler for it: half a second, where nothing is compiled."""
-    if compiles or "torch._inductor" in sys.modules or not hasattr(torch._C, "_set_deterministic_algorithms"):
-        torch.use_deterministic_algorithms(exact)
-    else:
-        torch._C._set_deterministic_algorithms(exact)
-
-
 def _choose(name: str) -> str:
+    """Return the name of an available device.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set for each process of several
-        own_alone = torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ  # a task may see no other's
-        name = f"cuda:{0 if own_alone else os.environ['LOCAL_RANK']}"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes
+        # SLURM may hide the other tasks' devices from each task.
+        only_own = torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ
+        name = f"cuda:{0 if only_own else os.environ['LOCAL_RANK']}"
     kind, _, number = name.partition(":")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")

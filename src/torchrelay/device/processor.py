@@ -1,4 +1,4 @@
-"""Step 4: what this machine's CPU is, as far as it decides which kernels compute and how fast they are."""
+"""Step 4: what this machine's CPU is, as far as it decides which kernels run and how fast they are."""
 
 import platform
 from functools import cache
@@ -6,23 +6,23 @@ from typing import Any
 
 import torch
 
-# Beside the width of vectors, PyTorch's libraries choose kernels by these.
+# Besides the width of vectors, PyTorch's libraries choose kernels by these.
 _UNITS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
 def name() -> str:
-    """Return what the CPU is called."""
+    """Return the CPU's model name."""
     return str(_capabilities().get("cpu_name") or platform.machine())
 
 
 def instructions() -> str:
-    """Return the vector instructions that PyTorch uses, and the units for half precision that there are."""
+    """Return the vector instructions that PyTorch uses, and the CPU's units for half precision."""
     units = [unit for unit in _UNITS if _capabilities().get(unit)]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *units])
 
 
 def has_amx() -> bool:
-    """Return whether this CPU multiplies matrices of bf16 in tiles."""
+    """Return whether this CPU multiplies bf16 matrices in tiles."""
     return bool(_capabilities().get("amx_bf16"))
 
 
@@ -42,5 +42,6 @@ def identity(device: torch.device) -> dict[str, str | int | bool]:
 
 @cache
 def _capabilities() -> dict[str, Any]:
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # which an older PyTorch doesn't have
-    return found
+    """Return PyTorch's description of the CPU; an older PyTorch has none."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities

@@ -1,52 +1,48 @@
-"""Step 4: gradients of several processes, added in the one fixed tree while the backward pass still runs.
+"""Step 4: `parallel.kind = "ddp"` in an exact run: gradients of all processes are summed in the one fixed tree.
 
-Each process adds its own replicas' gradients, which gives a node of the tree. The nodes are added by sending each
-process its chunk of all of them (all_to_all), adding the chunks pairwise, and handing the sums round (all_gather): as
-many bytes as a ring all-reduce moves, and the same bits however many processes share the replicas. Where there are
-several hosts, this is done inside each host first, and then between hosts with what a host has added: the same tree.
+As in DistributedDataParallel, gradients travel in buckets, each as soon as the backward pass has completed it, and the
+buckets leave in the same order in every process. `all_reduce` sums them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchrelay.distributed.background import Beside
+from torchrelay.distributed.all_reduce import Background, all_reduce, host_levels
 from torchrelay.distributed.process_group import DistributedGroup
-from torchrelay.distributed.replicas import GradientTree, add_neighbours
-from torchrelay.distributed.single import Strategy
+from torchrelay.distributed.replicas import GradientTree, tree_sum
+from torchrelay.distributed.strategy import Strategy
 
-_BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20  # bytes, as DistributedDataParallel has them: the first one leaves early
-
-_PATIENCE = timedelta(minutes=10)
-
-Levels = list[tuple[Any, int]]  # groups of processes and their sizes, from inside a host outwards
+# Bytes, as in DistributedDataParallel. The first bucket is smaller, so that it leaves early.
+_BUCKET, _FIRST_BUCKET = 25 * 2**20, 2**20
 
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients travel together, and the memory in which they do."""
+    """Parameters whose gradients are sent together, and the memory that they are sent from."""
 
-    places: list[int]  # among the model's
+    indices: list[int]  # among the strategy's parameters
     flat: Tensor  # (elements,) a multiple of the number of processes
-    views: list[Tensor]  # of each parameter's part, laid out as its gradient
-    tail: Tensor  # what is behind them
+    views: list[Tensor]  # each parameter's part of `flat`, with the strides of its gradient
+    tail: Tensor  # the rest of `flat`
 
 
 class ExactDDP(Strategy):
-    """Adds the gradients of all processes' replicas.
+    """Sums the gradients of all processes' replicas in the fixed tree.
 
     Args:
-        model: whose gradients are added.
-        group: the processes.
-        forward: the model, or the same compiled.
-        on_host: how many processes a host has; unset: what the launcher says.
+        model: the model, already on its device.
+        group: the process group.
+        forward: what computes the outputs, such as the compiled model; the model itself if not given.
+        local_size: the number of processes on this host; the launcher's if not given.
     """
+
+    group: DistributedGroup
 
     def __init__(
         self,
@@ -54,209 +50,165 @@ class ExactDDP(Strategy):
         group: DistributedGroup,
         *,
         forward: Callable[[Any], Any] | None = None,
-        on_host: int | None = None,
+        local_size: int | None = None,
     ) -> None:
         super().__init__(model, group, exact=True, forward=forward)
-        self._several = group
-        self._levels = levels(group, on_host or group.local_size)
-        self._beside = Beside(group.device)
+        self._levels = host_levels(group, local_size or group.local_size)
+        self._background = Background(group.device)
         divided = divide(self.parameters)
-        tails = [0] * (len(divided) - 1) + [1 + len(self.parameters)]  # the loss, and which parameters are used
-        self._buckets = [self._bucket(places, tail) for places, tail in zip(divided, tails, strict=True)]
-        self._scratch: dict[torch.dtype, Tensor] = {}  # one for all buckets, which travel one after another
+        tails = [0] * (len(divided) - 1) + [1 + len(self.parameters)]  # the loss, and which parameters were used
+        self._buckets = [self._bucket(indices, tail) for indices, tail in zip(divided, tails, strict=True)]
+        self._scratch: dict[torch.dtype, Tensor] = {}  # shared by all buckets, which are summed one after another
         for flat in sorted((bucket.flat for bucket in self._buckets), key=len):
             self._scratch[flat.dtype] = flat.new_empty(2 * len(flat))
-        self._tree: GradientTree | None = None  # while the last replica's gradients come
-        self._sums: list[Callable[[], Tensor]] = []  # of the buckets that have left
+        self._synced: GradientTree | None = None  # from the last replica's forward pass to `reduce`
+        self._sums: list[Callable[[], Tensor]] = []  # wait for the buckets that have left
         self._used = [False] * len(self.parameters)
-        self._shared_buffers: Callable[[], Tensor] | None = None
-        for places in divided:  # the backward pass comes to a bucket's last place last, as a rule
-            self.parameters[places[-1]].register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+        self._sent_buffers: Callable[[], Tensor] | None = None
+        for indices in divided:  # as a rule, the backward pass reaches a bucket's last parameter last
+            hook = self.parameters[indices[-1]].register_post_accumulate_grad_hook
+            hook(self._send_complete_buckets)  # type: ignore[no-untyped-call]
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
         outputs = super().__call__(inputs)
-        if self._tree is not None:
+        if self._synced is not None:
             self._send_buffers()
         return outputs
 
     @contextmanager
     def sync(self, tree: GradientTree) -> Iterator[None]:
-        """A context for the last replica's passes, whose gradients leave as soon as they are there; then `reduce`."""
-        self._tree, self._sums, self._shared_buffers = tree, [], None
+        """Enclose the last replica's passes, whose gradients are sent as soon as they are complete."""
+        self._synced, self._sums, self._sent_buffers = tree, [], None
         for parameter in self.parameters:
-            parameter.grad = None  # what is there from now on is the last replica's
-        yield
+            parameter.grad = None  # what it holds from now on is the last replica's
+        try:
+            yield
+        except BaseException:
+            self._synced = None
+            raise
 
-    def reduce(self, loss: Tensor) -> Tensor:
-        """Wait for the sums, after which gradients and buffers are those of one process; return the loss's sum."""
+    def reduce(self, losses: Sequence[Tensor]) -> Tensor:
+        """Wait for the sums, after which gradients and buffers are those of one process; return the sum of losses."""
+        loss = tree_sum(losses)
         self._send_buffers()
         while len(self._sums) < len(self._buckets) - 1:
-            self._start(self._buckets[len(self._sums)])
+            self._send(self._buckets[len(self._sums)])
         last = self._buckets[-1]
-        self._take(last)
+        self._fill(last)
         tail = torch.tensor([0.0, *map(float, self._used)], dtype=loss.dtype, device=loss.device)
         tail[0] = loss
-        if alike := tail.dtype == last.flat.dtype:  # then it travels along
+        if same_dtype := tail.dtype == last.flat.dtype:
             last.tail[: len(tail)] = tail
         else:
             tail = nn.functional.pad(tail, (0, -len(tail) % self.group.size))
-            self._sums.append(self._beside.run(lambda: add(tail, self._levels, patience=self._several.patience)))
-        self._leave(last.flat)
-        self._tree = None
-        with self._several.named("added gradients"):
+            self._sums.append(self._background.run(lambda: all_reduce(tail, self._levels, timeout=self.group.timeout)))
+        self._start_all_reduce(last.flat)
+        self._synced = None
+        with self.group.explain_failure("added gradients"):
             for wait in self._sums:
                 wait()
             self._take_buffers()
-        told = last.tail.clone() if alike else tail  # the bucket's memory is used again
-        self._give((told[1:] > 0).tolist())
-        return told[0]
+        total = last.tail.clone() if same_dtype else tail  # the bucket's memory is used again
+        self._set_gradients((total[1:] > 0).tolist())
+        return total[0]
 
-    def _arrived(self, _parameter: Tensor) -> None:
-        """Send what is complete; in the one order of the buckets, lest processes wait for different ones."""
-        while self._tree is not None and len(self._sums) < len(self._buckets) - 1:
+    def _send_complete_buckets(self, _parameter: Tensor) -> None:
+        """Send the buckets that are complete, in their order, the same in every process."""
+        while self._synced is not None and len(self._sums) < len(self._buckets) - 1:
             bucket = self._buckets[len(self._sums)]
-            if any(self.parameters[place].grad is None for place in bucket.places):
+            if any(self.parameters[index].grad is None for index in bucket.indices):
                 return
-            self._start(bucket)
+            self._send(bucket)
 
-    def _start(self, bucket: Bucket) -> None:
-        """Begin to add a bucket's gradients over the processes."""
-        self._take(bucket)
-        self._leave(bucket.flat)
+    def _send(self, bucket: Bucket) -> None:
+        self._fill(bucket)
+        self._start_all_reduce(bucket.flat)
 
-    def _leave(self, flat: Tensor) -> None:
-        """Begin to add a vector over the processes."""
-        scratch, patience = self._scratch[flat.dtype], self._several.patience
-        self._sums.append(self._beside.run(lambda: add(flat, self._levels, scratch, patience)))
+    def _start_all_reduce(self, flat: Tensor) -> None:
+        scratch, timeout = self._scratch[flat.dtype], self.group.timeout
+        self._sums.append(self._background.run(lambda: all_reduce(flat, self._levels, scratch, timeout)))
 
-    def _take(self, bucket: Bucket) -> None:
-        """Move this process's sum of a bucket's gradients to where it travels."""
-        assert self._tree is not None  # noqa: S101 - `sync` came before
-        gradients = self._tree.closing(bucket.places, [self.parameters[place].grad for place in bucket.places])
-        there: list[tuple[Tensor, Tensor]] = []
-        for place, view, gradient in zip(bucket.places, bucket.views, gradients, strict=True):
-            self.parameters[place].grad = None
-            self._used[place] = gradient is not None
+    def _fill(self, bucket: Bucket) -> None:
+        """Move this process's sum of a bucket's gradients into its memory."""
+        assert self._synced is not None  # noqa: S101 - `sync` came before
+        last = [self.parameters[index].grad for index in bucket.indices]
+        gradients = self._synced.total_with(bucket.indices, last)
+        used: list[tuple[Tensor, Tensor]] = []
+        for index, view, gradient in zip(bucket.indices, bucket.views, gradients, strict=True):
+            self.parameters[index].grad = None
+            self._used[index] = gradient is not None
             if gradient is None:
                 view.zero_()
             else:
-                there.append((view, gradient))
-        if there:
-            views, parts = zip(*there, strict=True)
+                used.append((view, gradient))
+        if used:
+            views, parts = zip(*used, strict=True)
             torch._foreach_copy_(views, parts)
 
-    def _give(self, used: Sequence[bool]) -> None:
-        """Set the gradients; None where no process has used a parameter."""
+    def _set_gradients(self, used: Sequence[bool]) -> None:
+        """Set the gradients; None for parameters that no process used."""
         for bucket in self._buckets:
-            for place, view in zip(bucket.places, bucket.views, strict=True):
-                self.parameters[place].grad = view if used[place] else None
+            for index, view in zip(bucket.indices, bucket.views, strict=True):
+                self.parameters[index].grad = view if used[index] else None
 
-    def _bucket(self, places: list[int], tail: int) -> Bucket:
-        """Return a bucket, with memory that is used again each step."""
-        parameters = [self.parameters[place] for place in places]
+    def _bucket(self, indices: list[int], tail: int) -> Bucket:
+        """Return a bucket with memory that is used again in each step.
+
+        Args:
+            indices: of its parameters.
+            tail: the number of further elements.
+        """
+        parameters = [self.parameters[index] for index in indices]
         elements = sum(parameter.numel() for parameter in parameters)
         flat = parameters[0].new_zeros(elements + tail + -(elements + tail) % self.group.size)
         views, start = [], 0
         for parameter in parameters:
-            # As the backward pass lays gradients out in memory. A norm's bits depend on it.
+            # The strides that the backward pass gives gradients: a norm's bits depend on them.
             strides = torch.empty_like(parameter, device="meta").stride()
             views.append(flat.as_strided(parameter.shape, strides, start))
             start += parameter.numel()
-        return Bucket(places, flat, views, flat[elements:])
+        return Bucket(indices, flat, views, flat[elements:])
 
     def _send_buffers(self) -> None:
-        """Begin to hand the first process's buffers round: they are ready when the last replica went forward."""
-        if not self.buffers or self._shared_buffers is not None:
+        """Start to broadcast rank 0's buffers: they are final once the last replica's forward pass is done."""
+        if not self.buffers.live or self._sent_buffers is not None:
             return
-        content = torch.cat([buffer.detach().reshape(-1).view(torch.uint8) for buffer in self.buffers])
+        content = torch.cat([buffer.detach().reshape(-1).view(torch.uint8) for buffer in self.buffers.live])
 
         def broadcast() -> Tensor:
-            dist.broadcast(content, 0, group=self._several.exchanges)
+            dist.broadcast(content, 0, group=self.group.gradient_group)
             return content
 
-        self._shared_buffers = self._beside.run(broadcast)
+        self._sent_buffers = self._background.run(broadcast)
 
     def _take_buffers(self) -> None:
-        """Take the first process's buffers over; not earlier, as the backward pass may look at its own."""
-        if self._shared_buffers is None or self.group.main:
+        """Copy rank 0's buffers; not earlier, since the backward pass may read this process's own."""
+        if self._sent_buffers is None or self.group.main:
             return
-        start, content = 0, self._shared_buffers()
-        for buffer in self.buffers:
+        start, content = 0, self._sent_buffers()
+        for buffer in self.buffers.live:
             part = content[start : start + buffer.nbytes]
             buffer.detach().copy_(part.clone().view(buffer.dtype).view(buffer.shape))
             start += buffer.nbytes
 
 
-def add(flat: Tensor, groups: Levels, scratch: Tensor | None = None, patience: timedelta = _PATIENCE) -> Tensor:
-    """Add a vector over all processes in the fixed tree.
-
-    Args:
-        flat: (elements,) of this process; a multiple of the number of processes. It is overwritten.
-        groups: inside this host first, and then with the same chunks of other hosts; or all processes at once.
-        scratch: (at least twice as many elements,) memory to receive in; unset: it is made.
-        patience: how long to wait for another process's chunk.
+def divide(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Divide parameters into buckets of one dtype, in the order in which the backward pass reaches them.
 
     Returns:
-        (elements,) the sum, the same in all processes.
+        The parameters' indices by bucket, the last parameters first.
     """
-    if not groups:
-        return flat
-    (group, size), *outer = groups
-    scratch = flat.new_empty(2 * len(flat)) if scratch is None else scratch
-    received = scratch[: len(flat)]
-    dist.all_to_all_single(received, flat, group=group)
-    chunk = add(add_neighbours(received.view(size, -1).unbind()), outer, scratch[len(flat) :], patience)
-    _hand_round(flat, chunk, group, patience)
-    return flat
-
-
-def _hand_round(flat: Tensor, chunk: Tensor, group: Any, patience: timedelta) -> None:
-    """Put every process's chunk together."""
-    if dist.get_backend(group) != "gloo":
-        dist.all_gather_into_tensor(flat, chunk, group=group)
-        return
-    # Gloo's all_gather makes new memory for all of it at each call, which costs more than sending it.
-    parts, rank = flat.view(dist.get_world_size(group), -1), dist.get_rank(group)
-    others = [place for place in range(len(parts)) if place != rank]
-    works = [dist.irecv(parts[place], group=group, group_src=place) for place in others]
-    works += [dist.isend(chunk, group=group, group_dst=place) for place in others]
-    parts[rank].copy_(chunk)
-    for work in filter(None, works):
-        work.wait(patience)  # without it, as long as was allowed when the group was made
-
-
-def levels(group: DistributedGroup, on_host: int) -> Levels:
-    """Return with whom this process exchanges chunks: in two levels if there are several hosts of several processes.
-
-    The hosts must be nodes of the tree: as many processes on each, a power of two, numbered one after another, as
-    torchrun does. Otherwise all exchange with all.
-    """
-    told = torch.tensor([on_host, group.rank % on_host == group.local_rank % on_host])
-    alike = bool((group.gather(told) == torch.tensor([on_host, 1])).all())
-    hosts = group.size // on_host
-    if not alike or on_host & (on_host - 1) or on_host in (1, group.size) or hosts * on_host != group.size:
-        return [(group.exchanges, group.size)]
-    inside = [list(range(host * on_host, (host + 1) * on_host)) for host in range(hosts)]
-    between = [list(range(place, group.size, on_host)) for place in range(on_host)]
-    host, place = divmod(group.rank, on_host)
-    inner = [group.new_group(ranks=ranks) for ranks in inside][host]  # every process makes all groups
-    outer = [group.new_group(ranks=ranks) for ranks in between][place]
-    return [(inner, on_host), (outer, hosts)]
-
-
-def divide(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
-    """Return the places of parameters, last ones first as the backward pass comes to them, by bucket and type."""
-    found: list[list[int]] = []
-    begun: dict[torch.dtype, tuple[list[int], int]] = {}  # a bucket and its bytes
-    for place in reversed(range(len(parameters))):
-        parameter = parameters[place]
-        if parameter.dtype not in begun:
-            found.append([])
-            begun[parameter.dtype] = found[-1], 0
-        bucket, size = begun[parameter.dtype]
-        bucket.append(place)
-        begun[parameter.dtype] = bucket, size + parameter.nbytes
-        if size + parameter.nbytes >= (_FIRST_BUCKET if bucket is found[0] else _BUCKET):
-            del begun[parameter.dtype]
-    return found
+    buckets: list[list[int]] = []
+    open_buckets: dict[torch.dtype, tuple[list[int], int]] = {}  # and their bytes
+    for index in reversed(range(len(parameters))):
+        parameter = parameters[index]
+        if parameter.dtype not in open_buckets:
+            buckets.append([])
+            open_buckets[parameter.dtype] = buckets[-1], 0
+        bucket, size = open_buckets[parameter.dtype]
+        bucket.append(index)
+        open_buckets[parameter.dtype] = bucket, size + parameter.nbytes
+        if size + parameter.nbytes >= (_FIRST_BUCKET if bucket is buckets[0] else _BUCKET):
+            del open_buckets[parameter.dtype]
+    return buckets

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrelay.distributed.launched import ERROR, by_us, rank
+from torchrelay.distributed.process import ERROR, rank, started_by_launcher
 from torchrelay.errors import STOPPED, RelayError
 
 _LOST = re.compile("(closed|reset) by peer|broken pipe|lost another process", re.IGNORECASE)  # what follows from an end
@@ -79,7 +79,7 @@ def report(error: BaseException, text: str, exit_code: int) -> bool:
             staging = Path(f"{path}.partial")
             staging.write_text(json.dumps({"message": words, "torchrelay": own}), encoding="utf-8")
             staging.rename(path)
-    return by_us() and rank() == 0
+    return started_by_launcher() and rank() == 0
 
 
 def _follows(error: BaseException | None) -> bool:

@@ -28,7 +28,7 @@ from torchrelay.distributed.fsdp_checks import blocks, check_model, check_optimi
 from torchrelay.distributed.fsdp_state import gather, load_part, whole
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients
-from torchrelay.distributed.single import Strategy
+from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import RelayError
 from torchrelay.models.ema import EMA
 
@@ -128,7 +128,7 @@ class FSDP(Strategy):
             yield
         except RuntimeError as error:
             if isinstance(self.group, DistributedGroup) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                with self.group.named(what):
+                with self.group.explain_failure(what):
                     raise
             raise
 

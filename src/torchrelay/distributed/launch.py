@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from torchrelay.distributed.failures import End, LaunchError, first_failure, reported
-from torchrelay.distributed.launched import LOGS, PARENT
+from torchrelay.distributed.process import LOGS, PARENT
 from torchrelay.errors import RelayError, UsageError
 
 _TWICE = 0.5  # seconds: `timeout` and SLURM may send a signal to a process and to its group, which is one wish, not two

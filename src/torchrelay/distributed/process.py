@@ -21,7 +21,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def by_us() -> bool:
+def started_by_launcher() -> bool:
     """Return whether our launcher has started this very process; its own children inherit the environment, too."""
     return os.environ.get(PARENT) == str(os.getppid())
 
@@ -32,7 +32,7 @@ def attach() -> None:
     A process of ours dies with its launcher, so that none is left behind, and rank 0 alone has the terminal.
     """
     os.environ.update(from_slurm(os.environ))
-    if not by_us():
+    if not started_by_launcher():
         return
     _die_with(os.getppid())
     Path(os.environ[ERROR]).with_name("pid").write_text(str(os.getpid()))
@@ -56,7 +56,7 @@ def _die_with(parent: int) -> None:
 # ------------------------------------------------------------------------------------- a run that is started again
 
 
-def goes_on(folder: Path) -> bool:
+def is_restart(folder: Path) -> bool:
     """Return whether a folder holds the run of this very launch, whose processes were started again.
 
     torchrun starts the same `train` again after a failure, and when hosts come and go; SLURM does when it requeues a
@@ -71,7 +71,7 @@ def goes_on(folder: Path) -> bool:
         return False
 
 
-def mark(folder: Path) -> None:
+def record_launch(folder: Path) -> None:
     """Write down, on rank 0 and before a folder holds a run, which launch it belongs to.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Step 4: one global batch on any machine: replicas, and the fixed tree that adds their gradients.
+"""Step 4: one global batch on any number of devices: replicas, and the fixed tree that sums their gradients.
 
-The global batch is divided over `replicas`, a number of the run and not of the machine. Each replica's gradient is a
-leaf of one fixed binary tree, so the sum has the same bits however many devices compute the leaves. On one device the
-replicas run one after another, which is what others call gradient accumulation.
+The global batch is divided over `replicas`, a number that belongs to the run and not to the machine. Each replica's
+gradient is a leaf of one fixed binary tree, so the sum has the same bits however many devices compute the leaves. On
+one device the replicas run one after another, which is known as gradient accumulation.
 """
 
 from collections.abc import Sequence
@@ -15,31 +15,34 @@ from torch import Tensor, nn
 from torchrelay.errors import UsageError
 from torchrelay.settings import Settings
 
-Gradients = list[Tensor | None]  # one a parameter; None: the parameter was not used
+Gradients = list[Tensor | None]  # one per parameter; None: the replica didn't use the parameter
 
 
 class ParallelSettings(Settings):
-    """How a global batch is divided."""
+    """How several devices share a global batch."""
 
     kind: Literal["none", "dp", "ddp", "fsdp"] = "none"
-    """How devices share the work. none, ddp: a process each; fsdp: each holds a part of the model; dp: one process."""
+    """How devices share the work. none, ddp: a process each; fsdp: each holds a shard of the model; dp: one process."""
     replicas: int | None = Field(default=None, ge=1)
-    """Parts of a global batch, for the run's whole life; devices share them out. Unset: one a device at the start."""
+    """Parts of a global batch, fixed for the run's life, shared by the devices. Unset: one per device at the start."""
     timeout: float = Field(default=300.0, gt=0)
-    """Seconds that a process waits for the others in a step, the first one aside, before the run ends with an error."""
+    """Seconds that a process waits for the others in a step, except the first, before the run ends with an error."""
 
 
-def check_replicas(replicas: int, devices: int, exact: bool) -> None:
-    """Refuse numbers that don't go together.
+def count_replicas(settings: ParallelSettings, devices: int, exact: bool) -> int:
+    """Return the number of replicas of a run.
 
     Args:
-        replicas: parts of a global batch.
-        devices: processes that share them.
-        exact: whether they are added in the fixed tree.
+        settings: the number of replicas, if it is set.
+        devices: the number of processes that share them.
+        exact: whether they are summed in the fixed tree. If not, any number of devices gets as many replicas.
 
     Raises:
-        UsageError: the run is exact and `replicas` isn't a power of two, or isn't a multiple of the devices.
+        UsageError: the run is exact and the number isn't a power of two, or the devices can't share it evenly.
     """
+    replicas = settings.replicas or devices
+    if not exact and replicas % devices:
+        return devices
     if exact and replicas & (replicas - 1):
         lower = 1 << (replicas.bit_length() - 1)
         raise UsageError(
@@ -47,31 +50,18 @@ def check_replicas(replicas: int, devices: int, exact: bool) -> None:
             "or --set run.exact=false"
         )
     if replicas % devices:
-        able = [count for count in range(1, replicas + 1) if replicas % count == 0]
-        *others, last = map(str, able)
+        *others, last = [str(count) for count in range(1, replicas + 1) if replicas % count == 0]
         counts = f"{', '.join(others)} or {last}" if others else last
         raise UsageError(
-            f"{devices} devices can't share a run of {replicas} replica{'s' * (replicas > 1)}: go on with {counts}, "
-            f"start one with --set parallel.replicas={1 << (devices - 1).bit_length()}, or give exactness up by "
-            "--set run.exact=false"
+            f"{devices} devices can't share a run of {replicas} replica{'s' * (replicas > 1)}: resume it with "
+            f"{counts}, start one with --set parallel.replicas={1 << (devices - 1).bit_length()}, or give up "
+            "exactness by --set run.exact=false"
         )
-
-
-def replicas_of(settings: ParallelSettings, devices: int, exact: bool) -> int:
-    """Return how many replicas a run has on so many devices.
-
-    Raises:
-        UsageError: the devices can't share them exactly.
-    """
-    replicas = settings.replicas or devices
-    if not exact and replicas % devices:
-        return devices
-    check_replicas(replicas, devices, exact)
     return replicas
 
 
 class GradientTree:
-    """Adds gradients in a fixed binary tree, as they come, with log2(replicas) + 1 partial sums in memory.
+    """Sums gradients in a fixed binary tree as they arrive, with at most log2(replicas) + 1 partial sums in memory.
 
     The partial sums are the digits of a binary counter: two sums of equally many leaves are added at once.
     """
@@ -79,32 +69,52 @@ class GradientTree:
     def __init__(self) -> None:
         self._sums: list[tuple[int, Gradients]] = []  # (leaves, sum), fewer leaves towards the end
 
+    @property
+    def leaves(self) -> int:
+        """The number of leaves added so far."""
+        return sum(leaves for leaves, _ in self._sums)
+
     def add(self, gradients: Gradients) -> None:
-        """Add the next leaf. The leaves may come in either direction: a sum of two has the same bits both ways."""
+        """Add the next leaf. Leaves may come in either direction: the bits of a + b are those of b + a."""
         leaves = 1
         while self._sums and self._sums[-1][0] == leaves:
-            gradients = _sum(self._sums.pop()[1], gradients)
+            gradients = _add(self._sums.pop()[1], gradients)
             leaves *= 2
         self._sums.append((leaves, gradients))
 
     def total(self) -> Gradients:
         """Return the sum of all leaves."""
         _, total = self._sums[-1]
-        for _, other in reversed(self._sums[:-1]):  # only where the leaves are no power of two
-            total = _sum(other, total)
+        for _, other in reversed(self._sums[:-1]):  # only if the number of leaves is no power of two
+            total = _add(other, total)
         return total
 
-    def closing(self, places: Sequence[int], gradients: Gradients) -> Gradients:
-        """Return the sum of all leaves at some places, with the last leaf's gradients there; the tree isn't changed."""
+    def total_with(self, indices: Sequence[int], gradients: Gradients) -> Gradients:
+        """Return the sums of all leaves and of a last one, for some parameters; the tree isn't changed.
+
+        Args:
+            indices: of the parameters.
+            gradients: of these parameters, in the last leaf.
+        """
         for _, other in reversed(self._sums):
-            gradients = _sum([other[place] for place in places], gradients)
+            gradients = _add([other[index] for index in indices], gradients)
         return gradients
 
 
-def add_neighbours(nodes: Sequence[Tensor]) -> Tensor:
-    """Return the sum of tensors, neighbours first, as the tree adds them, in the memory of the first one.
+def tree_sum(values: Sequence[Tensor]) -> Tensor:
+    """Return the sum of one process's values, in the order in which its replicas ran, as `GradientTree` adds them."""
+    tree = GradientTree()
+    for value in values:
+        tree.add([value])
+    (total,) = tree.total()
+    assert total is not None  # noqa: S101 - no leaf is
+    return total
 
-    All of them are overwritten. Where they are no power of two, the last one waits for its turn.
+
+def add_neighbors(nodes: Sequence[Tensor]) -> Tensor:
+    """Return the sum of tensors as the tree adds them, neighbors first, in the memory of the first tensor.
+
+    All of them are overwritten. If their number is no power of two, the last one is added when its turn comes.
     """
     while len(nodes) > 1:
         for left, right in zip(nodes[::2], nodes[1::2], strict=False):
@@ -113,38 +123,40 @@ def add_neighbours(nodes: Sequence[Tensor]) -> Tensor:
     return nodes[0]
 
 
-def _sum(left: Gradients, right: Gradients) -> Gradients:
-    """Add two lists of gradients; a missing one counts as exact zeros, unless it is missing on both sides."""
+def _add(left: Gradients, right: Gradients) -> Gradients:
+    """Add two lists of gradients; a missing one counts as zeros, unless it is missing on both sides."""
 
     def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None or b is None:
-            there = b if a is None else a
-            return None if there is None else there + 0.0  # which makes a negative zero a positive one
+            present = b if a is None else a
+            return None if present is None else present + 0.0  # turns a negative zero into a positive one
         return a + b
 
     return [add(a, b) for a, b in zip(left, right, strict=True)]
 
 
 class Buffers:
-    """The buffers at the start of a step, such as BatchNorm's running statistics, from which every replica starts."""
+    """A model's buffers, such as BatchNorm's running statistics, and a copy of them from the start of a step."""
 
     def __init__(self, model: nn.Module) -> None:
         self.live = list(model.buffers())
-        self._start = [torch.empty_like(buffer) for buffer in self.live]
+        self._copies: list[Tensor] = []
 
     def keep(self) -> None:
-        """Remember the buffers as they are."""
+        """Copy the buffers."""
+        if not self._copies:  # not earlier: by now they are on their device
+            self._copies = [torch.empty_like(buffer) for buffer in self.live]
         if self.live:
-            torch._foreach_copy_(self._start, self.live)
+            torch._foreach_copy_(self._copies, self.live)
 
     def restore(self) -> None:
-        """Set the buffers back to what was kept."""
+        """Set the buffers to what they were when `keep` was called."""
         if self.live:
-            torch._foreach_copy_(self.live, self._start)
+            torch._foreach_copy_(self.live, self._copies)
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Return the gradients and leave none behind."""
+    """Return the parameters' gradients and set `.grad` to None."""
     gradients: Gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None

@@ -1,6 +1,15 @@
-"""Step 4: what runs a model's replicas and adds their gradients; here in one process, elsewhere in several.
+"""Step 4: the contract of a strategy, by which a model's replicas share a step; `Strategy` itself is for one process.
 
-The trainer does the same with each: a replica's passes in `no_sync`, the last one's in `sync`, and then `reduce`.
+A step runs this process's replicas, the first one last, and then sums over all processes:
+
+    losses = []
+    for replica in reversed(replicas):
+        with strategy.replica(last=replica is replicas[0]):
+            loss = criterion(strategy(replica.inputs), replica.targets)
+            loss.backward()
+        losses.append(loss.detach())
+    loss = strategy.reduce(losses)  # from here on, .grad holds the sum over all replicas of all processes
+    optimizer.step()
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,21 +21,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay.distributed.process_group import ProcessGroup
-from torchrelay.distributed.replicas import GradientTree, add_neighbours, give_gradients, take_gradients
+from torchrelay.distributed.replicas import (
+    Buffers,
+    GradientTree,
+    add_neighbors,
+    give_gradients,
+    take_gradients,
+    tree_sum,
+)
 from torchrelay.models.ema import EMA
 
 
 class Strategy:
-    """Runs a model's replicas and adds their gradients.
+    """Runs a model's replicas and sums their gradients.
+
+    A subclass for several processes overrides `no_sync` and `sync`, and what else differs.
 
     Args:
-        model: whose gradients are added.
-        group: the processes.
-        exact: whether gradients are added in the fixed tree, or as the backend likes to.
-        forward: the model, or the same compiled.
+        model: the model, already on its device.
+        group: the process group.
+        exact: whether gradients are summed in the fixed tree, or in the order that the backend chooses.
+        forward: what computes the outputs, such as the compiled model; the model itself if not given.
 
     Attributes:
-        collective_forward: whether every process must go as often through the model as the others, in evaluations, too.
+        collective_forward: whether all processes must run the same number of forward passes, in evaluation as well.
+        model_name: the name of the model's class, before a strategy changes it.
     """
 
     collective_forward = False
@@ -35,64 +54,95 @@ class Strategy:
         self, model: nn.Module, group: ProcessGroup, *, exact: bool, forward: Callable[[Any], Any] | None = None
     ) -> None:
         self.model = model
-        self.model_name = type(model).__name__  # as its author calls it: what is divided gets another class
+        self.model_name = type(model).__name__
         self.group = group
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.buffers = list(model.buffers())
+        self.buffers = Buffers(model)
         self._forward = forward or model
+        self._tree: GradientTree | None = None  # of the current step
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
         return self._forward(inputs)
 
     @contextmanager
+    def replica(self, *, last: bool) -> Iterator[None]:
+        """Enclose one replica's forward and backward pass; nothing in it if the replica has no samples.
+
+        Each replica starts from the buffers, such as BatchNorm's running statistics, that the step started from.
+
+        Args:
+            last: whether this is the process's last replica of the step. Its buffers remain, and gradients are
+                synchronized while its backward pass runs.
+        """
+        if self._tree is not None:
+            self.buffers.restore()
+        elif not last:
+            self.buffers.keep()
+        tree, self._tree = self._tree or GradientTree(), None  # an error ends the step
+        with self.sync(tree) if last else self.no_sync(tree):
+            yield
+        self._tree = None if last else tree
+
+    @contextmanager
     def no_sync(self, tree: GradientTree) -> Iterator[None]:
-        """A context for a replica's forward and backward pass, whose gradients go into this process's tree."""
+        """Enclose a replica's passes and add its gradients to this process's tree."""
         yield
         tree.add(take_gradients(self.parameters))
 
     @contextmanager
     def sync(self, tree: GradientTree) -> Iterator[None]:
-        """A context for the last replica's passes; after it, and `reduce`, gradients are the sums of all replicas'."""
+        """Enclose the last replica's passes; after it and `reduce`, `.grad` holds the sum over all replicas."""
         yield
-        tree.add(take_gradients(self.parameters))
-        give_gradients(self.parameters, tree.total())
+        if tree.leaves:
+            tree.add(take_gradients(self.parameters))
+            give_gradients(self.parameters, tree.total())
+
+    def reduce(self, losses: Sequence[Tensor]) -> Tensor:
+        """Complete a step's gradient synchronization, and give all processes the buffers of rank 0.
+
+        Args:
+            losses: of this process's replicas, each without dimensions, in the order in which they ran.
+
+        Returns:
+            The sum over all replicas of all processes.
+        """
+        loss = tree_sum(losses)
+        if self.group.size == 1:
+            return loss
+        self.group.broadcast(self.buffers.live)
+        return add_neighbors(self.group.gather(loss).unbind())
 
     def broadcast_weights(self) -> None:
-        """Give all processes the first one's weights."""
+        """Give all processes the weights and buffers of rank 0."""
         self.group.broadcast([tensor for _, tensor in sorted(self.model.state_dict().items())])
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that can't work on what this process has of the parameters; here that is all."""
+        """Raise a UsageError if the optimizer can't work on what this process holds of the parameters."""
 
     def grad_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Return the norm of the whole gradient."""
+        """Return the norm of the whole gradient, without dimensions."""
         return nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
-    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-        """Scale the gradient down to a largest norm; return its norm before."""
-        return nn.utils.clip_grad_norm_(parameters, largest)
+    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` if its norm is larger; return the norm before that."""
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def full_state(self, state: Any) -> Any:
-        """Return a state as a checkpoint has it, in the first process; all of them ask together."""
+        """Return a state with whole tensors, as a checkpoint holds it, on rank 0. All processes call this together."""
         return state
 
     def load_state(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
-        """Load a state of a checkpoint into a model, its optimizer or its moving average."""
+        """Load a checkpoint's state into a model, its optimizer or its moving average."""
         target.load_state_dict(state)
         if isinstance(target, Optimizer):
-            _lay_out(target)
-
-    def reduce(self, loss: Tensor) -> Tensor:
-        """Return the sum of the processes' losses; give all of them the first one's buffers."""
-        self.group.broadcast(self.buffers)
-        return add_neighbours(self.group.gather(loss).clone().unbind())
+            _restore_memory_format(target)
 
 
 @torch.no_grad()
-def _lay_out(optimizer: Optimizer) -> None:
-    """Give each state its parameter's memory layout: a checkpoint doesn't keep it, a fused optimizer relies on it."""
+def _restore_memory_format(optimizer: Optimizer) -> None:
+    """Give each state its parameter's strides: a checkpoint doesn't keep them, and fused optimizers rely on them."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -40,7 +40,7 @@ def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[
     if resume and trainer.folder is None:
         raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
     with ExitStack() as stack:
-        stack.enter_context(trainer.device.explained(trainer.batches.batch_size))
+        stack.enter_context(trainer.device.explain_errors(trainer.batches.batch_size))
         trainer.signal = stack.enter_context(StopSignal())
         stack.callback(_close, trainer)
         if trainer.folder is not None and trainer.group.main:

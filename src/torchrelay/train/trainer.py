@@ -34,9 +34,9 @@ from torchrelay.data.batches import Batches, Sampling
 from torchrelay.data.sources import ArraySource, as_source, statistics
 from torchrelay.device import processor
 from torchrelay.device.device import DeviceSettings, set_up
-from torchrelay.distributed.process_group import join
-from torchrelay.distributed.replicas import Buffers, GradientTree, ParallelSettings, replicas_of
-from torchrelay.distributed.strategy import share
+from torchrelay.distributed.build import build_strategy
+from torchrelay.distributed.process_group import init_process_group
+from torchrelay.distributed.replicas import ParallelSettings, count_replicas
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.optim.groups import clear_gradients
@@ -148,8 +148,8 @@ class Trainer:
         chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
         self.device = set_up(chosen, self.settings.exact)
         sharing = parallel or ParallelSettings()
-        self.group = join(self.device.device, sharing.timeout)
-        self.replicas = replicas_of(sharing, self.group.size, self.settings.exact)
+        self.group = init_process_group(self.device.device, sharing.timeout)
+        self.replicas = count_replicas(sharing, self.group.size, self.settings.exact)
         if not self.group.main:
             self.terminal = Terminal(quiet=True)  # one speaks for all
 
@@ -186,7 +186,7 @@ class Trainer:
 
         # 3. Model
         self.model = model
-        self.strategy = share(
+        self.strategy = build_strategy(
             model,
             sharing.kind,
             self.group,
@@ -242,7 +242,6 @@ class Trainer:
         self.step_log = StepLog()
         self.stopwatch = Stopwatch()
         self.callbacks = [self.step_log, Pictures(), *callbacks]
-        self._buffers = Buffers(self.model)
         self.guard = SpikeDetector(self.settings.spike_threshold)
         self.skipped: dict[int, list[int]] = {}  # steps left out for their loss, counted from 1, and their samples
         self.signal = StopSignal()
@@ -319,19 +318,11 @@ class Trainer:
 
     def _own_replicas(self, batch: Batch, total: Tensor | float) -> Tensor:
         """Compute this process's replicas one after another; all processes' gradients and losses are added."""
-        gradients, losses = GradientTree(), GradientTree()
-        if len(batch.replica_sizes) > 1:
-            self._buffers.keep()
+        losses = []
         for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
-            if replica + 1 < batch.first_replica + len(batch.replica_sizes):
-                self._buffers.restore()  # every replica starts from the step's; the first one's stay, so it goes last
-            last = replica == batch.first_replica
-            with self.strategy.sync(gradients) if last else self.strategy.no_sync(gradients):
-                part = self._replica(replica, inputs, targets, total) if len(targets) else self._nothing()
-            losses.add([part])
-        (loss,) = losses.total()
-        assert loss is not None  # noqa: S101 - each replica has one
-        return self.strategy.reduce(loss)
+            with self.strategy.replica(last=replica == batch.first_replica):
+                losses.append(self._replica(replica, inputs, targets, total) if len(targets) else self._nothing())
+        return self.strategy.reduce(losses)
 
     def _nothing(self) -> Tensor:
         """Return the loss of a replica without samples."""
@@ -508,7 +499,7 @@ class Trainer:
         """
         if split not in self.evaluated:
             raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
-        with self._averaged(), self.device.explained(self.batches.batch_size):
+        with self._averaged(), self.device.explain_errors(self.batches.batch_size):
             found = evaluate(
                 self.model,
                 self.evaluated[split],
@@ -539,7 +530,7 @@ class Trainer:
             rank=self.group.rank,
             world_size=self.group.size,
         )
-        with self._averaged(), self.device.explained(self.batches.batch_size):
+        with self._averaged(), self.device.explain_errors(self.batches.batch_size):
             collective = self.strategy.collective_forward
             return predict(self.model, batches, self.task, self.device, self._test_forward, self.group, collective)
 
