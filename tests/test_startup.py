@@ -1,7 +1,9 @@
 """What is imported when: the command line answers at once, and no library is loaded that isn't used."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,14 @@ def test_each_public_name_is_there():
         assert name in dir(tr)
     with pytest.raises(AttributeError, match="module 'torchrelay' has no attribute 'Trainr'"):
         tr.Trainr  # noqa: B018
+
+
+def test_no_module_imports_at_its_top_what_only_posix_has():
+    import torchrelay as tr
+
+    only_posix = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+    for path in Path(tr.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert not only_posix & set(names), f"{path}:{node.lineno}"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from portalocker import LockException
+from portalocker import portalocker as lockers
 from torch import nn
 
 import torchrelay as tr
@@ -105,6 +107,15 @@ def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet
         os.kill(child, signal.SIGKILL)
         holder.kill()
         holder.stdout.close()
+
+
+def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path, quiet, monkeypatch):
+    def refuse(file, flags):
+        raise LockException("No locks available")
+
+    monkeypatch.setattr(lockers.LockfLocker, "lock", lambda self, file, flags: refuse(file, flags))
+    with pytest.raises(RelayError, match=r"can't lock .*lock: No locks available; put the run folder on a file system"):
+        opened(tmp_path / "run", quiet)
 
 
 # ------------------------------------------------------------------------------------------------ its files

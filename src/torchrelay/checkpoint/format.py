@@ -273,6 +273,9 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(path: Path) -> None:
+    """Flush a folder's entries to disk; Windows can neither open a folder nor needs to."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,6 @@ while another run has it mapped. Processes that start together build it once: th
 may be deleted at any time.
 """
 
-import fcntl
 import hashlib
 import json
 import mmap
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchrelay.errors import RelayError
+from torchrelay.run.lock import lock
 
 Images = npt.NDArray[np.uint8]  # (images, channels, height, width)
 _FORMAT = 2  # raised when the content or its layout changes for the same key
@@ -177,5 +177,5 @@ def _free(folder: Path) -> int:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that ends with the process, however that ends."""
     with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield

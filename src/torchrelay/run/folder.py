@@ -5,7 +5,6 @@ A run can be read from these files alone: `recipe.toml`, `log.txt`, `metrics.jso
 """
 
 import contextlib
-import fcntl
 import gzip
 import json
 import math
@@ -19,8 +18,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import tomli_w
+from portalocker import AlreadyLocked, LockException
 
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.run.lock import lock
 from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
 from torchrelay.run.terminal import Terminal
@@ -53,7 +54,7 @@ class RunFolder:
             raise UsageError(f"{path} holds no run to resume: give a folder that 'torchrelay train' made")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / "lock")
+            self._lock = _take(path / "lock")
             self._log = (path / "log.txt").open("a", encoding="utf-8")
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:
@@ -157,23 +158,36 @@ def _append(file: TextIO, line: str) -> None:
         ) from error
 
 
-def _lock(path: Path) -> TextIO:
-    """Take the folder's lock, which the operating system releases when the process ends, however it ends."""
+def _take(path: Path) -> TextIO:
+    """Take the folder's lock, which the operating system releases when the process ends, however it ends.
+
+    Raises:
+        RelayError: another process holds it, or the file system has no locks.
+    """
     file = path.open("a+", encoding="utf-8")
     try:
-        # lockf belongs to the process alone: forked loader workers would keep a flock after kill -9.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
+        lock(file, wait=False)
+    except AlreadyLocked as error:
+        holder = _holder(file)
         file.close()
         raise RelayError(
             f"{path.parent} is in use by {holder}: wait for it, stop it, or choose another run folder"
         ) from error
+    except LockException as error:
+        file.close()
+        raise RelayError(f"can't lock {path}: {error}; put the run folder on a file system with locks") from error
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def _holder(file: TextIO) -> str:
+    """Return who holds a lock, as its file says; Windows doesn't let others read a locked file."""
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        return file.read().strip() or "another process"
+    return "another process"
 
 
 def free_folder(name: str, parent: Path = Path("runs")) -> Path:
