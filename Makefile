@@ -35,7 +35,7 @@ house: install
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'
-	$(BIN)/python -m benchmarks --out docs/benchmarks.md
+	$(BIN)/python -m benchmarks --out docs/evidence/benchmarks.md
 
 # On a machine with a GPU, whose own Python serves where there is no .venv. The times to an accuracy take files of yours:
 # make bench-gpu RECORDS="--root FOLDER --airbench FILE --speedrun FILE --reference"
@@ -43,13 +43,14 @@ GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 bench-gpu:
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest -m gpu; tests=$$?; \
-	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.speed.gpu $(RECORDS) --out docs/measured/gpu.md && exit $$tests
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.speed.gpu $(RECORDS) --out docs/evidence/gpu.md && exit $$tests
 
+# The site, into build/docs; first the pages and pictures that are made from the code.
 docs: install
 	$(BIN)/python -m tools.augmentations --out docs/pictures/augmentations.png
 	$(BIN)/python -m tools.schedules --out docs/pictures/schedules.png
-	$(BIN)/python -m tools.reference --out docs/recipes.md
-	$(BIN)/torchrelay recipe --schema > docs/recipe.schema.json
+	$(BIN)/python -m tools.reference
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs build/docs
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build docs/reference/api .pytest_cache .mypy_cache .ruff_cache

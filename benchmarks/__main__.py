@@ -1,6 +1,6 @@
 """The short benchmarks, one after another, on one page.
 
-    python -m benchmarks [--only NAME…] [--quick] [--out docs/benchmarks.md]
+    python -m benchmarks [--only NAME…] [--quick] [--out docs/evidence/benchmarks.md]
 
 Each runs in a process of its own. The long ones have commands of their own, which the page lists.
 """
@@ -29,7 +29,7 @@ SHORT = (
     "photos",
     "folder_cache",
 )
-OVERHEAD, ACCURACY = "pictures/overhead.png", "pictures/accuracy-over-time.png"
+OVERHEAD, ACCURACY = "../pictures/overhead.png", "../pictures/accuracy-over-time.png"
 
 NOTE_ON_TIME = """\
 Made by `python -m tools.pictures --root FOLDER`. The fast recipe was tested after each epoch for this picture; its
@@ -50,15 +50,15 @@ LONG = (
     Long(
         "one run killed again and again, compared byte by byte",
         "python -m benchmarks.exactness.kill --root FOLDER --epochs 20",
-        "measured/kill.md",
+        "kill.md",
     ),
-    Long("a run that changes its number of processes", "python -m benchmarks.exactness.elastic", "measured/elastic.md"),
+    Long("a run that changes its number of processes", "python -m benchmarks.exactness.elastic", "elastic.md"),
     Long(
         "several processes beside DistributedDataParallel",
         "python -m benchmarks.scale.parallel",
-        "measured/parallel.md",
+        "parallel.md",
     ),
-    Long("what grows with the number of devices", "python -m benchmarks.scale", "measured/scale.md"),
+    Long("what grows with the number of devices", "python -m benchmarks.scale", "scale-tables.md"),
     Long(
         "losses and weights against a plain loop",
         "python -m benchmarks.exactness.agreement --data FOLDER",
@@ -67,7 +67,7 @@ LONG = (
     Long(
         "the time to the reference's accuracy",
         "python -m benchmarks.speed.accuracy --root FOLDER",
-        "measured/accuracy.md",
+        "accuracy.md",
     ),
     Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
 )
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHORT, metavar="NAME", help=f"some of: {', '.join(SHORT)}")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
-    parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `pictures` beside it")
+    parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `../pictures`")
     options = parser.parse_args()
     before = circumstances()
     found: dict[str, list[Table]] = {}

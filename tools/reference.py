@@ -1,20 +1,30 @@
-"""The table of all recipe keys in docs/recipes.md, from the settings classes.
+"""Writes what the documentation takes from the code, in place.
 
-    python -m tools.reference --out docs/recipes.md
+    python -m tools.reference
 
-replaces what stands between the two `keys` comments of that file.
+- a Python block after `<!-- quote: FILE NAME -->` becomes the source of that function, class or method, without its
+  docstring; `<!-- quote: FILE -->` quotes a whole file after its docstring;
+- what stands between `<!-- keys: begin -->` and `<!-- keys: end -->` becomes the tables of all recipe keys, and between
+  `<!-- commands: begin -->` and `<!-- commands: end -->` the options of all commands;
+- `reference/recipe.schema.json` becomes the JSON schema of recipes.
+
+A test compares the committed pages with what this module returns.
 """
 
 import argparse
+import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torchrelay import optim
-from torchrelay.recipe.recipe import Recipe
+from torchrelay import cli, optim
+from torchrelay.recipe import recipe
 from torchrelay.settings import Settings
 
-START, END = "<!-- keys: begin -->\n", "<!-- keys: end -->\n"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+QUOTE = re.compile(r"(?<=<!-- quote: )(?P<path>\S+)(?: (?P<name>\S+))? -->\n```py\n.*?```", re.DOTALL)
 VARIANTS: dict[str, tuple[type[Settings], ...]] = {
     "optimizer": (optim.SGD, optim.AdamW, optim.Muon),
     "schedule": (
@@ -29,43 +39,107 @@ VARIANTS: dict[str, tuple[type[Settings], ...]] = {
 }
 
 
-def sections() -> Iterator[str]:
-    for section, meaning in Recipe.meanings().items():
-        yield f"### `[{section}]`\n\n{meaning}\n"
+def pages() -> dict[Path, str]:
+    """Return each page of the documentation, and the schema, as they should be."""
+    texts = {page: quoted(page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", *DOCS.rglob("*.md"))}
+    for page, text in texts.items():
+        for part, content in (("keys", keys), ("commands", commands)):
+            begin, end = f"<!-- {part}: begin -->\n", f"<!-- {part}: end -->"
+            if begin in text:
+                before, _, rest = text.partition(begin)
+                texts[page] = text = before + begin + "\n" + "\n".join(content()) + "\n" + end + rest.partition(end)[2]
+    return texts | {DOCS / "reference" / "recipe.schema.json": recipe.schema() + "\n"}
+
+
+def quoted(text: str) -> str:
+    """Return a page with its quotations renewed."""
+    return QUOTE.sub(lambda m: f"{m[0].partition('```')[0]}```py\n{source(m['path'], m['name'])}\n```", text)
+
+
+def source(path: str, name: str | None) -> str:
+    """Return the source of a file, or of a function, class or method in it, without docstring and indentation."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    node: Any = ast.parse(text)
+    for part in name.split(".") if name else ():
+        node = next(child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part)
+    lines = text.splitlines()
+    first, last, indentation = 1, len(lines), 0
+    if name:
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        last, indentation = node.end_lineno, node.col_offset
+    docstring = range(0)
+    if ast.get_docstring(node) is not None:
+        docstring = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    return "\n".join(lines[i - 1][indentation:] for i in range(first, last + 1) if i not in docstring).strip()
+
+
+def keys() -> Iterator[str]:
+    """Yield the sections of a recipe, each with the table of its keys."""
+    for section, meaning in recipe.Recipe.meanings().items():
+        yield f"## `[{section}]`\n\n{meaning}\n"
         if section in VARIANTS:
             for variant in VARIANTS[section]:
-                yield f'`name = "{variant.model_fields["name"].default}"`: {(variant.__doc__ or "").splitlines()[0]}\n'
-                yield table(variant)
+                yield f'### `{section}.name = "{variant.model_fields["name"].default}"`\n'
+                yield f"{(variant.__doc__ or '').splitlines()[0]}\n"
+                yield key_table(variant)
         else:
-            yield table(type(getattr(Recipe(), section)))
+            yield key_table(type(getattr(recipe.Recipe(), section)))
 
 
-def table(settings: type[Settings]) -> str:
-    rows, meanings = ["| key | default | meaning |", "| --- | --- | --- |"], settings.meanings()
-    for key, info in sorted(settings.model_fields.items(), key=lambda item: item[0] != "name"):
-        default = shown(info.get_default(call_default_factory=True))
-        rows.append(f"| `{key}` | {default} | {cell(meanings.get(key))} |")
-    return "\n".join(rows) + "\n"
+def key_table(settings: type[Settings]) -> str:
+    """Return the keys of one settings class, the name first."""
+    meanings = settings.meanings()
+    fields = sorted(settings.model_fields.items(), key=lambda item: item[0] != "name")
+    return table(
+        ("key", "default", "meaning"),
+        ((f"`{key}`", shown(info.get_default(call_default_factory=True)), meanings.get(key)) for key, info in fields),
+    )
+
+
+def commands() -> Iterator[str]:
+    """Yield the commands, each with the table of its arguments and options."""
+    _, subparsers = cli._parser()
+    for name, parser in subparsers.choices.items():
+        actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+        positional = " ".join(argument(action) for action in actions if not action.option_strings)
+        yield f"## `torchrelay {name}`\n\n```text\ntorchrelay {name} {positional}".rstrip() + " [options]\n```\n"
+        yield f"{parser.description}.\n"[0].upper() + f"{parser.description}.\n"[1:]
+        yield table(("", "meaning"), ((f"`{argument(action)}`", action.help) for action in actions))
+
+
+def argument(action: argparse.Action) -> str:
+    """Return an option with its value, or what stands in an argument's place."""
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest)
+    if action.option_strings:
+        return f"{action.option_strings[-1]} {value}".strip()
+    return {"?": f"[{value}]", "+": f"{value} [{value} ...]"}.get(str(action.nargs), value)
 
 
 def shown(value: Any) -> str:
+    """Return a default as a recipe would write it."""
     if value is None:
         return "unset"
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return f"`{text}`" if text else "empty"
 
 
-def cell(text: str | None) -> str:
+def table(heads: tuple[str, ...], rows: Iterator[tuple[str | None, ...]]) -> str:
+    """Return a Markdown table."""
+    cells = [heads, ("---",) * len(heads), *((escape(cell) for cell in row) for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
+
+
+def escape(text: str | None) -> str:
+    """Return a cell's text, in which no bar ends the cell."""
     return (text or "").replace("|", "\\|")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the page whose table is replaced")
-    page = parser.parse_args().out
-    before, _, rest = page.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
-    page.write_text(before + START + "\n" + "\n".join(sections()) + "\n" + END + after, encoding="utf-8")
+    """Write the pages that differ from what they should be."""
+    for page, text in pages().items():
+        if page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+            print(page.relative_to(ROOT))
 
 
 if __name__ == "__main__":

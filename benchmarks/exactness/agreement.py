@@ -1,6 +1,6 @@
 """Do the recipes compute what a plain loop computes? Losses and final weights, bit by bit.
 
-    python -m benchmarks.exactness.agreement [--data FOLDER] [--out docs/agreement.md]
+    python -m benchmarks.exactness.agreement [--data FOLDER] [--out docs/evidence/agreement.md]
 
 trains each recipe with torchrelay and records the batches, then runs `twin.py`, a hand-written loop that imports
 nothing of torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's photographs;

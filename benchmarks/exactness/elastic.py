@@ -1,6 +1,6 @@
 """One run on 1, 2, 4 and 8 processes, moved between them by kill -9, and on hosts of which one dies: the same bytes.
 
-    python -m benchmarks.exactness.elastic [--out docs/measured/elastic.md]
+    python -m benchmarks.exactness.elastic [--out docs/evidence/elastic.md]
 
 The network has BatchNorm, dropout and weights that only some replicas use; the gradient is clipped and the weights are
 averaged; the last batch of an epoch has three samples for eight replicas. Hashes are those of all files of the final

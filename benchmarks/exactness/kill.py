@@ -1,6 +1,6 @@
 """Kill a run again and again, resume it each time, and compare all that it leaves with the run that nobody touched.
 
-    python -m benchmarks.exactness.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/measured/kill.md]
+    python -m benchmarks.exactness.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/evidence/kill.md]
 
 The run reads an image folder (`--root`, such as CIFAR-10's photographs; without it, pictures of handwritten digits)
 image by image in two worker processes, by a transform that draws from PyTorch, NumPy and Python; on top of that batched

@@ -1,6 +1,6 @@
 """What grows with the number of devices: formulas from 1 to 16,384, checked by counting, and by the kernel's counts.
 
-    python -m benchmarks.scale [--out docs/measured/scale.md] [--picture docs/pictures/scale.png]
+    python -m benchmarks.scale [--out docs/evidence/scale-tables.md] [--picture docs/pictures/scale.png]
 
 1. The formulas of benchmarks/scale/model.py, as tables. Times in them are extrapolated from the links that they name.
 2. A simulation that runs the exchange's own code for 1 to 64 processes, and counts each message.

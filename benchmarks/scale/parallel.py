@@ -1,6 +1,6 @@
 """What several processes cost: a step of an exact run beside DistributedDataParallel's, and what a second one brings.
 
-    python -m benchmarks.scale.parallel [--rounds 5] [--out docs/measured/parallel.md]
+    python -m benchmarks.scale.parallel [--rounds 5] [--out docs/evidence/parallel.md]
 
 Each case runs in one and in two processes of one thread, on the CPU over gloo, or on as many GPUs over nccl. `by hand`
 is a loop of PyTorch's own DistributedDataParallel that imports nothing of ours. All take the same batches from memory;

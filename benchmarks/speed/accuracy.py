@@ -1,6 +1,6 @@
 """How long `cifar10-fast` takes to the reference's 88.44%, beside the reference's own rate on the same machine.
 
-    python -m benchmarks.speed.accuracy --root FOLDER [--seeds 5] [--out docs/measured/accuracy.md]
+    python -m benchmarks.speed.accuracy --root FOLDER [--seeds 5] [--out docs/evidence/accuracy.md]
 
 FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg. Each seed is a `torchrelay train` of its own with a cache of its
 own, timed from the start of the process to its end: imports, decoding, training, evaluation and checkpoint. The

@@ -160,7 +160,8 @@ def test_a_runs_times_are_from_its_start_without_its_earlier_tests():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", all_of_them.SHORT)
 def test_each_benchmark_runs(name, tmp_path):
-    out = tmp_path / "page.md"
+    out = tmp_path / "evidence" / "page.md"
+    out.parent.mkdir()
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", name, "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -100,7 +100,7 @@ def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_spare_host_takes_over(tmp_path, same_runs, undisturbed):
-    """It needs a variable of torchrun, as docs/clusters.md says."""
+    """It needs a variable of torchrun, as docs/howto/clusters.md says."""
     run, logs = tmp_path / "run", [tmp_path / f"{number}.log" for number in range(3)]
     with hosts(3) as three:
         first, second, spare = three
