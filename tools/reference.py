@@ -15,6 +15,7 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,17 @@ def key_table(settings: type[Settings]) -> str:
 
 def commands() -> Iterator[str]:
     """Yield the commands, each with the table of its arguments and options."""
-    _, subparsers = cli._parser()
-    for name, parser in subparsers.choices.items():
-        actions = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
-        positional = " ".join(argument(action) for action in actions if not action.option_strings)
-        yield f"## `torchrelay {name}`\n\n```text\ntorchrelay {name} {positional}".rstrip() + " [options]\n```\n"
-        yield f"{parser.description}.\n"[0].upper() + f"{parser.description}.\n"[1:]
-        yield table(("", "meaning"), ((f"`{argument(action)}`", action.help) for action in actions))
+    for name in cli.COMMANDS:
+        module = import_module(f"torchrelay.commands.{name}")
+        parser = argparse.ArgumentParser(add_help=False)
+        module.add_options(parser)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        positional = " ".join(argument(action) for action in parser._actions if not action.option_strings)
+        yield f"## `torchrelay {name}`\n\n{module.HELP[0].upper()}{module.HELP[1:]}.\n"
+        yield f"```text\ntorchrelay {name} {positional}".rstrip() + " [options]\n```\n"
+        yield table(
+            ("argument or option", "meaning"), ((f"`{argument(action)}`", action.help) for action in parser._actions)
+        )
 
 
 def argument(action: argparse.Action) -> str:

@@ -97,8 +97,7 @@ def check(done: subprocess.CompletedProcess[str], what: str) -> None:
 
 def check_arguments(arguments: list[str]) -> None:
     """The command line takes these arguments, and the recipe these overrides."""
-    parser, *_ = command_line._parser()
-    options = parser.parse_args(arguments)
+    options = command_line._parse(arguments)
     if options.command == "train" and not options.recipe.endswith(".toml"):
         recipe.load(options.recipe, options.overrides)
 
