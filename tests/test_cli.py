@@ -97,7 +97,7 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
         ("train digits --set model.name=resnet81", "there is no model 'resnet81'; did you mean 'resnet18'?"),
         ("train digits --set model.options.widht=3", "has no option 'widht'; did you mean 'widths'?"),
         ("train digits --set data.name=digts", "data.name 'digts' is unknown; did you mean 'digits'?"),
-        ("train digits --set data.name=cifar10", "data.root isn't set: say where cifar10 is"),
+        ("train digits --set data.name=cifar10", "data.root isn't set: set it to the folder of cifar10"),
         ("train digits --set loss.name=cross_entrop", "'cross_entrop' is unknown; did you mean 'cross_entropy'?"),
         ("train digits --set loss.name=foo", "'foo' is unknown; known: cross_entropy, bce, mse, next_token"),
         ("train digits --set loss.class_weights=[1,2]", "has 2 numbers for 10 classes: give one each"),
@@ -446,7 +446,7 @@ def test_code_that_fails_is_named_with_its_line(text, says, tmp_path, capsys):
         ("loss.name=half", "'half' is unknown"),
         ("data.name=rmtree", "data.name 'rmtree' is unknown"),
         ("model.name=rmtree", "there is no model 'rmtree'"),
-        ("data.options.shar=0.5", "data.options don't fit 'half'"),
+        ("data.options.shar=0.5", "data.options don't match 'half'"),
         ("model.name=Min", "did you mean 'Mine'?"),
     ],
 )

@@ -1,5 +1,6 @@
 """Augmentation: each transform against a plain version of it, and that a sample's company doesn't matter."""
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -200,7 +201,7 @@ def test_crops_go_everywhere_alike():
 
 
 def test_a_reflection_longer_than_the_image_is_refused():
-    with pytest.raises(UsageError, match="can't reflect 4 pixels of an image of 9x4: take a padding below 4"):
+    with pytest.raises(UsageError, match="can't reflect 4 pixels of an image of 9x4: choose a padding below 4"):
         augment.PaddedCrop(padding=4)(photos(2, 4, 9), draw(2))
 
 
@@ -240,7 +241,7 @@ def test_a_center_crop_is_torchvisions(height, width, size):
 
 
 def test_a_center_crop_larger_than_the_image_is_refused():
-    with pytest.raises(UsageError, match="can't cut 17 pixels out of an image of 22x15: take a size up to 15"):
+    with pytest.raises(UsageError, match="can't cut 17 pixels out of an image of 22x15: choose a size up to 15"):
         augment.CenterCrop(size=17)(photos(1, 15, 22))
 
 
@@ -318,7 +319,7 @@ def test_turning_the_hue_is_torchvisions(turn):
     images = photos(5) / 255.0
     images[0, :, :2] = 0.5  # grey
     images[0, 0, 2:4] = 1.0
-    found = color.turn_hue(images, torch.full((5, 1, 1, 1), turn))
+    found = color.adjust_hue(images, torch.full((5, 1, 1, 1), turn))
     assert torch.allclose(found, V.adjust_hue(images, turn), atol=1e-5)
 
 
@@ -541,7 +542,7 @@ class Listing(Settings):
 
 def test_a_recipe_names_transforms_or_gives_tables():
     given = ["flip", {"name": "crop", "padding": 2}, augment.Cutout(size=3), {"name": "color_jitter", "hue": 0.1}]
-    found = Listing.model_validate({"augment": given, "prepare": [{"name": "centre_crop", "size": 5}]})
+    found = Listing.model_validate({"augment": given, "prepare": [{"name": "center_crop", "size": 5}]})
     assert found.augment == [
         augment.Flip(),
         augment.PaddedCrop(padding=2),
@@ -573,6 +574,25 @@ def test_a_wrong_transform_is_named_with_its_place(value, place, text):
     (error,) = caught.value.errors()
     assert error["loc"] == place
     assert text in error["msg"]
+
+
+@pytest.mark.parametrize(
+    ("field", "old", "new"), [("augment", "colour_jitter", "color_jitter"), ("prepare", "centre_crop", "center_crop")]
+)
+def test_a_recipe_may_name_a_transform_by_its_old_name_and_is_warned(field, old, new):
+    options = {"size": 5} if new == "center_crop" else {}
+    with pytest.warns(FutureWarning, match=f"transform '{old}' has been renamed to '{new}'"):
+        found = Listing.model_validate({field: [{"name": old, **options}]})
+    assert getattr(found, field)[0].name == new
+
+
+@pytest.mark.parametrize(("old", "new"), [("ColourJitter", "ColorJitter"), ("Normalise", "Normalize")])
+def test_a_class_is_found_by_its_old_name_and_warned_of(old, new):
+    with pytest.warns(FutureWarning, match=rf"augment\.{old} has been renamed to .*augment\.{new}") as caught:
+        assert getattr(augment, old) is getattr(augment, new)
+    assert caught[0].filename == __file__
+    with pytest.raises(AttributeError, match="has no attribute 'ColurJitter'"):
+        _ = augment.ColurJitter
 
 
 def test_only_fixed_transforms_prepare():
@@ -639,6 +659,15 @@ def test_a_pipeline_is_its_transforms_in_order_each_with_a_stream_of_its_own():
         shown = Draw(0, 3, torch.arange(40, 48), torch.arange(40, 48), stream)
         expected = transform(expected, shown)
     assert torch.equal(found, augment.Normalize(mean=MEAN, std=STD)(expected))
+
+
+def test_a_renamed_transform_keeps_its_random_numbers():
+    """The hash is of these lines' result at the tag `house-before`, where the class was called ColourJitter."""
+    images = (torch.arange(12 * 3 * 8 * 8) * 2654435761 % 256).to(torch.uint8).view(12, 3, 8, 8)
+    pipeline = Pipeline((augment.Flip(), augment.ColorJitter(hue=0.1)))
+    found, _ = pipeline.train(images, torch.zeros(12), seed=3, epoch=2, position=5, indices=torch.arange(12))
+    expected = "de692008b5795e8bca69d095f3665bbfc0fc1974ad24479087005648ac8f3159"
+    assert hashlib.sha256(found.numpy().tobytes()).hexdigest() == expected
 
 
 def test_equal_transforms_draw_differently():

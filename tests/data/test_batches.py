@@ -23,7 +23,7 @@ from torchrelay.data.batch import Batch, replica_sizes
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource, arrays, dataset, statistics
 from torchrelay.device.device import DeviceSettings, set_up
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 
 CPU = set_up(DeviceSettings(name="cpu"), exact=False)
 
@@ -96,6 +96,38 @@ def test_leaving_out_all_there_is_is_refused():
         batches(numbered(), 104, drop_last=True)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "text"),
+    [
+        ("sampling", "sequentiall", "sampling 'sequentiall' is unknown; did you mean 'sequential'?"),
+        ("sampling", "weighted", "known: shuffle, balanced, sequential"),
+        ("size", 0, "batch_size is 0: it must be a whole number of 1 or more"),
+        ("size", 2.5, "batch_size is 2.5: it must be a whole number of 1 or more"),
+        ("workers", -1, "workers is -1: it must be a whole number of 0 or more"),
+        ("replicas", 0, "replicas is 0: it must be a whole number of 1 or more"),
+        ("rank", 1, "rank is 1: 1 processes have ranks 0 to 0"),
+        ("world_size", 2, "2 processes can't share 1 replicas"),
+    ],
+    ids=str,
+)
+def test_a_wrong_argument_is_refused_in_one_line(argument, value, text):
+    with pytest.raises(UsageError) as caught:
+        batches(numbered(), **{argument: value})
+    assert text in str(caught.value)
+
+
+def test_batches_need_no_trainer_and_start_in_the_middle_of_an_epoch():
+    """Arrays and a device are enough; the second half of an epoch follows from its number alone."""
+    images = torch.arange(40 * 4, dtype=torch.uint8).view(40, 1, 2, 2)
+    made = Batches(arrays(images, np.arange(40) % 2), np.int64(8), CPU, Pipeline(mean=(0.5,), std=(0.5,)), seed=1)
+    assert len(made) == 5
+    rest = list(made.epoch(epoch=3, start=3))
+    assert [batch.size for batch in rest] == [8, 8]
+    for number, batch in enumerate(rest, 3):
+        assert batch.indices.tolist() == made.indices(3, number).tolist()
+        assert torch.equal(batch.inputs, (images[batch.indices] - 127.5) * (1 / 127.5))
+
+
 def test_evaluation_is_in_the_order_of_the_source_whatever_the_sampling():
     found = batches(numbered(), train=False, sampling="balanced").epoch()
     assert shuffled(found) == list(range(103))
@@ -166,7 +198,7 @@ def test_balanced_sampling_follows_from_seed_epoch_and_place():
 
 def test_balanced_sampling_needs_one_class_a_sample():
     for source in (arrays(np.zeros((4, 1)), np.zeros(4)), dataset(Noisy())):
-        with pytest.raises(RelayError, match="needs one class a sample"):
+        with pytest.raises(RelayError, match="needs one class per sample"):
             batches(source, sampling="balanced")
 
 

@@ -96,5 +96,5 @@ def test_a_text_that_is_too_short_names_the_part_and_the_setting(tmp_path):
 def test_what_is_no_text_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "t").write_bytes(content)
-    with pytest.raises(UsageError, match="can't be read as a text"):
+    with pytest.raises(UsageError, match="can't be read as text"):
         text(tmp_path / "t")

@@ -319,7 +319,7 @@ def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path
 
 
 def test_a_long_decoding_says_how_far_it_is(parted, monkeypatch):
-    monkeypatch.setattr(folder, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(folder, "_LOG_SECONDS", 0.0)
     said = []
     image_folder(parted, cache=False, log=said.append)
     assert said == [

@@ -70,7 +70,7 @@ def test_a_function_of_the_users_is_called_with_the_options():
 
 
 def test_options_that_a_function_doesnt_have_are_refused():
-    with pytest.raises(UsageError, match=r"data\.options don't fit 'pair'.*'sample'"):
+    with pytest.raises(UsageError, match=r"data\.options don't match 'pair'.*'sample'"):
         load(DataSettings(name="pair", options={"sample": 7}), seed=0, code=own(pair=pair))
 
 

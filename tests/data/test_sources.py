@@ -108,12 +108,12 @@ def test_no_samples_are_refused():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        (np.array(["cat", "dog"]), r"targets of <U3 can't be made a tensor: give numbers"),
-        (["cat", "dog"], "targets of list can't be made a tensor: give numbers"),
-        (None, "targets of NoneType can't be made a tensor: give numbers"),
-        ([[1, 2], [3, 4], [5]], "for sample 2 has 1 entries and sample 0 has 2 entries"),
-        ([0, 1, "2"], "for sample 2 has str and sample 0 has int"),
-        ([torch.zeros(2), torch.zeros(3)], r"for sample 1 has shape \(3,\) and sample 0 has shape \(2,\)"),
+        (np.array(["cat", "dog"]), r"targets of <U3 can't be converted to a tensor: give numbers"),
+        (["cat", "dog"], "targets of list can't be converted to a tensor: give numbers"),
+        (None, "targets of NoneType can't be converted to a tensor: give numbers"),
+        ([[1, 2], [3, 4], [5]], "as sample 2 has 1 entries and sample 0 has 2 entries"),
+        ([0, 1, "2"], "as sample 2 has str and sample 0 has int"),
+        ([torch.zeros(2), torch.zeros(3)], r"as sample 1 has shape \(3,\) and sample 0 has shape \(2,\)"),
     ],
     ids=["strings", "a list of strings", "nothing", "rows of several lengths", "a string", "tensors of several shapes"],
 )
@@ -155,7 +155,7 @@ def test_an_iterable_dataset_is_refused_with_a_remedy():
 
 
 def test_a_dataset_without_a_length_is_refused():
-    with pytest.raises(UsageError, match="NoLength doesn't say how many"):
+    with pytest.raises(UsageError, match="NoLength has no number of samples"):
         as_source(NoLength())
 
 
@@ -165,7 +165,7 @@ def test_an_empty_dataset_is_refused():
 
 
 def test_whatever_is_no_data_is_refused():
-    with pytest.raises(UsageError, match="str is no data"):
+    with pytest.raises(UsageError, match="str can't be used as data"):
         as_source("digits")
 
 
@@ -278,12 +278,12 @@ def test_a_share_that_leaves_one_part_empty_is_refused(share):
 
 
 def test_single_samples_cannot_be_split():
-    with pytest.raises(UsageError, match="no class has a second sample"):
+    with pytest.raises(UsageError, match="no class has two samples"):
         split(labelled(1, 1, 1), 0.5, seed=0)
 
 
 def test_a_dataset_cannot_be_split_unread():
-    with pytest.raises(UsageError, match="can't be divided"):
+    with pytest.raises(UsageError, match="can't be split"):
         split(dataset(TensorDataset(torch.zeros(3, 1))), 0.5, seed=0)
 
 

@@ -266,7 +266,7 @@ def test_more_corrupt_images_than_the_limit_are_an_error(cli, one_line, photos):
     for name in ("4", "8", "12"):
         cut(photos / "train" / "cat" / f"{name}.png")
     done = cli("train", "image-folder", "--run", "r", sets=(*PHOTOS, "data.on_error=skip", "data.max_errors=2"))
-    one_line(done, "3 images can't be read where 2 may be left out", "photos/train/cat/12.png", "data.max_errors")
+    one_line(done, "3 images can't be read and 2 may be left out", "photos/train/cat/12.png", "data.max_errors")
 
 
 def emptied(photos: Path) -> str:
@@ -385,12 +385,14 @@ FAULTS = {
     "inputs of another shape": (
         lambda: Rows(wrong_at(0, 0), lambda i: torch.ones(5 if i == 33 else 6)),
         {},
-        r"sample \d+ is \(float32 \(\d,\), int\), but sample \d+ is \(float32 \(\d,\), int\): make them alike",
+        r"sample \d+ is \(float32 \(\d,\), int\), but sample \d+ is \(float32 \(\d,\), int\): "
+        "give all samples one shape and type",
     ),
     "inputs of another type": (
         lambda: Rows(wrong_at(0, 0), lambda i: torch.ones(6, dtype=torch.float64 if i == 33 else None)),
         {},
-        r"sample \d+ is \(float\d\d \(6,\), int\), but sample \d+ is \(float\d\d \(6,\), int\): make them alike",
+        r"sample \d+ is \(float\d\d \(6,\), int\), but sample \d+ is \(float\d\d \(6,\), int\): "
+        "give all samples one shape and type",
     ),
     "inputs of double precision": (
         lambda: Rows(wrong_at(0, 0), lambda i: np.ones(6)),
@@ -467,9 +469,7 @@ def test_a_killed_loader_worker_is_named_within_15_seconds(cli, one_line, code, 
     began = time.monotonic()
     done = cli("train", "digits", "--run", "run", "--code", code, "--quiet", sets=sets)
     assert time.monotonic() - began < 15
-    one_line(
-        done, "Killed: DataLoader worker (pid", "perhaps the memory was too small: use fewer data.workers, and resume"
-    )
+    one_line(done, "Killed: DataLoader worker (pid", "perhaps it ran out of memory: use fewer data.workers, and resume")
     assert readable(tmp_path / "run") == [0]
 
 

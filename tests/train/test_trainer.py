@@ -574,7 +574,7 @@ with StopSignal() as stop:
 
 
 def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
-    with pytest.raises(UsageError, match="the batch size is 0: choose 1 or more"):
+    with pytest.raises(UsageError, match="batch_size is 0: it must be a whole number of 1 or more"):
         build(digits, quiet, batch_size=0)
     with pytest.raises(ValueError, match="epochs"):
         build(digits, quiet, epochs=0)

@@ -1,4 +1,4 @@
-"""Step 2: data sets that have a name: digits, CIFAR-10 and CIFAR-100, and texts."""
+"""Step 2: the built-in datasets: digits, CIFAR-10, CIFAR-100 and text files."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,17 @@ import torch
 from torchrelay.data.sources import ArraySource, arrays, split
 from torchrelay.errors import RelayError, UsageError
 
-# As the reference normalises (the deviations are means over images of each image's, and smaller than the pixels').
+# The reference recipe's. Its deviations are averaged over the images' own, so they are below those of all pixels.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-_GREY_LEVELS = 16  # of scikit-learn's digits: 0 to 16
+_BRIGHTEST = 16  # the largest pixel value of scikit-learn's digits
 
 
 def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySource]:
-    """Return scikit-learn's 1,797 handwritten digits, uint8 (samples, 1, 8, 8), as training and test part.
+    """Return the training and test part of scikit-learn's 1,797 handwritten digits, uint8 (samples, 1, 8, 8).
 
     Args:
-        test_share: of each class.
-        seed: from which the choice follows.
+        test_share: the test part's share of each class.
+        seed: determines the test samples.
 
     Raises:
         RelayError: scikit-learn isn't installed.
@@ -30,30 +30,26 @@ def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySo
         raise RelayError(
             "the digits come with scikit-learn, which isn't installed: pip install 'torchrelay[digits]'"
         ) from None
-    found = load_digits()
-    images = np.round(found.images * (255 / _GREY_LEVELS)).astype(np.uint8)[:, None]
-    whole = arrays(images, found.target, tuple("0123456789"), "digits")
-    rest, part = split(whole, test_share, seed)
-    assert isinstance(rest, ArraySource)  # noqa: S101 - a part of arrays is arrays
-    assert isinstance(part, ArraySource)  # noqa: S101
-    return rest, part
+    data = load_digits()
+    images = np.round(data.images * (255 / _BRIGHTEST)).astype(np.uint8)[:, None]
+    return split(arrays(images, data.target, tuple("0123456789"), "digits"), test_share, seed)
 
 
 def cifar10(root: str | Path, download: bool = False) -> tuple[ArraySource, ArraySource]:
-    """Return CIFAR-10, uint8 (50,000 and 10,000, 3, 32, 32), as training and test part.
+    """Return the training and test part of CIFAR-10, uint8 (50,000 and 10,000, 3, 32, 32).
 
     Args:
-        root: the folder in which torchvision keeps `cifar-10-batches-py`.
-        download: fetch it if it isn't there.
+        root: the folder that contains torchvision's `cifar-10-batches-py`.
+        download: download it if the folder doesn't contain it.
 
     Raises:
-        RelayError: it isn't there, or its files don't have the published checksums.
+        RelayError: the folder doesn't contain it, or its files don't have the published checksums.
     """
     return _cifar("CIFAR10", "cifar10", root, download)
 
 
 def cifar100(root: str | Path, download: bool = False) -> tuple[ArraySource, ArraySource]:
-    """Return CIFAR-100, as `cifar10` does."""
+    """Return the training and test part of CIFAR-100; see `cifar10`."""
     return _cifar("CIFAR100", "cifar100", root, download)
 
 
@@ -62,44 +58,44 @@ def _cifar(kind: str, name: str, root: str | Path, download: bool) -> tuple[Arra
 
     def read(train: bool) -> ArraySource:
         try:
-            found: Any = getattr(torchvision.datasets, kind)(Path(root).expanduser(), train=train, download=download)
+            data: Any = getattr(torchvision.datasets, kind)(Path(root).expanduser(), train=train, download=download)
         except RuntimeError as error:
-            remedy = "check the connection" if download else "set data.download=true, or data.root to where it is"
+            remedy = "check the connection" if download else "set data.download=true, or data.root to its folder"
             raise RelayError(f"{kind} isn't in {root}, or its files are damaged: {remedy}") from error
         except OSError as error:
             raise RelayError(
-                f"{kind} can't be fetched to {root}: {error}; put torchvision's files there by hand"
+                f"{kind} can't be downloaded to {root}: {error}; copy torchvision's files there yourself"
             ) from None
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        stamp = f"{name}/{'train' if train else 'test'}"  # torchvision has compared the files' checksums
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        stamp = f"{name}/{'train' if train else 'test'}"  # is enough, as torchvision has checked the files' checksums
         return ArraySource(
-            images, torch.tensor(found.targets), tuple(found.classes), name, CIFAR_MEAN, CIFAR_STD, stamp=stamp
+            images, torch.tensor(data.targets), tuple(data.classes), name, CIFAR_MEAN, CIFAR_STD, stamp=stamp
         )
 
     return read(True), read(False)
 
 
 def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple[ArraySource, ArraySource]:
-    """Return a text for a character language model: windows of characters, and the same moved on by one.
+    """Return a text for a character language model: windows of characters, and the same windows shifted by one.
 
     Args:
         source: the path of a text file.
-        length: characters of a window; the windows don't overlap.
-        test_share: of the text, its end.
+        length: characters in a window; the windows don't overlap.
+        test_share: the test part's share of the text, taken from its end.
 
     Returns:
         Training and test part: int64 inputs and targets (windows, length); `classes` are the characters.
 
     Raises:
-        UsageError: there is no such file, or it is too short.
+        UsageError: the file can't be read, or it is too short.
     """
     try:
         content = Path(source).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.root {source} can't be read as a text: {error}") from None
+        raise UsageError(f"data.root {source} can't be read as text: {error}") from None
     characters = tuple(sorted(set(content)))
-    number = {character: i for i, character in enumerate(characters)}
-    tokens = torch.tensor([number[character] for character in content])
+    index = {character: i for i, character in enumerate(characters)}
+    tokens = torch.tensor([index[character] for character in content])
     cut = round(len(tokens) * (1 - test_share))
 
     def windows(part: torch.Tensor, name: str) -> ArraySource:

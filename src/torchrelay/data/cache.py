@@ -1,9 +1,9 @@
 """Step 2: decode an image folder once, into an array that all processes and all later runs map into memory.
 
-A cache is a folder that appears whole or not at all. Its name says what it is of (a place) and what that was like (a
-key). When the place has changed it is decoded anew, and the cache of what it was like before is removed, which is safe
-while another run has it mapped. Processes that start together build it once: the others wait for the lock. All caches
-may be deleted at any time.
+A cache is a folder that appears whole or not at all. Its name has two parts: the source (which image folder, decoded to
+which size) and a key of the folder's present state. When the folder changes it is decoded again and its previous cache
+is removed, which is safe while another run has it mapped. Processes that start together build a cache once: the others
+wait for the lock. All caches may be deleted at any time.
 """
 
 import hashlib
@@ -11,9 +11,9 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -27,18 +27,19 @@ from torchrelay.errors import RelayError
 from torchrelay.run.lock import lock
 
 Images = npt.NDArray[np.uint8]  # (images, channels, height, width)
-_FORMAT = 2  # raised when the content or its layout changes for the same key
-# Linux's number; Python has no name for it before 3.13. Without it the kernel refuses what is larger than the memory.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if os.uname().sysname == "Linux" else 0)
+Fill = Callable[[Images], list[int]]  # decodes into the array; returns the positions that it had to leave black
+_FORMAT = 2  # incremented when the content or its layout changes for the same key
+# Linux's value; Python names it from 3.13 on. Without it the kernel refuses to map more than fits into memory.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Images as they were decoded."""
+    """Decoded images."""
 
     images: Images
-    missing: list[int]  # places of those that could not be decoded; they are black
-    marks: tuple[str, ...]  # a checksum of each image
+    missing: list[int]  # positions of those that could not be decoded; they are black
+    marks: tuple[str, ...]  # each image's checksum
 
     @property
     def content(self) -> str:
@@ -47,63 +48,64 @@ class Decoded:
 
 
 def default_folder() -> Path:
-    """Return where caches are kept: `$XDG_CACHE_HOME/torchrelay`, or `~/.cache/torchrelay`."""
+    """Return the folder of all caches: `$XDG_CACHE_HOME/torchrelay`, or `~/.cache/torchrelay`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchrelay"
 
 
 def key_of(facts: Any) -> str:
-    """Return a name for what `facts`, a JSON value, describes."""
+    """Return the hash of a JSON value, which names what the value describes."""
     return hashlib.blake2b(json.dumps([_FORMAT, facts]).encode(), digest_size=16).hexdigest()
 
 
-def in_memory(shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> Decoded:
-    """Return the decoded images, which nothing keeps: `cached` without a cache."""
+def in_memory(shape: tuple[int, ...], fill: Fill) -> Decoded:
+    """Decode without a cache; arguments as of `cached`."""
     images = np.zeros(shape, dtype=np.uint8)
     missing = fill(images)
     return Decoded(images, missing, _marks(images))
 
 
-def cached(folder: Path, place: str, key: str, shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> Decoded:
-    """Return the cached images of a key; build them if they aren't there.
+def cached(folder: Path, source: str, key: str, shape: tuple[int, ...], fill: Fill) -> Decoded:
+    """Return the images of a cache, and build the cache if it doesn't exist.
 
     Args:
-        folder: where caches are kept.
-        place: what they are of; it has one cache at a time.
-        key: what that is like.
+        folder: the folder of all caches.
+        source: identifies what is decoded; it has one cache at a time.
+        key: identifies the source's present state.
         shape: (images, channels, height, width).
-        fill: decodes into an array of this shape and returns the places that it had to leave empty.
+        fill: decodes into an array of this shape.
 
     Raises:
         RelayError: the disk is full, or the folder can't be written.
     """
-    target = folder / f"{place}-{key}"
-    found = _open(target, shape)
-    if found is not None:  # nothing is written then: the caches may lie on a disk that only others write to
-        return found
+    target = folder / f"{source}-{key}"
+    decoded = _open(target, shape)
+    if decoded is not None:  # without writing anything: the disk may be read-only
+        return decoded
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{place}.lock"):
-            found = _open(target, shape)
-            if found is None:
+        with (folder / f"{source}.lock").open("w") as file:
+            lock(file, wait=True)  # until the file is closed or the process dies
+            decoded = _open(target, shape)
+            if decoded is None:
                 _build(target, shape, fill)
-                _remove_others(folder, place, target)
-                found = _open(target, shape)
+                _remove_others(folder, source, target)
+                decoded = _open(target, shape)
     except OSError as error:
         raise RelayError(
             f"can't write the image cache {target}: {error.strerror or error}; it needs {prod(shape):,} bytes and "
             f"{_free(folder):,} are free: make room, set data.cache_dir to another disk, or data.cache=false to decode "
             "into memory"
         ) from error
-    if found is None:
+    if decoded is None:
         raise RelayError(f"the image cache {target} can't be read back just after it was written: check the disk")
-    return found
+    return decoded
 
 
 def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
-    """Map a cache into memory; None if it isn't there, is cut short, or is another's.
+    """Map a cache into memory; return None if it doesn't exist, is truncated or has another shape.
 
-    Checked are the facts, by their checksum, and the size of the images, which are not read: that would cost a run
-    as much as reading them once more. Their hash was taken when they were written.
+    This checks the facts by their checksum and the images by their size only: reading them would cost a run as much
+    as another epoch. Their hash was computed when they were written.
     """
     try:
         facts = json.loads((target / "facts.json").read_text())
@@ -118,23 +120,26 @@ def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Images:
-    """Map a file: the pages are shared between processes, and what is written to them stays in memory."""
+    """Map a file copy-on-write: processes share its pages, and nothing is written back to it."""
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size != prod(shape):
             raise ValueError(f"{path} doesn't have the size of {shape}")
-        flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        content = mmap.mmap(file.fileno(), prod(shape), flags=flags, prot=access)
+        if sys.platform == "win32":
+            content = mmap.mmap(file.fileno(), prod(shape), access=mmap.ACCESS_COPY)
+        else:
+            flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            content = mmap.mmap(file.fileno(), prod(shape), flags=flags, prot=access)
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[int]]) -> None:
+def _build(target: Path, shape: tuple[int, ...], fill: Fill) -> None:
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
         path = staging / "images.bin"
         with path.open("wb") as file:
-            # Taking the space first turns a full disk into an error; through the mapping it would be a bus error.
+            # Allocating the space first makes a full disk an error here, not a bus error in a write to the mapping.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, prod(shape))
             file.truncate(prod(shape))
@@ -142,6 +147,7 @@ def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[i
         missing = fill(images)
         images.flush()
         (staging / "marks.txt").write_text("\n".join(_marks(images)))
+        del images  # Windows doesn't rename a folder with a mapped file
         facts = {"shape": shape, "missing": missing}
         (staging / "facts.json").write_text(json.dumps({**facts, "checksum": key_of(facts)}))
         shutil.rmtree(target, ignore_errors=True)
@@ -150,16 +156,16 @@ def _build(target: Path, shape: tuple[int, ...], fill: Callable[[Images], list[i
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _remove_others(folder: Path, place: str, target: Path) -> None:
-    """Remove what else there is of a place: what it was like before, and what a killed process left behind."""
-    for pattern in (f"{place}-*", f".{place}-*.partial"):
+def _remove_others(folder: Path, source: str, target: Path) -> None:
+    """Remove a source's previous caches, and the partial ones that killed processes left behind."""
+    for pattern in (f"{source}-*", f".{source}-*.partial"):
         for path in folder.glob(pattern):
             if path != target:
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _marks(images: Images) -> tuple[str, ...]:
-    """Return a checksum of each image; a processor's units share them, as hashing lets other threads run meanwhile."""
+    """Return each image's checksum, computed in parallel: hashing releases the interpreter's lock."""
 
     def marks(part: Images) -> list[str]:
         return [hashlib.blake2b(image.data, digest_size=8).hexdigest() for image in part]
@@ -169,13 +175,5 @@ def _marks(images: Images) -> tuple[str, ...]:
 
 
 def _free(folder: Path) -> int:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
-    with path.open("w") as file:
-        lock(file, wait=True)
-        yield
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free

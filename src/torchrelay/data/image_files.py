@@ -1,4 +1,4 @@
-"""Step 2: one image file as pixels, whatever its format, colours and orientation; errors name the file."""
+"""Step 2: one image file as pixels, whatever its format, color mode and orientation; errors name the file."""
 
 import io
 import struct
@@ -14,26 +14,26 @@ from torch.nn.functional import interpolate
 from torchrelay.errors import RelayError
 
 Pixels = NDArray[np.uint8]
-FITTING = 2  # raised when `fitted` makes other pixels of the same
-_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # of PIL's readers
+FITTING = 2  # incremented when `fitted` returns different pixels for the same input
+_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # what PIL raises for damaged files
 
 # The markers of a JPEG file (ITU-T T.81, table B.1)
-_JPEG = b"\xff\xd8\xff"  # the start of an image and of the next marker
+_JPEG = b"\xff\xd8\xff"  # start of image, and the first byte of the next marker
 _EXIF_OR_XMP = 0xE1
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: height, width and number of components
 
 
 class UnreadableImageError(RelayError):
-    """What `on_error = "skip"` leaves out."""
+    """An image that `on_error = "skip"` leaves out."""
 
 
 def out_of_reach(path: str, error: OSError) -> RelayError:
-    """Return the error of a file that isn't given out, which says nothing of its content: it is never left out."""
+    """Return the error for a file that the system doesn't let us read. Such a file is never left out."""
     return RelayError(f"{path} can't be read: {error.strerror}; restore it or its permissions, or remove it")
 
 
 def open_image(path: str, channels: int) -> Image.Image:
-    """Return a picture, upright, as RGB (3 channels) or grey (1).
+    """Return an image, upright, as RGB (3 channels) or grayscale (1).
 
     Raises:
         RelayError: it can't be read; the text names it.
@@ -43,23 +43,23 @@ def open_image(path: str, channels: int) -> Image.Image:
             picture.load()
             return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
     except (*_DAMAGE, Image.DecompressionBombError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's, not the decoder's
+        if isinstance(error, OSError) and error.errno is not None:  # from the system, not from the decoder
             raise out_of_reach(path, error) from error
-        cause = "its content is no image" if isinstance(error, UnidentifiedImageError) else error
+        cause = "it isn't an image" if isinstance(error, UnidentifiedImageError) else error
         raise UnreadableImageError(
             f"{path} can't be read as an image: {cause}; repair or remove it, or set data.on_error=skip"
         ) from error
 
 
 def read_pixels(path: str, channels: int) -> Pixels:
-    """Return the pixels of `open_image` as (height, width, 3), or (height, width) if grey.
+    """Return the pixels of `open_image` as (height, width, 3), or (height, width) for grayscale.
 
-    Plain JPEG files don't go through PIL, but straight to the same decoder, libjpeg-turbo: the same pixels, without the
-    Python and the copies around it, in a fifth of the time for the smallest and in half of it for photographs.
+    Plain JPEG files bypass PIL and go straight to the same decoder, libjpeg-turbo: the same pixels in a fifth of the
+    time for the smallest files and in half of it for photographs, without PIL's Python code and copies.
 
     Args:
         path: the file.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for color, 1 for grayscale.
 
     Raises:
         RelayError: it can't be read; the text names it.
@@ -69,37 +69,37 @@ def read_pixels(path: str, channels: int) -> Pixels:
 
 
 def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
-    """Return the middle of pixels (height, width, …), cut to the shape that is asked for, and resized to it.
+    """Return pixels (height, width, …) center-cropped to the target's aspect ratio and resized to its size.
 
-    Each new pixel averages over what falls into it. PyTorch does so in a quarter of PIL's time, in whole numbers: the
-    same bytes with and without a processor's vector instructions, where PIL's differ by one at most.
+    Resizing is antialiased. PyTorch takes a quarter of PIL's time and computes in integers, which gives the same bytes
+    with and without a processor's vector instructions; they differ from PIL's by 1 at most.
     """
-    there, along = pixels.shape[:2]
-    if (there, along) == (height, width):
+    tall, wide = pixels.shape[:2]
+    if (tall, wide) == (height, width):
         return pixels
-    rows = max(1, min(there, round(along * height / width)))
-    columns = max(1, min(along, round(there * width / height)))
-    top, left = (there - rows) // 2, (along - columns) // 2
+    rows = max(1, min(tall, round(wide * height / width)))
+    columns = max(1, min(wide, round(tall * width / height)))
+    top, left = (tall - rows) // 2, (wide - columns) // 2
     middle = torch.from_numpy(np.atleast_3d(pixels[top : top + rows, left : left + columns])).permute(2, 0, 1)
-    # A copy is quicker than a view, and its strides say what it is: otherwise, without AVX2, PyTorch 2.15 takes the
-    # columns of an image that becomes one wide for its channels.
+    # A copy is faster than a view, and its strides are unambiguous: without AVX2, PyTorch 2.15 otherwise mistakes the
+    # columns for the channels if the resized image is one pixel wide.
     middle = middle[None].clone(memory_format=torch.channels_last)
     resized = interpolate(middle, size=(height, width), mode="bilinear", antialias=True)[0]
     return cast(Pixels, resized.permute(1, 2, 0).numpy()).reshape(height, width, *pixels.shape[2:])
 
 
 def channels_first(pixels: Pixels) -> Pixels:
-    """Return (channels, height, width) of (height, width, channels) or (height, width)."""
+    """Return (channels, height, width) from (height, width, channels) or (height, width)."""
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _converted(picture: Image.Image, mode: str) -> Image.Image:
-    """Return a picture of any kind as RGB or L, before anything resizes it: a palette's numbers can't be averaged."""
+    """Return an image of any mode as RGB or L, before it is resized: palette indices can't be averaged."""
     if picture.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range it doesn't say")
-    if picture.mode.startswith("I"):  # 16 bits a pixel; the upper eight are what PIL keeps of 16-bit colour as well
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if picture.mode.startswith("I"):  # 16 bits per pixel, of which we keep the upper 8, as PIL does for 16-bit color
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:  # is shown on white
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:  # show it on white
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == mode else picture.convert(mode)
@@ -109,7 +109,7 @@ def _converted(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def _plain_jpeg(path: str, channels: int) -> Pixels | None:
-    """Return the pixels of a JPEG file that PIL would read the same way; None of any other, and of damaged ones."""
+    """Return the pixels of a JPEG file that PIL would decode identically; None for any other or damaged file."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - a Path takes as long as the smallest images
             data = file.read(len(_JPEG))
@@ -122,14 +122,14 @@ def _plain_jpeg(path: str, channels: int) -> Pixels | None:
         return None
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-    except ValueError:  # PIL says what is wrong with it, or reads it all the same
+    except ValueError:  # PIL gives the reason, or can read it nevertheless
         return None
     return pixels if channels == 3 else pixels[:, :, 0]
 
 
 def _is_plain(data: bytes, channels: int) -> bool:
-    """Return whether a JPEG stands upright and needs no change of colours that PIL and libjpeg make differently."""
-    at, upright = 2, True  # behind the start of the image
+    """Return whether a JPEG is upright and needs no color conversion in which PIL and libjpeg differ."""
+    at, upright = 2, True  # after the start-of-image marker
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker in _FRAMES:

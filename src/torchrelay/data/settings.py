@@ -1,4 +1,4 @@
-"""Step 2: what a recipe says of the data, and loading it."""
+"""Step 2: the recipe's settings of the data, and loading the data that they name."""
 
 import inspect
 from collections.abc import Callable
@@ -20,52 +20,52 @@ Log = Callable[[str], None]
 
 
 class DataSettings(Settings):
-    """Which samples, in which batches, how augmented."""
+    """The samples, their batches and their augmentation."""
 
     name: str = "digits"
     """digits, cifar10, cifar100, image-folder, text, or a function in --code that returns (train, test)."""
     root: str | None = None
-    """The folder (or the text file) where the data is."""
+    """The folder (or the text file) that contains the data."""
     download: bool = False
-    """Fetch what isn't there (cifar10, cifar100)."""
+    """Download the dataset if the folder doesn't contain it (cifar10, cifar100)."""
     batch_size: int = Field(default=256, ge=1)
-    """Samples of a global batch, whatever the number of devices."""
+    """Samples in a global batch, whatever the number of devices."""
     workers: int = Field(default=0, ge=0)
     """Processes that read a torch Dataset sample by sample; arrays are read in batches and need none."""
     sampling: Literal["shuffle", "balanced", "sequential"] = "shuffle"
-    """shuffle: each sample once an epoch; balanced: each class as often; sequential: as they stand."""
+    """shuffle: each sample once per epoch; balanced: each class equally often; sequential: in the data's order."""
     drop_last: bool = False
-    """Leave out an epoch's last batch where it is smaller."""
+    """Leave out the last batch of an epoch if it is smaller."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """Share of the samples that is the test part, where the data has none (digits, image-folder, text)."""
+    """The test part's share of the samples, if the data has no test part (digits, image-folder, text)."""
     validation: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training samples set apart, by which "best" and early stopping go; 0: by the test part."""
+    """Share of the training samples that select "best" and stop early; 0: the test part does."""
     size: int | None = Field(default=None, ge=1)
-    """Pixels a side to which an image folder is decoded; unset: its images have one size."""
+    """Height and width to which an image folder is decoded, in pixels; unset: its images already have one size."""
     channels: Literal[1, 3] = 3
-    """Colour (3) or grey (1) of an image folder."""
+    """Channels of an image folder: color (3) or grayscale (1)."""
     length: int = Field(default=64, ge=1)
-    """Characters of a window of a text."""
+    """Characters in a window of a text."""
     prepare: list[Prepare] = Field(default_factory=list)
-    """What training and test images alike go through first, such as [{name = "resize", size = 112}]."""
+    """Transforms of training and test images, such as [{name = "resize", size = 112}]; they come first."""
     augment: list[Augment] = Field(default_factory=list)
-    """What training images go through, such as ["flip", {name = "crop", padding = 4}]."""
+    """Transforms of training images, such as ["flip", {name = "crop", padding = 4}]."""
     normalize: bool = True
-    """Shift and scale each channel by its mean and deviation."""
+    """Normalize each channel by its mean and standard deviation."""
     mean: list[float] | None = None
-    """The channels' means, of images in [0, 1]; unset: those published, or those of the training data."""
+    """The channels' means, of images in [0, 1]; unset: the published ones, or those of the training data."""
     std: list[float] | None = None
-    """The channels' deviations, likewise."""
+    """The channels' standard deviations, likewise."""
     cache: bool = True
-    """Keep a decoded image folder on the disk, for all later runs; one cache a folder, size and number of channels."""
+    """Keep a decoded image folder on disk for later runs; one cache for each folder, size and number of channels."""
     cache_dir: str | None = None
-    """Where to keep it; unset: ~/.cache/torchrelay."""
+    """The folder of the caches; unset: ~/.cache/torchrelay."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do about an image that can't be read."""
+    """What to do with an image that can't be read."""
     max_errors: int = Field(default=100, ge=0)
-    """How many images may be skipped."""
+    """The number of images that may be skipped."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of a function in --code."""
+    """Arguments of a function in --code."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
@@ -87,19 +87,21 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
     """Load the data of a recipe.
 
     Args:
-        settings: what the recipe says of it.
-        seed: the run's, from which follows what is set apart.
+        settings: the recipe's settings of the data.
+        seed: the run's seed, which determines the validation and test samples.
         code: the user's own file, in which the name is looked up first.
-        log: is told what was decoded and left out.
+        log: called with a line about the images that were decoded or left out.
 
     Raises:
-        UsageError: there is no such data, or it needs a root.
-        RelayError: it is damaged; the text says where.
+        UsageError: the name is unknown, or it needs a root.
+        RelayError: the data is damaged; the text says where.
     """
     train, test = _load(settings, seed, code, log)
     if settings.mean is not None and settings.std is not None:
         if not isinstance(train, ArraySource):
-            raise UsageError(f"data.mean is for images in arrays, and {train.name} is read one by one: normalize in it")
+            raise UsageError(
+                f"data.mean is for images in arrays, and {train.name} is read sample by sample: normalize there"
+            )
         train = replace(train, mean=tuple(settings.mean), std=tuple(settings.std))
     validation = None
     if settings.validation:
@@ -108,16 +110,10 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
 
 
 def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> tuple[Source, Source | None]:
-    own = getattr(code, settings.name, None)
-    if code is not None and inspect.isfunction(own) and own.__module__ == code.__name__:  # not what the file imports
-        try:
-            inspect.signature(own).bind(**settings.options)
-        except TypeError as error:
-            raise UsageError(f"data.options don't fit '{settings.name}' in --code: {error}") from None
-        found = own(**settings.options)
-        if not isinstance(found, tuple | list) or len(found) != 2:
-            raise UsageError(f"data.name '{settings.name}': the function in --code must return a pair (train, test)")
-        return as_source(found[0]), None if found[1] is None else as_source(found[1])
+    function = getattr(code, settings.name, None)
+    # A function that the file only imports isn't meant.
+    if code is not None and inspect.isfunction(function) and function.__module__ == code.__name__:
+        return _call(function, settings)
     match settings.name:
         case "digits":
             return digits(settings.test_share, seed)
@@ -146,7 +142,20 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
     )
 
 
+def _call(function: Callable[..., Any], settings: DataSettings) -> tuple[Source, Source | None]:
+    """Return what a function in --code returns, as sources."""
+    try:
+        inspect.signature(function).bind(**settings.options)
+    except TypeError as error:
+        raise UsageError(f"data.options don't match '{settings.name}' in --code: {error}") from None
+    parts = function(**settings.options)
+    if not isinstance(parts, tuple | list) or len(parts) != 2:
+        raise UsageError(f"data.name '{settings.name}': the function in --code must return a pair (train, test)")
+    train, test = parts
+    return as_source(train), None if test is None else as_source(test)
+
+
 def _root(settings: DataSettings) -> Path:
     if settings.root is None:
-        raise UsageError(f"data.root isn't set: say where {settings.name} is, such as --set data.root=data")
+        raise UsageError(f"data.root isn't set: set it to the folder of {settings.name}, such as --set data.root=data")
     return Path(settings.root)

@@ -1,4 +1,4 @@
-"""Step 2: what can be indexed: samples in memory, or any torch Dataset."""
+"""Step 2: sources of samples: arrays in memory, or any map-style torch Dataset."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -17,33 +17,35 @@ from torchrelay.data.order import order
 from torchrelay.errors import RelayError, UsageError
 
 Mean = tuple[float, ...]
-_BLOCK = 2**22  # values that are summed at once, or hashed; at eight bytes each, what a processor's cache holds
+_BLOCK = 2**22  # values that are summed or hashed at once; at eight bytes each they fit into a processor's cache
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """Samples held as two tensors, which are gathered, moved and augmented a batch at a time.
+    """Samples held as two tensors, from which whole batches are gathered, moved and augmented.
 
     Raises:
-        RelayError: the tensors don't fit each other or the classes; the text names the sample.
+        RelayError: the tensors don't match each other or the classes; the text names the sample.
     """
 
     inputs: Tensor  # (samples, …); images: uint8 (samples, channels, height, width)
     targets: Tensor  # (samples, …): int64 class indices (samples,), or others
-    classes: tuple[str, ...] = ()  # names; () if the targets are no classes
+    classes: tuple[str, ...] = ()  # names; () if the targets aren't classes
     name: str = "arrays"
-    mean: Mean | None = None  # per channel, of images in [0, 1]; None: to be computed
+    mean: Mean | None = None  # per channel, of images in [0, 1]; None: computed from the images
     std: Mean | None = None
     files: Files | None = field(default=None, repr=False)  # the file of each sample, if any
-    stamp: str | None = field(default=None, repr=False)  # what identifies the content, if it needn't be read for that
+    stamp: str | None = field(default=None, repr=False)  # identifies the content without reading it
 
     def __post_init__(self) -> None:
         if not (isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)):
-            raise UsageError(f"{self.name}: inputs and targets must be tensors: data.arrays() makes them of arrays")
+            raise UsageError(f"{self.name}: inputs and targets must be tensors: use data.arrays() for NumPy arrays")
         if self.inputs.ndim == 0 or self.targets.ndim == 0:
-            raise RelayError(f"{self.name}: inputs and targets need a first dimension, one entry a sample")
+            raise RelayError(f"{self.name}: inputs and targets need a first dimension with one entry per sample")
         if len(self.inputs) != len(self.targets):
-            raise RelayError(f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets: give one each")
+            raise RelayError(
+                f"{self.name}: {len(self.inputs)} inputs but {len(self.targets)} targets: give one target per input"
+            )
         if len(self.inputs) == 0:
             raise RelayError(f"{self.name}: there are no samples")
         if self.classes and self.targets.ndim == 1 and not self.targets.is_floating_point():
@@ -54,10 +56,10 @@ class ArraySource:
             raise RelayError(f"{self.name}: the labels are {self.targets.dtype}: give int64, as data.arrays() does")
         wrong = ((self.targets < 0) | (self.targets >= len(self.classes))).nonzero()
         if len(wrong):
-            place = int(wrong[0])
-            where = f" ({self.files.paths[place]})" if self.files else ""
+            index = int(wrong[0])
+            file = f" ({self.files.paths[index]})" if self.files else ""
             raise RelayError(
-                f"{self.name}: sample {place}{where} has label {int(self.targets[place])}, "
+                f"{self.name}: sample {index}{file} has label {int(self.targets[index])}, "
                 f"but the {len(self.classes)} classes are 0 to {len(self.classes) - 1}"
             )
 
@@ -66,13 +68,13 @@ class ArraySource:
         return len(self.inputs)
 
     def take(self, indices: Tensor) -> "ArraySource":
-        """Return the source of these samples, int64 (n,)."""
+        """Return the source of the samples with these indices, int64 (n,)."""
         files = None if self.files is None else self.files.take(indices.numpy())
         stamp = None if self.stamp is None else f"{self.stamp}/{_hash(indices)}"
         return replace(self, inputs=self.inputs[indices], targets=self.targets[indices], files=files, stamp=stamp)
 
     def fingerprint(self) -> str:
-        """Return a hash of the content, or of what identifies it."""
+        """Return a hash of the content, or the stamp that identifies it."""
         return self._fingerprint
 
     @cached_property
@@ -84,102 +86,97 @@ class ArraySource:
 class DatasetSource:
     """Any map-style torch Dataset of (inputs, target) pairs, read sample by sample through a DataLoader.
 
-    Its global randomness (PyTorch's, NumPy's, Python's) is seeded for each sample; a generator object that it keeps
-    of its own is not. A method `fingerprint()` of the dataset's, if it has one, says what content it stands for.
+    The global generators of PyTorch, NumPy and Python are seeded for each sample; a generator that the dataset holds
+    itself is not. If the dataset has a method `fingerprint()`, its result identifies the content.
     """
 
     dataset: Dataset[Any]
     classes: tuple[str, ...] = ()
     name: str = "dataset"
-    collate: Callable[[list[Any]], Any] | None = None  # from samples to (inputs, targets); None: PyTorch's own
+    collate: Callable[[list[Any]], Any] | None = None  # from samples to (inputs, targets); None: PyTorch's
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
             raise UsageError(
-                f"{type(self.dataset).__name__} can only be read in its own order, so a run could not go on inside an "
+                f"{type(self.dataset).__name__} can only be read in its own order, so a run couldn't resume inside an "
                 "epoch: give a Dataset with __getitem__ and __len__"
             )
         if not hasattr(self.dataset, "__len__"):
-            raise UsageError(f"{type(self.dataset).__name__} doesn't say how many samples it has: give it a __len__")
+            raise UsageError(f"{type(self.dataset).__name__} has no number of samples: give it a __len__")
         if len(self) == 0:
             raise RelayError(f"{self.name}: there are no samples")
 
     @property
     def files(self) -> Files | None:
-        """The file of each sample, if the dataset is ours and knows."""
-        found = getattr(self.dataset, "files", None)
-        return found if isinstance(found, Files) else None
+        """The file of each sample, if the dataset is one of ours that knows them."""
+        files = getattr(self.dataset, "files", None)
+        return files if isinstance(files, Files) else None
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.dataset)  # type: ignore[arg-type]
 
     def fingerprint(self) -> str:
-        """Return what the dataset says of its content, or the little to be told unread: its kind and its length."""
-        own = getattr(self.dataset, "fingerprint", None)
-        if callable(own):
-            return str(own())
-        return f"{type(self.dataset).__name__} of {len(self)}"
+        """Return the dataset's own fingerprint, or what is known without reading it: its class and its length."""
+        fingerprint = getattr(self.dataset, "fingerprint", None)
+        return str(fingerprint()) if callable(fingerprint) else f"{type(self.dataset).__name__} of {len(self)}"
 
 
 Source = ArraySource | DatasetSource
 
 
 def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
-    """Return a source of arrays: what is uint8 stays so, other integers become int64, all else float32.
+    """Return a source of arrays. uint8 inputs stay uint8, other integers become int64, everything else float32.
 
     Args:
         inputs: a tensor or a NumPy array (samples, …). Images are uint8 (samples, channels, height, width) or, with
-            1 or 3 channels, (samples, height, width, channels), which is turned around; float images lie in [0, 1].
-        targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, all else float32.
+            1 or 3 channels, (samples, height, width, channels), which is permuted; float images are in [0, 1].
+        targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, everything else float32.
         classes: names of the classes or labels.
-        name: what logs call it.
+        name: the source's name in logs and errors.
 
     Raises:
-        UsageError: they can't be made tensors.
-        RelayError: they don't fit each other or the classes; the text names the sample.
+        UsageError: they can't be converted to tensors.
+        RelayError: they don't match each other or the classes; the text names the sample.
     """
     x, y = _tensor(inputs, f"{name}: inputs"), _tensor(targets, f"{name}: targets")
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
-    if x.dtype != torch.uint8:
-        x = _plain(x)
-    y = _plain(y)
-    return ArraySource(x, y, tuple(classes), name)
+    return ArraySource(x if x.dtype == torch.uint8 else _widened(x), _widened(y), tuple(classes), name)
 
 
 def _tensor(values: Any, name: str) -> Tensor:
-    """Return a tensor on the CPU of whatever holds numbers."""
+    """Return numbers of any kind as a tensor on the CPU."""
     if isinstance(values, np.ndarray):
         values = values.astype(values.dtype.newbyteorder("="), copy=False)
-        if any(step < 0 for step in values.strides):  # as BGR images have that were turned into RGB
+        if any(stride < 0 for stride in values.strides):  # PyTorch has none; images flipped from BGR to RGB do
             values = values.copy()
     try:
         return torch.as_tensor(values, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         kind = str(values.dtype) if isinstance(values, np.ndarray) else type(values).__name__
         raise UsageError(
-            f"{name} of {kind} can't be made a tensor{_odd_one(values)}: give numbers, in one shape for all samples, "
-            "and the names of classes apart, as classes=…"
+            f"{name} of {kind} can't be converted to a tensor{_mismatch(values)}: give numbers in one shape for all "
+            "samples, and the names of classes as classes=…"
         ) from error
 
 
-def _odd_one(values: Any) -> str:
-    """Say which of some samples is unlike the first: the usual reason why they make no tensor."""
+def _mismatch(values: Any) -> str:
+    """Describe the first sample whose shape isn't that of sample 0: the usual reason why there is no tensor."""
 
     def form(value: Any) -> str:
         if isinstance(value, list | tuple):
             return f"{len(value)} entries"
         return f"shape {tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
 
-    for place, value in enumerate(values if isinstance(values, list | tuple) else ()):
+    for index, value in enumerate(values if isinstance(values, list | tuple) else ()):
         if form(value) != form(values[0]):
-            return f", for sample {place} has {form(value)} and sample 0 has {form(values[0])}"
+            return f", as sample {index} has {form(value)} and sample 0 has {form(values[0])}"
     return ""
 
 
-def _plain(values: Tensor) -> Tensor:
-    """Return int64 of integers and float32 of all else, truth values among it."""
+def _widened(values: Tensor) -> Tensor:
+    """Return integers as int64, and floats and booleans as float32."""
     return values.float() if values.is_floating_point() or values.dtype == torch.bool else values.long()
 
 
@@ -189,47 +186,51 @@ def dataset(
     """Return a source of any map-style torch Dataset whose samples are pairs (inputs, target).
 
     Args:
-        data: the dataset; its `classes`, if it has some, are taken over.
-        classes: names of the classes.
-        collate: makes a pair (inputs, targets) of a list of samples; PyTorch's default if not given.
+        data: the dataset.
+        classes: names of the classes; by default those that the dataset has as `classes`.
+        collate: turns a list of samples into a pair (inputs, targets); None: `torch.utils.data.default_collate`.
     """
     return DatasetSource(data, tuple(classes or getattr(data, "classes", ())), type(data).__name__, collate)
 
 
-def as_source(thing: Any) -> Source:
-    """Return a source of whatever a user may give: a source, a torch Dataset, or a pair (inputs, targets).
+def as_source(data: Any) -> Source:
+    """Return a source of what a user may give: a source, a torch Dataset, or a pair (inputs, targets).
 
     Raises:
         UsageError: it is none of these.
     """
-    if isinstance(thing, ArraySource | DatasetSource):
-        return thing
-    if isinstance(thing, Dataset):
-        return dataset(thing)
-    if isinstance(thing, tuple | list) and len(thing) == 2:
-        return arrays(*thing)
+    if isinstance(data, ArraySource | DatasetSource):
+        return data
+    if isinstance(data, Dataset):
+        return dataset(data)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return arrays(*data)
     raise UsageError(
-        f"{type(thing).__name__} is no data: give a source of torchrelay.data, a torch Dataset, or (inputs, targets)"
+        f"{type(data).__name__} can't be used as data: give a source of torchrelay.data, a torch Dataset, or "
+        "(inputs, targets)"
     )
 
 
-def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
-    """Divide a source into the rest and a part of its own.
+def split(source: Source, share: float, seed: int) -> tuple[ArraySource, ArraySource]:
+    """Split a source into the larger rest and a part of it, such as training and test part.
 
-    Each class is divided by that share; one with two samples or more is in both.
+    Each class is split by that share; a class with two samples or more is in both.
 
     Args:
-        source: what to divide.
-        share: of the samples that go into the part, between 0 and 1.
-        seed: from which the choice follows; it depends on nothing else.
+        source: the source to split.
+        share: the part's share of the samples, between 0 and 1.
+        seed: determines the part's samples, together with the targets.
+
+    Returns:
+        The rest and the part.
 
     Raises:
-        UsageError: one side would be empty, or the source isn't held in memory.
+        UsageError: one of them would be empty, or the source isn't held in memory.
     """
     if not 0.0 < share < 1.0:
         raise UsageError(f"a share of {share} of {source.name} leaves one part empty: choose one between 0 and 1")
     if not isinstance(source, ArraySource):
-        raise UsageError(f"{source.name} can't be divided without reading it: give the parts as datasets of their own")
+        raise UsageError(f"{source.name} can't be split without reading it: give the parts as two datasets")
     labelled = source.targets.ndim == 1 and not source.targets.is_floating_point()
     targets = source.targets.numpy() if labelled else np.zeros(len(source), dtype=np.int64)
     chosen = np.zeros(len(source), dtype=bool)
@@ -240,7 +241,7 @@ def split(source: Source, share: float, seed: int) -> tuple[Source, Source]:
         chosen[shuffled[:count]] = True
     if not chosen.any():
         raise UsageError(
-            f"{source.name}: no class has a second sample, so no part can be set apart: add samples, or give the part"
+            f"{source.name}: no class has two samples, so it can't be split: add samples, or give the parts"
         )
     rest, part = (torch.from_numpy(np.flatnonzero(side)) for side in (~chosen, chosen))
     return source.take(rest), source.take(part)
@@ -260,10 +261,10 @@ def statistics(source: Source) -> dict[str, Any]:
 
 
 def channel_statistics(images: Tensor) -> tuple[Mean, Mean]:
-    """Return the mean and the deviation of each channel of images in [0, 1].
+    """Return the mean and the standard deviation of each channel, on the scale [0, 1].
 
-    Bytes are counted, which is exact. The rest is left to NumPy, which adds in one thread: the number of threads
-    changes nothing.
+    Bytes are counted, which is exact. Floats are added by NumPy, which uses one thread, so the result doesn't depend
+    on the number of threads.
 
     Args:
         images: uint8 or float32 (samples, channels, height, width).
@@ -272,10 +273,10 @@ def channel_statistics(images: Tensor) -> tuple[Mean, Mean]:
     total, squares = np.zeros(channels), np.zeros(channels)
     if images.dtype == torch.uint8:
         levels = np.arange(256)
-        found = _histograms(images)
-        total, squares = found @ levels / 255, found @ levels**2 / 255**2
+        counts = _histograms(images)
+        total, squares = counts @ levels / 255, counts @ levels**2 / 255**2
     else:
-        for block in _split(images):
+        for block in _blocks(images):
             values = block.numpy().astype(np.float64)
             total += values.sum(axis=(0, 2, 3))
             squares += np.square(values).sum(axis=(0, 2, 3))
@@ -285,25 +286,25 @@ def channel_statistics(images: Tensor) -> tuple[Mean, Mean]:
 
 
 def _histograms(images: Tensor) -> npt.NDArray[np.int64]:
-    """Return how often each value stands in each channel of uint8 images, int64 (channels, 256)."""
-    found = np.zeros((images.shape[1], 256), dtype=np.int64)
-    for block in _split(images):
+    """Return how often each value occurs in each channel of uint8 images, int64 (channels, 256)."""
+    counts = np.zeros((images.shape[1], 256), dtype=np.int64)
+    for block in _blocks(images):
         for channel in range(images.shape[1]):
-            found[channel] += np.bincount(block[:, channel].reshape(-1).numpy(), minlength=256)
-    return found
+            counts[channel] += np.bincount(block[:, channel].reshape(-1).numpy(), minlength=256)
+    return counts
 
 
-def _split(values: Tensor) -> tuple[Tensor, ...]:
-    """Return (samples, …) in blocks that don't strain the memory."""
+def _blocks(values: Tensor) -> tuple[Tensor, ...]:
+    """Return (samples, …) in blocks of limited size."""
     each = max(values[0].numel(), 1) if len(values) else 1
     return torch.split(values, max(_BLOCK // each, 1))
 
 
 def _hash(*tensors: Tensor) -> str:
     """Return a hash of the tensors' types, shapes and bytes."""
-    found = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for block in _split(tensor.detach().cpu()):
-            found.update(block.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        for block in _blocks(tensor.detach().cpu()):
+            digest.update(block.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

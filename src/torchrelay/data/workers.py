@@ -1,4 +1,4 @@
-"""Step 2: reading a torch Dataset, sample by sample, in worker processes or in this one."""
+"""Step 2: read a torch Dataset sample by sample, in worker processes or in this one."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -14,11 +14,11 @@ from torchrelay.data.sources import DatasetSource
 from torchrelay.errors import RelayError
 from torchrelay.rng import reseed_everything, seed_for
 
-Key = tuple[int, int, int]  # epoch, place, sample index
+Key = tuple[int, int, int]  # epoch, position, sample index
 
 
 class _Seeded(Dataset[Any]):
-    """A dataset whose global randomness is set by (seed, epoch, place) right before each sample is read."""
+    """A dataset whose global generators are seeded by (seed, epoch, position) right before each sample is read."""
 
     def __init__(self, source: DatasetSource, seed: int) -> None:
         self.dataset = source.dataset
@@ -28,7 +28,7 @@ class _Seeded(Dataset[Any]):
         self.seed = seed
 
     def __getitems__(self, keys: list[Key]) -> Any:
-        """Return the batch of these keys, or the error that a person can mend: a worker would make a text of it."""
+        """Return the batch of these keys, or a `RelayError`: if it were raised, a worker would turn it into text."""
         try:
             batch = self._batch(keys)
             self._check_labels(batch, keys)
@@ -38,35 +38,36 @@ class _Seeded(Dataset[Any]):
 
     def _batch(self, keys: list[Key]) -> Any:
         samples = []
-        for epoch, place, index in keys:
-            reseed_everything(seed_for(self.seed, "sample", epoch, place))
+        for epoch, position, index in keys:
+            reseed_everything(seed_for(self.seed, "sample", epoch, position))
             samples.append(self.dataset[index])
         try:
             if self.collate is default_collate and isinstance(samples[0], tuple):
-                kinds = [getattr(sample[0], "dtype", None) for sample in samples]  # it would silently take the widest
-                if (odd := _odd(kinds)) is not None:
-                    raise self._unlike(keys, samples, odd)
+                # PyTorch's collate function would silently convert to the widest type.
+                types = [getattr(sample[0], "dtype", None) for sample in samples]
+                if (odd := _first_different(types)) is not None:
+                    raise self._mismatch(keys, samples, odd)
             return self.collate(samples)
         except (RuntimeError, TypeError, ValueError, LookupError) as error:
             shapes = [_described(sample) for sample in samples]
-            if (odd := _odd(shapes)) is not None:
-                raise self._unlike(keys, samples, odd) from error
+            if (odd := _first_different(shapes)) is not None:
+                raise self._mismatch(keys, samples, odd) from error
             if self.collate is not default_collate or not isinstance(error, TypeError):
                 raise
             raise RelayError(
-                f"{self.name}: sample {keys[0][2]} is {shapes[0]}, of which PyTorch makes no batch: return tensors, "
+                f"{self.name}: sample {keys[0][2]} is {shapes[0]}, which PyTorch can't collate: return tensors, "
                 "arrays and numbers, or give a collate function"
             ) from error
 
-    def _unlike(self, keys: list[Key], samples: list[Any], odd: int) -> RelayError:
-        """Return the error of a sample that doesn't go into one batch with the first."""
+    def _mismatch(self, keys: list[Key], samples: list[Any], odd: int) -> RelayError:
+        """Return the error for a sample that can't be collated with the first one."""
         return RelayError(
             f"{self.name}: sample {keys[odd][2]} is {_described(samples[odd])}, but sample {keys[0][2]} is "
-            f"{_described(samples[0])}: make them alike, or give a collate function"
+            f"{_described(samples[0])}: give all samples one shape and type, or give a collate function"
         )
 
     def _check_labels(self, batch: Any, keys: list[Key]) -> None:
-        """Refuse labels that are none of the named classes, as arrays do; here it is a worker's work."""
+        """Refuse labels that aren't the index of a class, as `ArraySource` does; here the workers check."""
         targets = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
         if not self.classes or not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
             return
@@ -74,13 +75,13 @@ class _Seeded(Dataset[Any]):
             raise out_of_range(label, self.classes).of(self.name, targets, [index for _, _, index in keys])
 
 
-def _odd(things: Sequence[Any]) -> int | None:
-    """Return the place of the first that isn't like the first of all."""
-    return next((place for place, thing in enumerate(things) if thing != things[0]), None)
+def _first_different(values: Sequence[Any]) -> int | None:
+    """Return the position of the first value that differs from values[0]."""
+    return next((position for position, value in enumerate(values) if value != values[0]), None)
 
 
 def _described(value: Any) -> str:
-    """Return the shapes and types that a sample is made of."""
+    """Return the types and shapes in a sample."""
     if isinstance(value, Tensor | np.ndarray):
         return f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
     if isinstance(value, dict):
@@ -91,7 +92,7 @@ def _described(value: Any) -> str:
 
 
 class _Keys:
-    """The batches of keys that the loader's workers are to read next; set anew for each epoch."""
+    """The batch sampler: the batches of keys that the workers read next; each epoch sets its own."""
 
     def __init__(self) -> None:
         self.batches: Iterator[list[Key]] = iter(())
@@ -101,10 +102,10 @@ class _Keys:
 
 
 class Loader:
-    """A DataLoader that reads the keys it is told to; its workers live as long as it does.
+    """A DataLoader that reads given keys; its workers live as long as it does.
 
-    They end at once when its last reference goes. Where the garbage collector has to find it, as part of a cycle, each
-    worker is waited for five seconds: the collector has ended the threads that would tell them to end.
+    The workers end as soon as its last reference is dropped. If it is part of a reference cycle, the garbage collector
+    first ends the threads that would tell the workers to stop, and then PyTorch waits five seconds for each worker.
     """
 
     def __init__(self, source: DatasetSource, seed: int, workers: int, pin: bool) -> None:
@@ -114,22 +115,22 @@ class Loader:
         self._loader = DataLoader(
             _Seeded(source, seed),
             batch_sampler=self._keys,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=workers,
             pin_memory=pin,
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # otherwise each epoch would draw a number from the global one
+            generator=torch.Generator(),  # otherwise each epoch would draw from the global generator
         )
 
     def read(self, keys: Generator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the batches of these keys; whoever read before may not go on."""
+        """Yield the batches of these keys; an earlier read can't continue."""
         self._keys.batches = keys
         with closing(keys):
             with self._errors():
                 batches = iter(self._loader)
             while True:
                 if self._keys.batches is not keys:
-                    raise RelayError(f"{self._name}: another epoch was begun in between: read one at a time")
+                    raise RelayError(f"{self._name}: another epoch was started meanwhile: read one at a time")
                 with self._errors(), _one_thread(self._workers == 0):
                     batch = next(batches, _END)
                     if isinstance(batch, RelayError):
@@ -144,7 +145,7 @@ class Loader:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """End the workers when something fails; say what to do when one is gone, or can't pass on what it read."""
+        """End the workers after an error; give the remedy if a worker died or couldn't pass on a batch."""
         try:
             yield
         except Exception as error:
@@ -156,16 +157,16 @@ class Loader:
                 ) from error
             if text.startswith("DataLoader worker (pid"):
                 raise RelayError(
-                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps the memory was too small: use fewer "
+                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps it ran out of memory: use fewer "
                     "data.workers, and resume"
                 ) from error
             raise
 
     def _close_after(self, error: Exception) -> str:
-        """End the workers and return what happened, in PyTorch's words.
+        """End the workers and return PyTorch's description of what happened.
 
-        A worker that died while it passed a batch on is first seen as a broken connection; PyTorch's handler of the
-        signal may have its say only while we clean up.
+        A worker that died while it passed on a batch first appears as a broken connection; PyTorch's signal handler may
+        only report it while we clean up.
         """
         text = str(error) if isinstance(error, RuntimeError) else ""
         try:
@@ -189,21 +190,22 @@ class Loader:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-_END = object()  # a collate function may return None
+_END = object()  # not None, which a collate function may return
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 @contextmanager
-def _one_thread(here: bool) -> Iterator[None]:
-    """Read with one thread, as a worker process does: a mean over a tensor has other bits with two."""
+def _one_thread(in_this_process: bool) -> Iterator[None]:
+    """Read with one thread, as a worker process does: with two, the mean of a tensor has different bits."""
     threads = torch.get_num_threads()
-    if here and threads > 1:
-        torch.set_num_threads(1)
+    if not in_this_process or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if here and threads > 1:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)

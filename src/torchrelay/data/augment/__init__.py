@@ -1,12 +1,12 @@
-"""Step 2: augmentation of whole batches, on whatever device they are.
+"""Step 2: augmentation of whole batches, on the device that holds them.
 
-A transform is a frozen settings class that can be called, so that Python (`augment.Flip(p=0.5)`) and a recipe
-(`augment = ["flip", { name = "crop", padding = 2 }]`) share it. All randomness comes from a `Draw`: what happens to a
-sample follows from its place in the epoch, and neither the batch's size nor its other samples, the worker or the device
-matter (the partner of mixup and cutmix aside).
+A transform is a frozen settings class that can be called, so Python (`augment.Flip(p=0.5)`) and a recipe
+(`augment = ["flip", { name = "crop", padding = 2 }]`) share it. All random numbers come from a `Draw`: they follow from
+a sample's position in the epoch and depend neither on the batch's size and other samples (except for the partners of
+mixup and cutmix), nor on the worker or the device.
 
-Images are (batch, channels, height, width), uint8 or floats in [0, 1]. They stay bytes until something needs
-fractions, for a quarter of the memory is a quarter of the time; the last step makes float32 of them.
+Images are (batch, channels, height, width), uint8 or floats in [0, 1]. They stay bytes until a transform needs floats,
+which saves three quarters of the memory and the time; the last step converts them to float32.
 """
 
 from torchrelay.data.augment.color import ColorJitter, Normalize

@@ -1,4 +1,4 @@
-"""Transforms that move pixels: flips, crops, sizes, holes and affine maps."""
+"""Transforms that move or cover pixels: flips, crops, resizing, cutout and affine maps."""
 
 import math
 from typing import Annotated, Literal
@@ -19,11 +19,11 @@ Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 
 class Flip(Settings):
-    """Mirror an image left to right."""
+    """Mirror an image horizontally."""
 
     name: Literal["flip"] = "flip"
     p: Probability = 0.5
-    """How likely an image is mirrored."""
+    """The probability that an image is mirrored."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Return (batch, channels, height, width) images, some mirrored."""
@@ -31,9 +31,9 @@ class Flip(Settings):
 
 
 class AlternatingFlip(Settings):
-    """Mirror an image in every other epoch, beginning with a toss of its own.
+    """Mirror each image in every other epoch, half of the images in the first one.
 
-    So two epochs in a row always show both sides (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+    So two consecutive epochs always show both versions (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
     arXiv 2404.00498).
     """
 
@@ -46,19 +46,19 @@ class AlternatingFlip(Settings):
 
 
 def _mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the chosen images. Copying whole images out of both versions is several times as fast as `where`."""
+    """Mirror the chosen images. Copying whole images from both versions is several times as fast as `where`."""
     both = torch.cat((images, images.flip(-1)))
     return both.index_select(0, torch.arange(len(images), device=images.device) + len(images) * chosen)
 
 
 class PaddedCrop(Settings):
-    """Shift an image by up to `padding` pixels each way: pad it on all sides, cut out its old size somewhere."""
+    """Pad an image on all sides and crop it to its size at a random position."""
 
     name: Literal["crop"] = "crop"
     padding: Annotated[int, Field(ge=0)] = 4
     """Pixels added on each side."""
     mode: Literal["reflect", "edge", "zeros"] = "reflect"
-    """What stands in the padding: the mirrored image, its outermost pixels, or black."""
+    """The content of the padding: the mirrored image, its outermost pixels, or black."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Return (batch, channels, height, width) images, shifted."""
@@ -66,13 +66,13 @@ class PaddedCrop(Settings):
         if self.mode == "reflect" and self.padding >= min(height, width):
             raise UsageError(
                 f"transform 'crop' can't reflect {self.padding} pixels of an image of {width}x{height}: "
-                f"take a padding below {min(height, width)}, or the mode 'edge' or 'zeros'"
+                f"choose a padding below {min(height, width)}, or the mode 'edge' or 'zeros'"
             )
         shift = (draw.uniform(2) * (2 * self.padding + 1)).long()  # (batch, 2): rows, columns
         padded = _pad(images, self.padding, self.mode)
         tall, wide = padded.shape[2:]
-        # A row of the result is `width` neighbours in the padded images' memory, so one copy of rows does it all:
-        # faster than indexing windows by (row, column), which goes pixel by pixel.
+        # A row of the result is `width` consecutive pixels of the padded images, so one copy of rows is enough. That
+        # is faster than indexing by (row, column), which copies pixel by pixel.
         first = torch.arange(batch * channels, device=images.device).view(batch, channels, 1) * (tall * wide)
         down = (shift[:, :1] + torch.arange(height, device=images.device)) * wide + shift[:, 1:]  # (batch, height)
         rows = padded.flatten().unfold(0, width, 1).index_select(0, (first + down[:, None]).flatten())
@@ -80,44 +80,44 @@ class PaddedCrop(Settings):
 
 
 def _pad(images: Tensor, padding: int, mode: str) -> Tensor:
-    """Pad images on all four sides; PyTorch's own reflection doesn't take bytes on every device."""
+    """Pad images on all four sides; PyTorch's reflection padding doesn't accept bytes on every device."""
     if mode == "zeros" or padding == 0:
         return F.pad(images, (padding,) * 4)
     for dim in (3, 2):
         size = images.shape[dim]
-        place = torch.arange(-padding, size + padding, device=images.device)
-        source = place.clamp(0, size - 1) if mode == "edge" else size - 1 - (size - 1 - place.abs()).abs()
+        pixel = torch.arange(-padding, size + padding, device=images.device)
+        source = pixel.clamp(0, size - 1) if mode == "edge" else size - 1 - (size - 1 - pixel.abs()).abs()
         before, after = images.index_select(dim, source[:padding]), images.index_select(dim, source[padding + size :])
         images = torch.cat((before, images, after), dim)
     return images
 
 
 class Resize(Settings):
-    """Bring images to size x size, antialiased, whatever their shape."""
+    """Resize images to size x size, antialiased, whatever their aspect ratio."""
 
     name: Literal["resize"] = "resize"
     size: Size
-    """Pixels a side."""
+    """Height and width in pixels."""
     interpolation: Interpolation = "bilinear"
-    """nearest, bilinear or bicubic; the last two average over the pixels that fall into one."""
+    """nearest, bilinear or bicubic; the last two are antialiased."""
 
-    def __call__(self, images: Tensor, draw: Draw | None = None) -> Tensor:  # noqa: ARG002 - it is the same for all
+    def __call__(self, images: Tensor, draw: Draw | None = None) -> Tensor:  # noqa: ARG002 - nothing is random
         """Return (batch, channels, size, size) images."""
         return _resize(images, self.size, self.interpolation)
 
 
 class ProgressiveResize(Settings):
-    """Bring images to a size that grows with the epochs: small ones train faster, and early they serve as well.
+    """Resize images to a size that grows with the epochs: small images train faster and are good enough early on.
 
-    After Howard in fast.ai's entry to DAWNBench (fast.ai/2018/04/30/dawnbench-fastai). The last epochs should have the
-    test images' own size, or more.
+    After Howard in fast.ai's entry to DAWNBench (fast.ai/2018/04/30/dawnbench-fastai). The last epochs should use the
+    size of the test images or more.
     """
 
     name: Literal["progressive_resize"] = "progressive_resize"
     sizes: tuple[Size, ...] = Field(min_length=1)
-    """Pixels a side in the first epoch, the second and so on; the last one holds for all that follow."""
+    """Height and width in pixels in the first epoch, the second and so on; later epochs use the last size."""
     interpolation: Interpolation = "bilinear"
-    """nearest, bilinear or bicubic; the last two average over the pixels that fall into one."""
+    """nearest, bilinear or bicubic; the last two are antialiased."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Return (batch, channels, size, size) images."""
@@ -125,57 +125,57 @@ class ProgressiveResize(Settings):
 
 
 class CenterCrop(Settings):
-    """Cut size x size pixels out of the middle."""
+    """Crop images to size x size pixels at the center."""
 
     name: Literal["center_crop"] = "center_crop"
     size: Size
-    """Pixels a side."""
+    """Height and width in pixels."""
 
-    def __call__(self, images: Tensor, draw: Draw | None = None) -> Tensor:  # noqa: ARG002 - it is the same for all
+    def __call__(self, images: Tensor, draw: Draw | None = None) -> Tensor:  # noqa: ARG002 - nothing is random
         """Return (batch, channels, size, size) images."""
         height, width = images.shape[2:]
         if self.size > min(height, width):
             raise UsageError(
                 f"transform 'center_crop' can't cut {self.size} pixels out of an image of {width}x{height}: "
-                f"take a size up to {min(height, width)}, or resize before it"
+                f"choose a size up to {min(height, width)}, or resize before it"
             )
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
         return images[:, :, top : top + self.size, left : left + self.size]
 
 
 class RandomResizedCrop(Settings):
-    """Cut out a part of random size, shape and place, and bring it to size x size, antialiased.
+    """Crop a random part of an image and resize it to size x size, antialiased.
 
-    As Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015), with one change: a part that sticks out of the
-    image is narrowed to it, where others draw anew.
+    As Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015), with one change: a part larger than the image is
+    clipped to it, where torchvision draws again.
     """
 
     name: Literal["random_resized_crop"] = "random_resized_crop"
     size: Size
-    """Pixels a side."""
+    """Height and width in pixels."""
     scale: tuple[Probability, Probability] = (0.08, 1.0)
-    """Smallest and largest share of the image's area."""
+    """The part's smallest and largest share of the image's area."""
     ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
-    """Smallest and largest width by height; evenly distributed by its logarithm."""
+    """The part's smallest and largest width divided by height; its logarithm is drawn uniformly."""
     interpolation: Interpolation = "bilinear"
-    """nearest, bilinear or bicubic; the last two average over the pixels that fall into one."""
+    """nearest, bilinear or bicubic; the last two are antialiased."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Return (batch, channels, size, size) images.
 
-        It goes image by image, for PyTorch's antialiased resizing of bytes is faster so than any batched product of
-        weights that gives an image the same bits in every company.
+        Images are resized one by one: PyTorch's antialiased resizing of bytes is faster than any batched matrix product
+        that gives an image the same bits in every batch.
         """
         height, width = images.shape[2:]
         out = images.new_empty((*images.shape[:2], self.size, self.size))
-        for place, numbers in enumerate(draw.uniform(4, cpu=True).tolist()):
+        for i, numbers in enumerate(draw.uniform(4, cpu=True).tolist()):
             top, left, tall, wide = self.box(numbers, height, width)
-            part = images[place : place + 1, :, top : top + tall, left : left + wide]
-            out[place] = _resize(part, self.size, self.interpolation)[0]
+            part = images[i : i + 1, :, top : top + tall, left : left + wide]
+            out[i] = _resize(part, self.size, self.interpolation)[0]
         return out
 
     def box(self, numbers: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of the part that four numbers in [0, 1) choose."""
+        """Return top, left, height and width of the part that four numbers in [0, 1) determine."""
         area, shape, down, right = numbers
         pixels = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * area)
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
@@ -193,26 +193,26 @@ def _resize(images: Tensor, size: int, interpolation: str) -> Tensor:
     if images.dtype == torch.uint8 and images.device.type == "cpu":
         return F.interpolate(images, (size, size), mode=interpolation, antialias=True)
     resized = F.interpolate(images.to(torch.float32), (size, size), mode=interpolation, antialias=True)
-    if images.dtype == torch.uint8:  # no other device resizes bytes
+    if images.dtype == torch.uint8:  # only the CPU resizes bytes
         return resized.round_().clamp_(0, 255).to(torch.uint8)
     return resized.clamp_(0, 1).to(images.dtype)  # bicubic overshoots
 
 
 class Cutout(Settings):
-    """Cover a square with the image's mean colour.
+    """Cover a square with the image's mean color.
 
     As DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout" (arXiv 1708.04552):
-    the square's centre is anywhere in the image, so that its edge may be outside. They fill with the data's mean.
+    the square's center is anywhere in the image, so the square may extend beyond it. They fill with the dataset's mean.
     """
 
     name: Literal["cutout"] = "cutout"
     size: Size = 8
-    """Pixels a side."""
+    """Height and width in pixels."""
     p: Probability = 1.0
-    """How likely an image is covered."""
+    """The probability that a square of an image is covered."""
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
-        """Return (batch, channels, height, width) images, some with a hole."""
+        """Return (batch, channels, height, width) images, some with a covered square."""
         numbers = draw.uniform(3)
         chosen = numbers[:, 2] < self.p
         height, width = images.shape[2:]
@@ -223,19 +223,19 @@ class Cutout(Settings):
         return torch.where(hole, fill, images)
 
     def _covered(self, number: Tensor, length: int) -> Tensor:
-        """Return (batch, length): which rows or columns the square covers."""
+        """Return whether the square covers each row or column, bool (batch, length)."""
         first = (number * length).long() - self.size // 2
-        place = torch.arange(length, device=number.device) - first[:, None]
-        return (place >= 0) & (place < self.size)
+        offset = torch.arange(length, device=number.device) - first[:, None]
+        return (offset >= 0) & (offset < self.size)
 
 
 def warp(images: Tensor, maps: Tensor) -> Tensor:
-    """Move pixels by affine maps, taking the nearest pixel; black where there is none.
+    """Transform images by affine maps with nearest-neighbor sampling; black outside the image.
 
     Args:
         images: (batch, channels, height, width) uint8 or floats.
-        maps: (batch, 6) float32 a, b, c, d, e, f: a result's pixel (x, y) comes from (a x + b y + c, d x + e y + f);
-            (0, 0) is the image's upper left corner, and a pixel's place is its middle.
+        maps: (batch, 6) float32 a, b, c, d, e, f: the output's pixel (x, y) is the input's (a x + b y + c,
+            d x + e y + f). (0, 0) is the upper left corner of the image; a pixel's coordinates are those of its center.
     """
     height, width = images.shape[2:]
     a, b, c, d, e, f = maps[:, :, None, None].unbind(1)  # each (batch, 1, 1)

@@ -1,4 +1,4 @@
-"""What happens to a batch between the source and the model: transforms by name, and the pipeline that applies them."""
+"""The pipeline of transforms between the source and the model, and the names of transforms in a recipe."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def _names(union: Any) -> tuple[str, ...]:
 
 
 def _by_name(known: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Return the function that turns what a recipe says into what pydantic chooses the class by."""
+    """Return the function that turns a transform in a recipe into the table by which pydantic chooses its class."""
 
     def table(value: Any) -> Any:
         if isinstance(value, str):
@@ -75,7 +75,7 @@ def _by_name(known: tuple[str, ...]) -> Callable[[Any], Any]:
     return table
 
 
-# In a recipe a transform is its name, or a table with the name and what differs from the defaults.
+# In a recipe, a transform is a name, or a table of the name and the options that differ from the defaults.
 Augment = Annotated[
     _Any,
     Field(discriminator="name"),
@@ -86,31 +86,35 @@ Prepare = Annotated[
     Field(discriminator="name"),
     BeforeValidator(_by_name(_names(_Fixed)), json_schema_input_type=Literal[_names(_Fixed)] | _Fixed),
 ]
-ImageTransform = Callable[[Tensor, Draw], Tensor]  # a user's own
+ImageTransform = Callable[[Tensor, Draw], Tensor]  # a user's own transform
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """All that happens to a batch between the source and the model.
+    """Everything that happens to a batch between the source and the model.
 
     Training: `prepare`, `transforms` in their order, normalization. Evaluation: `prepare`, normalization.
+
+    Raises:
+        UsageError: `prepare` has a random transform, or `mean` and `std` can't be used.
     """
 
     transforms: Sequence[Augment | ImageTransform] = ()
     prepare: Sequence[Augment] = ()
-    """What training and evaluation alike begin with: resize and center_crop."""
+    """Transforms with which both training and evaluation begin: resize and center_crop."""
     mean: Sequence[float] | None = None
-    """Of each channel, of images in [0, 1]; none: images become float32 in [0, 1], and no more."""
+    """Each channel's mean, of images in [0, 1]; None: images only become float32 in [0, 1]."""
     std: Sequence[float] | None = None
+    """Each channel's standard deviation, likewise."""
     classes: int = 0
-    """How many classes the targets have; mixing needs to know."""
+    """The number of classes, for transforms that mix targets."""
 
     def __post_init__(self) -> None:
         for transform in self.prepare:
             if not isinstance(transform, _Fixed):
                 raise UsageError(
                     f"transform '{_name(transform)}' is random, and 'prepare' is for evaluation as well: "
-                    "list it under 'augment'"
+                    "move it to 'augment'"
                 )
         if (self.mean is None) != (self.std is None):
             raise UsageError("images are normalized by mean and std, and one of them is missing: give both or neither")
@@ -119,7 +123,7 @@ class Pipeline:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether all transforms are this package's, and none is a function of the user's."""
+        """Whether all transforms are from this package and none is the user's own function."""
         return all(type(transform) in get_args(_Any) for transform in self.transforms)
 
     @cached_property
@@ -142,20 +146,20 @@ class Pipeline:
         """Return a batch for training.
 
         Args:
-            inputs: (batch, channels, height, width) images, uint8 or floats in [0, 1]; anything else passes if there
-                are no transforms.
-            targets: (batch,) int64 class indices; if something mixes, they become float32 (batch, classes).
+            inputs: (batch, channels, height, width) images, uint8 or floats in [0, 1]; anything else is returned
+                unchanged if there are no transforms.
+            targets: (batch,) int64 class indices; transforms that mix turn them into float32 (batch, classes).
             seed: the run's seed.
             epoch: counted from 0.
             position: the position in the epoch of the first sample.
-            indices: (batch,) int64, which samples of the source these are.
+            indices: (batch,) int64, each sample's index in the source.
             replica_sizes: sizes of the replicas' consecutive parts, within which mixing finds partners; None: one part.
 
         Returns:
             float32 images, and targets.
 
         Raises:
-            UsageError: a transform doesn't fit the data.
+            UsageError: a transform doesn't apply to this data.
         """
         if not self._takes(inputs, [*self.prepare, *self.transforms]):
             return inputs, targets
@@ -174,11 +178,11 @@ class Pipeline:
         return self._finished(images, inputs), targets
 
     def evaluate(self, inputs: Any) -> Any:
-        """Return inputs for evaluation: prepared and normalized."""
+        """Return the inputs of a batch for evaluation: prepared and normalized."""
         return self._finished(self._prepared(inputs), inputs) if self._takes(inputs, self.prepare) else inputs
 
     def _takes(self, inputs: Any, transforms: Sequence[Augment | ImageTransform]) -> bool:
-        """Return whether these are images; if they aren't, nothing may be left to do with them."""
+        """Return whether the inputs are images; raise a UsageError if they aren't and a transform needs images."""
         if (
             isinstance(inputs, Tensor)
             and inputs.ndim == 4
@@ -201,15 +205,14 @@ class Pipeline:
         return images
 
     def _finished(self, images: Tensor, inputs: Tensor) -> Tensor:
-        """Return float32 images, normalized, in the memory format that the inputs have."""
+        """Return float32 images, normalized, in the memory format of the inputs."""
         images = as_floats(images) if self._normalize is None else self._normalize(images)
-        last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
-        return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        channels_last = inputs.is_contiguous(memory_format=torch.channels_last) and not inputs.is_contiguous()
+        return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _name(transform: Any) -> str:
-    found = getattr(transform, "name", None) or getattr(transform, "__name__", type(transform).__name__)
-    return str(found)
+    return str(getattr(transform, "name", None) or getattr(transform, "__name__", type(transform).__name__))
 
 
 def _described(inputs: Any) -> str:
@@ -219,12 +222,12 @@ def _described(inputs: Any) -> str:
 
 
 def _probabilities(targets: Tensor, classes: int, name: str) -> Tensor:
-    """Return (batch, classes) float32: 1 for each sample's class. Floats stay as they are."""
+    """Return one-hot targets, float32 (batch, classes); targets that are floats are returned unchanged."""
     if targets.is_floating_point():
         return targets
     if targets.ndim != 1 or classes < 1:
         raise UsageError(
             f"transform '{name}' mixes classes; the targets are {_described(targets)}, of {classes} known classes: "
-            "leave it out, or give one class index a sample and name the classes"
+            "leave it out, or give one class index per sample and the names of the classes"
         )
     return F.one_hot(targets.long(), classes).to(torch.float32)

@@ -1,4 +1,4 @@
-"""Policies: for each image its own operations and strengths, drawn from a list of fourteen."""
+"""Policies: random operations for each image, from a list of fourteen."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torchrelay.data.augment.geometry import warp
 from torchrelay.data.augment.pixels import as_floats, like
 from torchrelay.settings import Settings
 
-_LEVELS = 31  # strengths from none to full, as published
+_LEVELS = 31  # of strength, from none to full, as published
 _GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 _BLENDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "brightness": color.adjust_brightness,
@@ -32,26 +32,26 @@ OPERATIONS = ("identity", *_GEOMETRIC, *_BLENDED, "posterize", "solarize", *_PLA
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """What an operation does at full strength."""
+    """The operations' extent at full strength."""
 
-    shear: float  # pixels aside for each pixel up
+    shear: float  # pixels sideways per pixel upwards
     translate: tuple[float, float]  # pixels (right, down)
     rotate: float  # degrees
-    blend: float  # by how much a factor differs from 1
-    bits: int  # that posterising takes off
+    blend: float  # the difference of a factor from 1
+    bits: int  # that posterize removes
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What happens to one image."""
+    """An operation on one image."""
 
     operation: str
     strength: float  # from 0 to 1
-    sign: int  # 1 or -1: which way, for the operations that have two
+    sign: int  # 1 or -1: the direction, for operations that have two
 
 
 class TrivialAugment(Settings):
-    """Do one operation of fourteen to each image, at a strength of its own.
+    """Apply one of fourteen operations to each image, with a random strength.
 
     The wide variant of Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation"
     (ICCV 2021, arXiv 2103.10158).
@@ -65,7 +65,7 @@ class TrivialAugment(Settings):
         return apply(images, self.choose(draw), reach)
 
     def choose(self, draw: Draw) -> list[Choice]:
-        """Return what happens to each image."""
+        """Return each image's operation."""
         return [
             Choice(_pick(which), int(level * _LEVELS) / (_LEVELS - 1), 1 if side < 0.5 else -1)
             for which, level, side in draw.uniform(3, cpu=True).tolist()
@@ -73,14 +73,14 @@ class TrivialAugment(Settings):
 
 
 class RandAugment(Settings):
-    """Do `n` operations of fourteen to each image, one after the other, all at the same strength.
+    """Apply `n` of fourteen operations to each image, one after another, all with the same strength.
 
     As Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space" (NeurIPS 2020).
     """
 
     name: Literal["rand_augment"] = "rand_augment"
     n: Annotated[int, Field(ge=1)] = 2
-    """Operations an image."""
+    """Operations per image."""
     magnitude: Annotated[int, Field(ge=0, lt=_LEVELS)] = 9
     """Their strength, from 0 to 30."""
 
@@ -102,21 +102,21 @@ def _pick(number: float) -> str:
 
 
 def apply(images: Tensor, choices: Sequence[Choice], reach: Reach) -> Tensor:
-    """Do to each image what was chosen for it; images with the same operation go through it together."""
+    """Apply each image's operation; images with the same operation are processed together."""
     members: dict[str, list[int]] = {}
-    for place, choice in enumerate(choices):
+    for i, choice in enumerate(choices):
         group = "geometric" if choice.operation in _GEOMETRIC else choice.operation
-        members.setdefault(group, []).append(place)
+        members.setdefault(group, []).append(i)
     members.pop("identity", None)
     out = images.clone()
-    for group, places in members.items():
-        index = torch.tensor(places).to(images.device, non_blocking=True)
-        out[index] = _operate(group, images[index], [choices[place] for place in places], reach)
+    for group, images_of_group in members.items():
+        index = torch.tensor(images_of_group).to(images.device, non_blocking=True)
+        out[index] = _operate(group, images[index], [choices[i] for i in images_of_group], reach)
     return out
 
 
 def _operate(group: str, images: Tensor, choices: Sequence[Choice], reach: Reach) -> Tensor:
-    """Do one kind of operation to all these images."""
+    """Apply one operation (or any geometric ones) to all images."""
     if group == "geometric":
         maps = [affine_map(choice, reach, *images.shape[2:]) for choice in choices]
         return warp(images, torch.tensor(maps).to(images.device, non_blocking=True))
@@ -136,7 +136,7 @@ def _operate(group: str, images: Tensor, choices: Sequence[Choice], reach: Reach
 
 
 def affine_map(choice: Choice, reach: Reach, height: int, width: int) -> tuple[float, ...]:
-    """Return the map a, b, c, d, e, f that `warp` takes. Images are sheared about their upper left corner."""
+    """Return the map (a, b, c, d, e, f) of `warp`. Images are sheared about their upper left corner."""
     strength = choice.sign * choice.strength
     if choice.operation == "shear_x":
         return 1.0, strength * reach.shear, 0.0, 0.0, 1.0, 0.0
@@ -148,5 +148,5 @@ def affine_map(choice: Choice, reach: Reach, height: int, width: int) -> tuple[f
         return 1.0, 0.0, 0.0, 0.0, 1.0, float(-int(strength * reach.translate[1]))
     angle = math.radians(strength * reach.rotate)
     cos, sin = math.cos(angle), math.sin(angle)
-    x, y = width / 2, height / 2  # the middle stays
+    x, y = width / 2, height / 2  # images are rotated about their center
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
