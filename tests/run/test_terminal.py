@@ -14,10 +14,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from torchrelay.run.terminal import (
+    Bar,
     Counters,
-    Progress,
     Terminal,
     clock_time,
     duration,
@@ -239,7 +240,7 @@ def test_the_bar_goes_and_the_lines_stay() -> None:
 
 def test_a_killed_process_leaves_the_cursor_visible() -> None:
     shown = run_in_terminal(TRAINING, 80)
-    bar = shown[: shown.index("━", shown.index("━") + 1)]
+    bar = shown[: shown.rindex("━")]
     assert bar.rindex("\x1b[?25h") > bar.rindex("\x1b[?25l")
 
 
@@ -252,8 +253,7 @@ def test_errors_are_red_and_square_brackets_are_text() -> None:
 def test_no_color_is_respected() -> None:
     shown = run_in_terminal(TRAINING, 80, NO_COLOR="1")
     assert not re.search(r"\x1b\[(\d+;)*[39]\d(;\d+)*m", shown)
-    assert "━" in shown
-    assert "─" in shown  # the open part is told from the done part by its shape too
+    assert re.search(r"epoch  \d/30 ╸? +\d%", shown)  # the part to do is told from the part done by its shape
 
 
 def test_a_terminal_that_can_do_nothing_gets_plain_lines() -> None:
@@ -296,74 +296,96 @@ class Clock:
         return self.now
 
 
-def bar_after(steps: int, seconds_a_step: float, **more: object) -> Progress:
+def frame(bar: Bar, width: int, encoding: str = "utf-8") -> str:
+    """Return what the bar draws on a terminal without colors."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=stream, width=width, force_terminal=True, no_color=True, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(bar, end="")
+    return captured.get()
+
+
+def bar_after(steps: int, seconds_a_step: float, **more: object) -> Bar:
     """Return a bar that has watched so many steps of 256 samples, of 3900."""
     clock, state = Clock(), {"step": 0}
-    bar = Progress(lambda: Counters(2, 10, state["step"], 3900, 256 * state["step"], **more), clock=clock)  # type: ignore[arg-type]
+    bar = Bar(lambda: Counters(2, 10, state["step"], 3900, 256 * state["step"], **more), clock=clock)  # type: ignore[arg-type]
     for _ in range(steps):
         clock.now += seconds_a_step
         state["step"] += 1
-        bar.lines(80)
+        frame(bar, 80)
     return bar
 
 
-def test_wide_terminals_have_one_line_and_others_two() -> None:
+def test_the_bar_shows_all_facts_in_one_line_of_80_columns() -> None:
     bar = bar_after(390, 0.25, loss=1.59214)
-    assert [line.plain for line in bar.lines(80)] == [
-        "epoch  2/10 " + 6 * "━" + 57 * "─" + "  10%",
-        "step   390/3,900   1,024 images/s   loss 1.5921   1:38 elapsed   14:38 left",
-    ]
-    [line] = bar.lines(120)
-    assert line.plain == (
-        "epoch  2/10 " + 2 * "━" + 23 * "─" + "  10%"
-        "   step   390/3,900   1,024 images/s   loss 1.5921   1:38 elapsed   14:38 left"
-    )
+    shown = frame(bar, 80)
+    assert re.fullmatch(r"epoch  2/10 ╸ +  10%    390/3,900  1,024 images/s  loss 1\.5921  1:38<14:38", shown)
+    assert len(shown) == 80
+    wide = frame(bar, 120)
+    assert wide.split() == ["epoch", "2/10", "━━━━╸", *shown.split()[3:]]
+    assert len(wide) == 120
 
 
-def test_narrow_terminals_lose_words_first_and_then_what_matters_least() -> None:
+def test_narrow_terminals_lose_what_matters_least() -> None:
     bar = bar_after(390, 0.25, loss=1.59214)
-    assert bar.lines(60)[1].plain == "  390/3,900   1,024/s   loss 1.5921   1:38   14:38 left"
-    assert bar.lines(40)[1].plain == "  390/3,900   1,024/s   14:38 left"
-    for width in range(130):
-        assert all(line.cell_len <= max(width, 19) for line in bar.lines(width))
+    assert frame(bar, 60).split()[-5:] == ["╸", "390/3,900", "1,024", "images/s", "1:38<14:38"]
+    assert frame(bar, 40).split()[-1] == "1:38<14:38"
+    for width in range(30, 130):
+        assert len(frame(bar, width)) == width
+
+
+def test_a_long_run_has_all_its_facts_in_80_columns_too() -> None:
+    clock, state = Clock(), {"step": 0}
+    bar = Bar(lambda: Counters(12, 90, state["step"], 11_700, 128 * state["step"], 0.0123), clock=clock)
+    for _ in range(3):
+        clock.now, state["step"] = clock.now + 1.2, state["step"] + 1
+        shown = frame(bar, 80)
+    assert len(shown) == 80
+    assert "107 images/s  loss 0.0123  0:04<3:53:56" in shown
 
 
 def test_an_evaluation_is_named_and_does_not_spoil_the_rate() -> None:
     clock = Clock()
     state = {"step": 0, "phase": ""}
-    bar = Progress(lambda: Counters(1, 1, state["step"], 100, 10 * state["step"], phase=state["phase"]), clock=clock)  # type: ignore[arg-type, operator]
+    bar = Bar(lambda: Counters(1, 1, state["step"], 100, 10 * state["step"], phase=state["phase"]), clock=clock)  # type: ignore[arg-type, operator]
     for _ in range(20):
         clock.now, state["step"] = clock.now + 1, state["step"] + 1  # type: ignore[operator]
-        bar.lines(80)
+        frame(bar, 80)
+    assert "10 images/s" in frame(bar, 80)
     state["phase"] = "evaluating"
     clock.now += 50
-    assert "evaluating" in bar.lines(80)[1].plain
+    assert "evaluating" in frame(bar, 80)
     state["phase"] = ""
-    assert "10 images/s" in bar.lines(80)[1].plain
     for _ in range(3):
         clock.now, state["step"] = clock.now + 1, state["step"] + 1  # type: ignore[operator]
-        bar.lines(80)
-    assert "10 images/s" in bar.lines(80)[1].plain
+        frame(bar, 80)
+    assert "10 images/s" in frame(bar, 80)
 
 
 def test_steps_longer_than_the_window_still_have_a_rate() -> None:
-    assert "26 images/s" in bar_after(5, 10.0).lines(80)[1].plain
+    assert "26 images/s" in frame(bar_after(5, 10.0), 80)
 
 
 def test_the_first_step_which_may_compile_is_left_out_of_the_time_left() -> None:
     clock, state = Clock(), {"step": 0}
-    bar = Progress(lambda: Counters(1, 1, state["step"], 10, 0), clock=clock)
+    bar = Bar(lambda: Counters(1, 1, state["step"], 10, 0), clock=clock)
     clock.now += 600
     state["step"] = 1
-    bar.lines(80)
+    frame(bar, 80)
     clock.now += 2
     state["step"] = 2
-    assert "0:16 left" in bar.lines(80)[1].plain
+    assert "10:02<0:16" in frame(bar, 80)
 
 
-def test_a_run_of_no_steps_and_ascii_terminals_have_a_bar_too() -> None:
-    [first, _] = Progress(lambda: Counters(1, 1, 0, 0)).lines(30, ascii_only=True)
-    assert first.plain == "epoch 1/1 " + 15 * "-" + "   0%"
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_does_not_know_the_bar_gets_another(encoding: str) -> None:
+    shown = frame(bar_after(390, 0.25), 120, encoding)
+    assert "----" in shown
+    assert shown.isascii()
+
+
+def test_a_run_of_no_steps_has_a_bar_too() -> None:
+    assert "0/0" in frame(Bar(lambda: Counters(1, 1, 0, 0)), 40)
 
 
 def test_an_epoch_line_too_long_for_a_terminal_breaks_between_facts() -> None:

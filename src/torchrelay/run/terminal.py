@@ -1,7 +1,7 @@
-"""Where people read along: lines of text, and on a terminal a bar that costs the training nothing.
+"""What a run prints: lines of text, and on a terminal a progress bar that costs the training nothing.
 
-The bar's own thread reads counters five times a second; the loop never tells it anything and never waits for it. Where
-the output is no terminal (a file, a pipe, a batch system), there are plain lines only.
+The bar's own thread reads counters five times a second; the loop never updates it and never waits for it. Where the
+output isn't a terminal (a file, a pipe, a batch system), there are plain lines only.
 """
 
 import math
@@ -17,33 +17,34 @@ from typing import TextIO
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.file_proxy import FileProxy
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.text import Text
 
 _REFRESHES = 5  # a second
 _RATE_WINDOW = 5.0  # seconds over which the rate is a mean
-_ONE_LINE = 110  # columns from which the bar and its facts stand in one line
-_SHORTEST_BAR = 10  # columns
+_SHORTEST_BAR = 4  # columns
 _GAP = "   "
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Where a training stands: numbers that the host knows without asking the device."""
+    """How far a training is: numbers that the host knows without asking the device."""
 
-    epoch: int  # the running one, counted from 1
+    epoch: int  # the current one, counted from 1
     epochs: int
     step: int  # optimizer steps done, of the whole run
     steps: int  # of the whole run
     samples: int = 0  # trained on by this process
     loss: float | None = None  # the last one logged
-    phase: str = ""  # what is going on if not training, such as "evaluating"
+    phase: str = ""  # what the run does instead of training, such as "evaluating"
 
 
 class Terminal:
-    """Writes to people.
+    """Prints lines, errors and a progress bar.
 
     Args:
-        quiet: say nothing but errors.
+        quiet: print only errors.
         stream: where lines go; standard output if not given.
     """
 
@@ -54,7 +55,7 @@ class Terminal:
         self.live = self._stream.isatty() and not self._console.is_dumb_terminal
 
     def say(self, text: str) -> None:
-        """Write a line; on a terminal, above the bar."""
+        """Print a line; on a terminal, above the bar."""
         if self.quiet:
             return
         try:
@@ -63,11 +64,12 @@ class Terminal:
             else:
                 _write(Text(text), self._stream, None)
         except OSError:
-            self.quiet = True  # a closed pipe or a lost connection is no reason to end a training
+            # A closed pipe or a lost connection is no reason to end a training.
+            self.quiet = True
             _point_nowhere(self._stream)
 
     def error(self, text: str) -> None:
-        """Write ``error: …`` to standard error, quiet or not."""
+        """Print ``error: …`` to standard error, even if quiet."""
         line = Text.assemble(("error:", "bold red"), " ", text)
         try:
             _write(line, sys.stderr, Console(stderr=True) if sys.stderr.isatty() else None)
@@ -76,23 +78,24 @@ class Terminal:
 
     @contextmanager
     def progress(self, read: Callable[[], Counters], unit: str = "images") -> Iterator[None]:
-        """Show a bar while the context lasts, if this is a terminal.
+        """Show a progress bar in this context, if this is a terminal.
 
         Args:
-            read: returns the counters; the bar's thread calls it, so it must not ask the device for anything.
+            read: returns the counters. The bar's thread calls it, so it must not ask the device for anything.
             unit: what the samples are.
         """
         if self.quiet or not self.live:
             yield
             return
-        bar = Progress(read, unit)
+        bar = Bar(read, unit)
         with Live(bar, console=self._console, refresh_per_second=_REFRESHES, transient=True):
-            self._console.show_cursor(True)  # a hidden one would stay hidden if the process is killed
+            # A hidden cursor would stay hidden if the process is killed.
+            self._console.show_cursor(True)
             yield
 
 
 def _write(line: Text, stream: TextIO, console: Console | None) -> None:
-    """Write a line as it stands, without line breaks of ours; where there is no console, without colours too."""
+    """Write a line without breaking it; where there is no console, without colors too."""
     if console is not None:
         console.print(line, soft_wrap=True)
     else:
@@ -101,9 +104,9 @@ def _write(line: Text, stream: TextIO, console: Console | None) -> None:
 
 
 def folded(text: str, width: int) -> str:
-    """Return a line of facts that stand apart, such as an epoch's, broken between facts where it is too long.
+    """Return a line of facts with wide gaps, such as an epoch's, broken at the gaps where it is too long.
 
-    Any other line stays whole: the terminal wraps it, and a path in it can still be copied.
+    Any other line stays whole: the terminal wraps it, so that a path in it can be copied.
     """
     head, *facts = text.split(_GAP)
     lines, indent = [head], " " * (head.find(": ") + 2)
@@ -116,28 +119,29 @@ def folded(text: str, width: int) -> str:
 
 
 def _point_nowhere(stream: TextIO) -> None:
-    """Lead a stream without a reader to /dev/null; otherwise Python fails at exit, where it flushes what is unread."""
+    """Point a stream without a reader at /dev/null; Python would fail when it flushes the stream at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def _leave_bar() -> None:
-    """Give a forked loader worker its plain streams: the bar's lock may be taken there, by a thread that is not."""
+    """Give a forked loader worker the plain streams: a thread that it doesn't have may hold the bar's lock."""
     if isinstance(sys.stdout, FileProxy):
         sys.stdout = sys.stdout.rich_proxied_file
     if isinstance(sys.stderr, FileProxy):
         sys.stderr = sys.stderr.rich_proxied_file
 
 
-os.register_at_fork(after_in_child=_leave_bar)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_leave_bar)
 
 
 # ---------------------------------------------------------------------------------------------------------- the bar
 
 
-class Progress:
-    """The bar, drawn from the counters whenever its thread asks.
+class Bar:
+    """The progress bar, drawn from the counters whenever rich's thread asks.
 
     Args:
         read: returns the counters.
@@ -148,116 +152,60 @@ class Progress:
     def __init__(
         self, read: Callable[[], Counters], unit: str = "images", clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.read = read
-        self.unit = unit
-        self._pace = Pace(clock(), read())
-        self._clock = clock
+        self._read, self._unit, self._clock = read, unit, clock
+        self._last, self._began = read(), clock()
+        # When the first step was seen to be done: time counts from there, since that step may have compiled the model.
+        self._first: tuple[float, int] | None = None  # (time, step)
+        self._seen: deque[tuple[float, int]] = deque()  # (time, samples) of the last seconds of training
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the bar as wide as the terminal is."""
-        yield from self.lines(options.max_width, ascii_only=options.ascii_only)
+        """Draw the bar in one line, as wide as the terminal."""
+        counters, now = self._read(), self._clock()
+        self._take_note(counters, now)
+        epoch = f"epoch {counters.epoch:>{len(str(counters.epochs))}}/{counters.epochs} "
+        facts = self._facts(counters, now, options.max_width - len(epoch) - _SHORTEST_BAR - 1)
+        width = max(options.max_width - len(epoch) - len(facts) - 1, 0)
+        total = max(counters.steps, 1)
+        bar = ProgressBar(total, counters.step, width, style="bright_black", complete_style="cyan")
+        yield Text(epoch, end="")
+        # Without colors rich draws only the done part, so that the rest must be padded.
+        yield from Segment.adjust_line_length([*console.render(bar, options)], width)
+        yield Text(f" {facts}", end="")
 
-    def lines(self, width: int, ascii_only: bool = False) -> list[Text]:
-        """Return the bar and its facts: one line on a wide terminal, two on others.
-
-        Args:
-            width: columns there are.
-            ascii_only: whether the terminal knows no other characters.
-        """
-        counters, now = self.read(), self._clock()
-        self._pace.update(now, counters)
-        share = counters.step / counters.steps if counters.steps else 0.0
-        head = f"epoch {counters.epoch:>{len(str(counters.epochs))}}/{counters.epochs} "
-        tail = f" {math.floor(100 * share):>3}%"
-        facts = self._facts(counters, now)
-        beside = _GAP + _GAP.join(fact.long for fact in facts)
-        room = width - len(head) - len(tail)
-        if width >= _ONE_LINE and room - len(beside) >= _SHORTEST_BAR:
-            bar = _bar(share, room - len(beside), ascii_only)
-            return [Text.assemble(head, *bar, tail, beside, no_wrap=True)]
-        first = Text.assemble(head, *_bar(share, room, ascii_only), tail, no_wrap=True, overflow="crop")
-        return [first, Text(_fitting(facts, width), no_wrap=True, overflow="crop")]
-
-    def _facts(self, counters: Counters, now: float) -> list["_Fact"]:
-        """Return what stands beside or below the bar, in its order."""
-        total = f"{counters.steps:,}"
-        step = f"{counters.step:>{len(total)},}/{total}"
-        facts = [_Fact(f"step {step}", step, worth=2)]
-        if counters.phase:
-            facts.append(_Fact(counters.phase, counters.phase, worth=4))
-        elif self._pace.rate is not None:
-            facts.append(_Fact(f"{self._pace.rate:,.0f} {self.unit}/s", f"{self._pace.rate:,.0f}/s", worth=3))
-        if counters.loss is not None:
-            facts.append(_Fact(f"loss {number(counters.loss)}", f"loss {number(counters.loss)}", worth=1))
-        elapsed = clock_time(now - self._pace.start)
-        facts.append(_Fact(f"{elapsed} elapsed", elapsed, worth=0))
-        if (left := self._pace.left(now, counters)) is not None:
-            facts.append(_Fact(f"{clock_time(left)} left", f"{clock_time(left)} left", worth=5))
-        return facts
-
-
-@dataclass(frozen=True)
-class _Fact:
-    """Something beside the bar: with its words, without them, and how long it stays where room is short."""
-
-    long: str
-    short: str
-    worth: int
-
-
-def _fitting(facts: list[_Fact], width: int) -> str:
-    """Return the facts in a line that fits: first without words, then without those of least worth."""
-    line = _GAP.join(fact.long for fact in facts)
-    while len(line) > width and facts:
-        line = _GAP.join(fact.short for fact in facts)
-        least = min(facts, key=lambda fact: fact.worth)
-        facts = [fact for fact in facts if fact is not least]
-    return line
-
-
-def _bar(share: float, room: int, ascii_only: bool) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Return the done and the open part of a bar of `room` columns, with their styles."""
-    done = math.floor(share * max(room, 0))
-    full, open_ = ("#", "-") if ascii_only else ("━", "─")
-    return (full * done, "cyan"), (open_ * (room - done), "bright_black")
-
-
-class Pace:
-    """How fast a training goes, from looking at its counters now and then.
-
-    Args:
-        start: when the training started, in seconds.
-        counters: where it stood then.
-    """
-
-    def __init__(self, start: float, counters: Counters) -> None:
-        self.start = start
-        self.rate: float | None = None  # samples a second over the last seconds of training
-        self._last = counters
-        self._first: tuple[float, int] | None = None  # when a step was first seen to be done, and how many were
-        self._seen: deque[tuple[float, int]] = deque()  # (time, samples) where they had changed, training only
-
-    def update(self, now: float, counters: Counters) -> None:
-        """Look at the counters."""
+    def _take_note(self, counters: Counters, now: float) -> None:
+        """Remember what the rate and the time left are computed from."""
         if counters.phase or self._last.phase:
-            self._seen.clear()  # what an evaluation takes doesn't belong to the rate
+            self._seen.clear()  # the time of an evaluation doesn't belong to the rate
         if counters.step != self._last.step:
-            # Time counts from the end of the first step, which may have compiled the model.
             self._first = self._first or (now, counters.step)
             self._seen.append((now, counters.samples))
         while len(self._seen) > 2 and self._seen[1][0] < now - _RATE_WINDOW:
             self._seen.popleft()
-        if len(self._seen) > 1:
-            (then, before), (last, samples) = self._seen[0], self._seen[-1]
-            self.rate = (samples - before) / (last - then)
         self._last = counters
 
-    def left(self, now: float, counters: Counters) -> float | None:
-        """Return the seconds left, by the mean time of a step so far, evaluations included."""
-        if self._first is None or counters.step == self._first[1]:
-            return None
-        then, first = self._first
-        return (counters.steps - counters.step) * (now - then) / (counters.step - first)
+    def _facts(self, counters: Counters, now: float, room: int) -> str:
+        """Return what stands beside the bar; where room is short, what matters least is left out."""
+        facts = {
+            "share": f"{100 * counters.step // max(counters.steps, 1):>3}%",
+            "step": f"{counters.step:>{len(f'{counters.steps:,}')},}/{counters.steps:,}",
+        }
+        if counters.phase:
+            facts["rate"] = counters.phase
+        elif len(self._seen) > 1:
+            (start, before), (end, samples) = self._seen[0], self._seen[-1]
+            facts["rate"] = f"{(samples - before) / (end - start):,.0f} {self._unit}/s"
+        if counters.loss is not None:
+            facts["loss"] = f"loss {number(counters.loss)}"
+        facts["time"] = clock_time(now - self._began)
+        if self._first is not None and counters.step > self._first[1]:
+            # By the mean time of a step so far, evaluations included.
+            since, first = self._first
+            left = (counters.steps - counters.step) * (now - since) / (counters.step - first)
+            facts["time"] += f"<{clock_time(left)}"
+        for name in ("share", "loss", "step", "rate"):
+            if len("  ".join(facts.values())) > room:
+                facts.pop(name, None)
+        return "  ".join(facts.values())
 
 
 # --------------------------------------------------------------------------------------------- how numbers are written
