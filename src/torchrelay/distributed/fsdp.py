@@ -1,15 +1,15 @@
-"""Step 4: models larger than a device: `parallel.kind = "fsdp"`.
+"""Step 4: `parallel.kind = "fsdp"`: PyTorch's fully sharded data parallel, for models larger than a device.
 
-Under `fsdp` every process keeps a part of each parameter, of its gradient and of the optimizer's state (PyTorch's
-`fully_shard`); a block's weights are whole only while it computes. Gradients are added over the processes, and divided
-again, while backward runs.
+Every process holds a shard of each parameter, of its gradient and of the optimizer's state (`fully_shard`). A block's
+weights are gathered only while it computes. Its gradients are reduce-scattered while the backward pass runs.
 
-In an exact run the sum has the bits of one process: each process first adds its own replicas in the tree, then each
-part is added over the processes in the same tree. So a process with several replicas holds up to log2(replicas) + 1
-whole gradients meanwhile. Without exactness it never holds more than its part: every replica's is added at once.
+In an exact run the sum has the bits of one process: each process first sums its own replicas in the tree, then each
+shard is summed over the processes in the same tree. Meanwhile a process with several replicas holds up to
+log2(replicas) + 1 unsharded gradients. Without exactness it only holds shards: each replica's gradients are
+reduce-scattered at once.
 
-Checkpoints know nothing of all this: see unsharded.py. Importing this module costs a third of what PyTorch costs: the
-trainer does so where it is needed.
+Checkpoints are independent of all this: see fsdp_state.py. Importing this module takes a third as long as importing
+PyTorch, so `build_strategy` does it only when needed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,30 +25,30 @@ from torch.optim import Optimizer
 
 from torchrelay.device.device import Device
 from torchrelay.distributed.fsdp_checks import blocks, check_model, check_optimizer, update_in_one_call
-from torchrelay.distributed.fsdp_state import gather, load_part, whole
+from torchrelay.distributed.fsdp_state import gather, gather_tensor, load_sharded
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
-from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients
+from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients, tree_sum
 from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import RelayError
 from torchrelay.models.ema import EMA
 
 
 class FSDP(Strategy):
-    """Shards a model over several processes, and adds the gradients of their replicas.
+    """Shards a model over several processes, and sums the gradients of their replicas.
 
-    Make it before the optimizer, the moving average and anything else that holds the model's parameters. The model may
-    stand on the CPU: its blocks are moved to the device one after another.
+    Create it before the optimizer, the moving average and anything else that holds the model's parameters. The model
+    may be on the CPU: its blocks are moved to the device one after another.
 
-    Every process must go as often through the model as the others, in evaluations, too: each time they exchange
-    weights. For a replica without samples `dummy_loss` does.
+    All processes must run the same number of forward passes, in evaluation as well, since each one gathers weights. For
+    a replica without samples, `dummy_loss` runs one.
 
     Args:
-        model: is changed in place: its parameters become parts of the first process's.
-        group: the processes.
-        device: where and how this process computes. Unless the run is exact, blocks compute wholly in its 16-bit type,
-            which halves what is sent; a model with running statistics, and an exact run, keep to autocast's choice.
-        exact: whether the sum of gradients follows the fixed tree.
-        dummy_loss: goes through this object with any samples, and returns their loss.
+        model: is changed in place: its parameters become shards of rank 0's.
+        group: the process group.
+        device: this process's device. Unless the run is exact, blocks compute entirely in its 16-bit dtype, which
+            halves the bytes sent. A model with running statistics, and an exact run, leave the dtypes to autocast.
+        exact: whether gradients are summed in the fixed tree.
+        dummy_loss: runs this strategy on a dummy batch and returns its loss.
 
     Raises:
         UsageError: the model can't be sharded.
@@ -68,11 +68,12 @@ class FSDP(Strategy):
         check_model(model, device, exact)
         super().__init__(model, group, exact=exact)
         self._dummy_loss, self._device = dummy_loss, device.device
-        self.empty = self.keeps = False  # whether what backward brings counts as zeros, and whether it stays here
+        self.empty = False  # whether the current replica's gradients count as zeros
+        self.local = False  # whether they stay in this process for now
         for _, tensor in sorted(model.state_dict().items()):
-            group.broadcast([tensor])  # one by one: a model may be as large as the memory
+            group.broadcast([tensor])  # one by one, as a model may be as large as the memory
         for parameter in model.parameters():
-            parameter.data = parameter.data.contiguous()  # FSDP takes no other
+            parameter.data = parameter.data.contiguous()  # as FSDP requires
         mesh = init_device_mesh(device.device.type, (group.size,))
         for block in (*blocks(model), model):
             self._shard(block, mesh, _policy(model, device, exact))
@@ -80,23 +81,23 @@ class FSDP(Strategy):
 
     def _shard(self, block: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         sharded = fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        sharded.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the global weight
+        sharded.set_gradient_divide_factor(1.0)  # the loss is divided by the global weight already
         sharded.set_force_sum_reduction_for_comms(True)
-        sharded.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]  # as its base class is private
+        sharded.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]  # its base class is private
 
     def __call__(self, inputs: Any) -> Any:
         """Return the model's outputs."""
         self.empty = False
-        with self._explained("put weights together"):
+        with self._explain_failure("gathered weights"):
             return super().__call__(inputs)
 
     @contextmanager
     def no_sync(self, tree: GradientTree) -> Iterator[None]:
-        """A context for a replica's passes; in an exact run its gradients wait whole in this process, beside the tree.
+        """Enclose a replica's passes; in an exact run, `_ReduceScatter` keeps its unsharded gradients in a tree.
 
-        Where nobody goes through the model in this context, the replica has no samples.
+        Without a forward pass in this context, the replica has no samples.
         """
-        with self._replica(keeps=self.exact):
+        with self._run_replica(local=self.exact):
             yield
         gradients = take_gradients(self.parameters)
         if not self.exact:
@@ -104,17 +105,17 @@ class FSDP(Strategy):
 
     @contextmanager
     def sync(self, tree: GradientTree) -> Iterator[None]:
-        """A context for the last replica's passes; after it, `.grad` has this process's part of all replicas' sum."""
-        with self._replica(keeps=False):
+        """Enclose the last replica's passes; after it, `.grad` holds this process's shard of all replicas' sum."""
+        with self._run_replica(local=False):
             yield
         if not self.exact:
             tree.add(take_gradients(self.parameters))
             give_gradients(self.parameters, tree.total())
 
     @contextmanager
-    def _replica(self, keeps: bool) -> Iterator[None]:
-        self.empty, self.keeps = True, keeps
-        with self._explained("added gradients"):
+    def _run_replica(self, local: bool) -> Iterator[None]:
+        self.empty, self.local = True, local
+        with self._explain_failure("added gradients"):
             yield
             if self.empty and self._dummy_loss is not None:
                 loss = self._dummy_loss()
@@ -122,8 +123,8 @@ class FSDP(Strategy):
                 loss.backward()  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
-        """Say which exchange failed, if that is what PyTorch raises from inside the model."""
+    def _explain_failure(self, what: str) -> Iterator[None]:
+        """Say which communication failed, if the error that PyTorch raises from inside the model is one."""
         try:
             yield
         except RuntimeError as error:
@@ -133,13 +134,13 @@ class FSDP(Strategy):
             raise
 
     def broadcast_weights(self) -> None:
-        """Do nothing: the weights were the first process's before they were divided."""
+        """Do nothing: rank 0's weights were broadcast before they were sharded."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that can't work on parts of parameters.
+        """Check that an optimizer can work on shards of parameters.
 
         Raises:
-            UsageError: it needs whole matrices, or the run is exact and nobody knows.
+            UsageError: it needs whole matrices, or the run is exact and it isn't known to be elementwise.
         """
         check_optimizer(optimizer, self.exact)
         if self.exact and self._device.type == "cuda":
@@ -148,45 +149,46 @@ class FSDP(Strategy):
     def grad_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
         """Return the norm of the whole gradient, the same on every process.
 
-        In an exact run each parameter's gradient is put together for it, one after another, and the norm of their norms
-        is that of one process, bit for bit. Otherwise PyTorch adds the squares of each process's parts.
+        In an exact run the parameters' gradients are gathered one after another, and the norm of their norms has the
+        bits of one process. Otherwise PyTorch adds the squares over the shards.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not self.exact or not gradients:
-            return whole(nn.utils.get_total_norm(gradients))
-        norms = [torch._foreach_norm([whole(gradient)])[0] for gradient in gradients]  # as get_total_norm takes them
+            return gather_tensor(nn.utils.get_total_norm(gradients))
+        # As `get_total_norm` computes them.
+        norms = [torch._foreach_norm([gather_tensor(gradient)])[0] for gradient in gradients]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
-    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
-        """Scale the gradient down to a largest norm; return its norm before."""
+    def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+        """Scale the gradient down to `max_norm` if its norm is larger; return the norm before that."""
         norm = self.grad_norm(parameters)
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     def full_state(self, state: Any) -> Any:
-        """Return a state put together, in the first process; None in the others."""
+        """Return a state with gathered tensors on rank 0; None on the others."""
         return gather(state, self.group)
 
     def load_state(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
-        """Load this process's part of a state."""
-        load_part(target, state)
+        """Load this process's shard of a state."""
+        load_sharded(target, state)
 
 
 class _ReduceScatter:
-    """Adds the gradients of a block over the processes and leaves each its part; FSDP calls it while backward runs.
+    """Sums a block's gradients over the processes and leaves each its shard. FSDP calls it in the backward pass.
 
     Args:
-        owner: says whether the run is exact, and what to do with this replica.
+        strategy: says whether the run is exact, and what the current replica is.
     """
 
-    def __init__(self, owner: FSDP) -> None:
-        self._owner = owner
+    def __init__(self, strategy: FSDP) -> None:
+        self._strategy = strategy
         self._elements: int | None = None
-        self._own = GradientTree()  # the whole gradients of this process's replicas, if the run is exact
+        self._tree = GradientTree()  # of this process's replicas, unsharded, if the run is exact
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory for what is sent or received."""
+        """Return memory to send from or to receive in."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -195,52 +197,49 @@ class _ReduceScatter:
         input_tensor: Tensor,
         group: dist.ProcessGroup,
         op: Any,  # noqa: ARG002 - always a sum
-        async_op: bool = False,  # noqa: ARG002 - FSDP never asks for it
+        async_op: bool = False,  # noqa: ARG002 - FSDP never sets it
     ) -> None:
-        """Add.
+        """Reduce and scatter.
 
         Args:
-            output_tensor: (elements / processes,) this process's part of the sum.
-            input_tensor: (elements,) the block's gradients, for each process its part.
-            group: the processes.
-            op: how FSDP would reduce.
-            async_op: whether to return at once.
+            output_tensor: (elements / world size,) this process's shard of the sum.
+            input_tensor: (elements,) the block's gradients, one shard after another.
+            group: the torch process group.
+            op: the reduction that FSDP would use.
+            async_op: whether to return before the result is there.
         """
         self._check(input_tensor, group)
-        if self._owner.empty:
+        if self._strategy.empty:
             input_tensor.zero_()
-        if not self._owner.exact:
+        if not self._strategy.exact:
             dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group)
             return
-        self._own.add([input_tensor])
-        if self._owner.keeps:
+        self._tree.add([input_tensor])
+        if self._strategy.local:
             output_tensor.zero_()
             return
-        own, self._own = cast(Tensor, self._own.total()[0]), GradientTree()
-        parts = torch.empty_like(own)
-        dist.all_to_all_single(parts, own, group=group)
-        tree = GradientTree()
-        for part in parts.chunk(group.size()):
-            tree.add([part])
-        output_tensor.copy_(cast(Tensor, tree.total()[0]))
+        local, self._tree = cast(Tensor, self._tree.total()[0]), GradientTree()
+        shards = torch.empty_like(local)
+        dist.all_to_all_single(shards, local, group=group)
+        output_tensor.copy_(tree_sum(shards.chunk(group.size())))
 
     def _check(self, gradients: Tensor, group: dist.ProcessGroup) -> None:
-        """Raise a RelayError where what the processes add doesn't belong together, instead of waiting for ever."""
+        """Raise a RelayError if the processes would sum different parameters, instead of waiting forever."""
         elements = gradients.numel()
         if self._elements is None:
-            there = gradients.new_empty(group.size(), dtype=torch.int64)
-            dist.all_gather_into_tensor(there, there.new_full((1,), elements), group=group)
-            self._elements = elements if len(set(there.tolist())) == 1 else -1
+            counts = gradients.new_empty(group.size(), dtype=torch.int64)
+            dist.all_gather_into_tensor(counts, counts.new_full((1,), elements), group=group)
+            self._elements = elements if len(set(counts.tolist())) == 1 else -1
         if self._elements != elements:
             raise RelayError(
-                "a replica uses other parameters of the model than another one, which parallel.kind 'fsdp' can't add: "
-                "use 'ddp'"
+                "a replica uses other parameters of the model than another one, which parallel.kind 'fsdp' doesn't "
+                "support: use 'ddp'"
             )
 
 
 def _policy(model: nn.Module, device: Device, exact: bool) -> MixedPrecisionPolicy:
-    """Return in which types blocks compute and add; autocast alone would keep 16-bit copies of all weights."""
-    running = any(name.endswith("running_mean") for name, _ in model.named_buffers())  # which stays float32
-    if exact or running or device.settings.precision == "float32":
+    """Return the dtypes of blocks' passes and sums; autocast alone would keep 16-bit copies of all weights."""
+    statistics = any(name.endswith("running_mean") for name, _ in model.named_buffers())  # they stay float32
+    if exact or statistics or device.settings.precision == "float32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Step 4: what `parallel.kind = "fsdp"` can divide: the blocks of a model, and what is refused."""
+"""Step 4: what `parallel.kind = "fsdp"` supports: the blocks of a model, and checks of models and optimizers."""
 
 from collections import Counter
 from typing import Any
@@ -10,39 +10,39 @@ from torchrelay.device.device import Device
 from torchrelay.errors import UsageError
 from torchrelay.models.factory import InitFromData
 
-SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a message
+SMALLEST = 100_000  # parameters of a block that is gathered on its own; smaller ones aren't worth a collective
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-_LARGEST_SHARE = 0.25  # of the model that a block may be before its own blocks are looked for
+_LARGEST_SHARE = 0.25  # of the model's parameters; a larger block is divided into its own blocks if it has any
 
-# What these do with an element depends on that element alone, so that a part is updated as the whole is.
+# They update each element on its own, so a shard is updated as the whole parameter would be.
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
-_FUSED = ("Adam", "AdamW")  # which PyTorch can fuse for parts
+_FUSED = ("Adam", "AdamW")  # whose fused versions accept sharded parameters
 _WHOLE_MATRICES = ("Muon", "Adafactor")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of a model that are gathered each on its own: large children of its lists and sequences.
+    """Return the blocks of a model that are each gathered on their own: large children of its lists and sequences.
 
-    A block that shares a parameter with anything outside it isn't among them: it is gathered with the whole model.
+    A block that shares a parameter with a module outside it isn't one of them: it is gathered with the whole model.
     """
     total, holders = _size(model), _holders(model)
 
     def inside(module: nn.Module) -> list[nn.Module]:
-        found: list[nn.Module] = []
+        result: list[nn.Module] = []
         for child in module.children():
             inner = inside(child)
-            # Lists have no forward pass, before which their parameters would be gathered.
+            # Parameters are gathered before a forward pass, which lists don't have.
             listed = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, _LISTS)
             fits = _size(child) >= SMALLEST and (not inner or _size(child) <= _LARGEST_SHARE * total)
             alone = all(holders[parameter] == count for parameter, count in _holders(child).items())
-            found += [child] if listed and fits and alone else inner
-        return found
+            result += [child] if listed and fits and alone else inner
+        return result
 
-    return list(dict.fromkeys(inside(model)))  # a block may stand in two places
+    return list(dict.fromkeys(inside(model)))  # a block may occur twice
 
 
 def _holders(module: nn.Module) -> Counter[nn.Parameter]:
-    """Return by how many modules, this one and those inside it, each parameter is held."""
+    """Return for each parameter how many modules hold it, this one and those inside it."""
     return Counter(parameter for part in module.modules() for parameter in part.parameters(recurse=False))
 
 
@@ -51,19 +51,19 @@ def _size(module: nn.Module) -> int:
 
 
 def check_model(model: nn.Module, device: Device, exact: bool) -> None:
-    """Refuse what can't be sharded.
+    """Check that a model can be sharded.
 
     Raises:
-        UsageError: the text says what, and what to do.
+        UsageError: it can't; the text says why, and what to do.
     """
     if device.settings.compile:
         raise UsageError("device.compile and parallel.kind 'fsdp' don't go together: leave one out, or use 'ddp'")
     if isinstance(model, InitFromData):
         raise UsageError(
-            f"{type(model).__name__} initializes itself from the data, which parallel.kind 'fsdp' can't do with parts "
-            "of it: use 'ddp'"
+            f"{type(model).__name__} initializes itself from the data, which parallel.kind 'fsdp' can't do with "
+            "shards of it: use 'ddp'"
         )
-    if exact and device.settings.channels_last:  # the norm of a gradient in another memory format has other bits
+    if exact and device.settings.channels_last:  # a gradient's norm depends on its memory format
         raise UsageError(
             "device.channels_last and parallel.kind 'fsdp' aren't exact together: leave one out, or "
             "--set run.exact=false"
@@ -82,45 +82,45 @@ def check_model(model: nn.Module, device: Device, exact: bool) -> None:
 
 
 def check_optimizer(optimizer: Optimizer, exact: bool) -> None:
-    """Refuse an optimizer that can't work on parts of parameters.
+    """Check that an optimizer can work on shards of parameters.
 
     Raises:
-        UsageError: it needs whole matrices, or the run is exact and nobody knows.
+        UsageError: it needs whole matrices, or the run is exact and it isn't known to be elementwise.
     """
     name = type(optimizer).__name__
     rules = {group["rule"] for group in optimizer.param_groups if "rule" in group}  # of our Muon, SGD and AdamW in one
     if name in _WHOLE_MATRICES or "muon" in rules:
         raise UsageError(
-            f"optimizer '{name.removesuffix('Optimizer').lower()}' needs whole matrices, of which parallel.kind 'fsdp' "
-            "keeps parts: use 'adamw' or 'sgd', or parallel.kind 'ddp'"
+            f"optimizer '{name.removesuffix('Optimizer').lower()}' needs whole matrices, which parallel.kind 'fsdp' "
+            "shards: use 'adamw' or 'sgd', or parallel.kind 'ddp'"
         )
     if exact and name not in _ELEMENTWISE and not rules:
         raise UsageError(
-            f"nobody knows whether optimizer '{name}' gives the same bits on parts of parameters: use one of "
+            f"optimizer '{name}' isn't known to give the same bits on shards of parameters: use one of "
             f"{', '.join(_ELEMENTWISE)}, or parallel.kind 'ddp', or --set run.exact=false"
         )
     fused = any(group.get("fused") for group in optimizer.param_groups)
-    if fused and (exact or name not in _FUSED):  # the last elements of a part are rounded otherwise than in the middle
+    if fused and (exact or name not in _FUSED):  # they round a tensor's last elements differently
         raise UsageError(
-            f"a fused '{name.lower()}' {'gives other bits' if exact else 'does not work'} on parts of parameters, of "
-            "which parallel.kind 'fsdp' is made: leave fused out, or use 'ddp'"
+            f"a fused '{name.lower()}' {'gives other bits' if exact else 'does not work'} on shards of parameters, as "
+            "parallel.kind 'fsdp' has them: leave fused out, or use 'ddp'"
         )
 
 
 def update_in_one_call(optimizer: Optimizer) -> None:
-    """Let an optimizer update all parts in one call, as PyTorch does with whole parameters on CUDA but not with parts.
+    """Let an optimizer update all shards in one call, as PyTorch does with unsharded parameters on CUDA by default.
 
-    Only while it steps: what is saved of its options stays that of an unsharded run.
+    The option is set only during the step: a checkpoint holds the options of an unsharded run.
     """
-    free: list[dict[str, Any]] = []  # groups in which nobody has chosen
+    default_groups: list[dict[str, Any]] = []  # groups that leave the choice to PyTorch
 
     def before(stepping: Optimizer, *_: Any) -> None:
-        free[:] = [group for group in stepping.param_groups if group.get("foreach", False) is None]
-        for group in free:
+        default_groups[:] = [group for group in stepping.param_groups if group.get("foreach", False) is None]
+        for group in default_groups:
             group["foreach"] = True
 
     def after(*_: Any) -> None:
-        for group in free:
+        for group in default_groups:
             group["foreach"] = None
 
     optimizer.register_step_pre_hook(before)

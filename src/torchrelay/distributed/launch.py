@@ -1,8 +1,7 @@
-"""Step 4: the processes that train together: started by us, by torchrun or by SLURM.
+"""Step 4: our launcher: `--devices N` starts N processes through torch's elastic launcher.
 
-`--devices N` starts N of them through torch's own elastic launcher. Each is the same command line again; rank 0 has the
-terminal, the others write to files, and one line says why it ended if it didn't end well. torch is imported only when
-there is something to start: the command line stays quick.
+Each process runs the same command line again. Rank 0 has the terminal, the others write to files, and one line says why
+a launch failed. torch is imported only when there is something to start, so that the command line starts fast.
 """
 
 import contextlib
@@ -20,11 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from torchrelay.distributed.failures import End, LaunchError, first_failure, reported
+from torchrelay.distributed.failures import End, LaunchError, first_failure, read_reports
 from torchrelay.distributed.process import LOGS, PARENT
 from torchrelay.errors import RelayError, UsageError
 
-_TWICE = 0.5  # seconds: `timeout` and SLURM may send a signal to a process and to its group, which is one wish, not two
+# Seconds. `timeout` and SLURM may send a signal to a process and again to its group, which is one request, not two.
+_TWICE = 0.5
 
 
 # ------------------------------------------------------------------------------------------------ starting processes
@@ -40,21 +40,24 @@ def start(
     shutdown_timeout: float = 600.0,
     port: int | None = None,
 ) -> None:
-    """Run a command line in `devices` processes and wait for their end.
+    """Run a command line in `devices` processes and wait until they have ended.
 
     Args:
-        arguments: the command line behind `torchrelay`.
-        devices: how many processes, each with a device of its own.
-        folder: the run's folder; what ranks other than 0 write is kept in its `logs`.
-        threads: of each process on the CPU; unset: the machine's cores shared out.
-        restarts: how often all processes are started again after one of them failed.
-        shutdown_timeout: seconds that they have for a checkpoint after a signal.
-        port: of the rendezvous on 127.0.0.1; unset: a free one.
+        arguments: the command line after `torchrelay`.
+        devices: the number of processes, each with a device of its own.
+        folder: the run folder; the output of ranks other than 0 is kept in its `logs`.
+        threads: CPU threads of each process; by default they share the machine's cores.
+        restarts: how often all processes are restarted after one of them fails.
+        shutdown_timeout: seconds that they have to save a checkpoint after a signal.
+        port: of the rendezvous on 127.0.0.1; a free one by default.
 
     Raises:
-        UsageError: something else has already started several processes, or the port is taken.
-        LaunchError: a process failed, or a signal stopped them; the text is its own.
+        UsageError: this system can't do it, or torchrun or SLURM has started several processes already.
+        RelayError: the port is taken.
+        LaunchError: a process failed, or a signal stopped them; the text is that process's error.
     """
+    if os.name != "posix":
+        raise UsageError(f"--devices {devices} needs Linux or macOS: leave it out, or run torchrelay in WSL")
     if "RANK" in os.environ:
         raise UsageError(
             f"--devices {devices}: this is one of {os.environ.get('WORLD_SIZE', 'several')} processes already, started "
@@ -62,13 +65,13 @@ def start(
         )
     if port is not None:
         _check_port(port)
-    was_there, refused = folder.exists(), False
+    existed, refused = folder.exists(), False
     with tempfile.TemporaryDirectory(prefix="torchrelay-") as name:
         reports = Path(name)
         logs = _logs(folder, reports)
         environment = {PARENT: str(os.getpid()), LOGS: str(logs), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         environment["OMP_NUM_THREADS"] = str(threads or max(1, cores() // devices))
-        for key in ("TORCH_CPP_LOG_LEVEL", "OMP_NUM_THREADS"):  # what the user set counts
+        for key in ("TORCH_CPP_LOG_LEVEL", "OMP_NUM_THREADS"):  # what the user has set takes precedence
             environment[key] = os.environ.get(key, environment[key])
         try:
             with _environment(environment), _Signals(reports, shutdown_timeout) as signals:
@@ -77,13 +80,13 @@ def start(
             refused = error.exit_code == UsageError.exit_code
             raise
         finally:
-            _clean_up(logs, None if was_there else folder, refused)
+            _clean_up(logs, None if existed else folder, refused)
 
 
 def _run_agent(
     arguments: Sequence[str], devices: int, restarts: int, port: int | None, reports: Path, signals: "_Signals"
 ) -> None:
-    """Let torch's elastic agent start the processes, and start them again; say in one line how they ended."""
+    """Let torch's elastic agent start and restart the processes; raise an error of one line if they fail."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
@@ -93,21 +96,21 @@ def _run_agent(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=devices,
-        logs_specs=DefaultLogsSpecs(log_dir=str(reports)),  # which keeps no output there, but the reasons of failures
+        logs_specs=DefaultLogsSpecs(log_dir=str(reports)),  # it keeps the reports of failures there, and no output
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port or 0}",
         rdzv_configs={"is_host": True},
         local_addr="127.0.0.1",
         max_restarts=restarts,
-        signals_to_handle="SIGQUIT",  # the others are ours
+        signals_to_handle="SIGQUIT",  # `_Signals` handles the others
     )
-    command = [argument.replace("$", "$$") for argument in ("-m", "torchrelay", *arguments)]  # torch fills in ${…}
+    command = [argument.replace("$", "$$") for argument in ("-m", "torchrelay", *arguments)]  # torch substitutes ${…}
     with _silent():
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
-            ends = {rank: End(found.exitcode, found.timestamp) for rank, found in error.failures.items()}
+            ends = {rank: End(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
             raise first_failure(reports, ends) from None
         except SignalException:
             signals.explain()
@@ -119,19 +122,19 @@ def _run_agent(
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_devices(name: str, devices: int) -> None:
-    """Refuse more processes than there are devices.
+    """Raise a UsageError if there are fewer devices than processes.
 
     Args:
         name: the recipe's `device.name`.
-        devices: how many are asked for.
+        devices: the number of processes.
 
     Raises:
-        UsageError: there aren't as many, or the name stands for one device alone.
+        UsageError: there are fewer devices, or the name is that of a single device.
     """
     import torch
 
@@ -141,12 +144,12 @@ def check_devices(name: str, devices: int) -> None:
     if name not in ("auto", "cuda"):
         raise UsageError(f"--devices {devices}: device.name '{name}' is one device: use cuda or cpu, or --devices 1")
     if devices > cuda:
-        there = f"{cuda} CUDA device{'' if cuda == 1 else 's'}"
-        raise UsageError(f"--devices {devices}: PyTorch sees {there} here: ask for fewer, or --set device.name=cpu")
+        available = f"{cuda} CUDA device{'' if cuda == 1 else 's'}"
+        raise UsageError(f"--devices {devices}: PyTorch sees {available} here: ask for fewer, or --set device.name=cpu")
 
 
 def _check_port(port: int) -> None:
-    """Raise an error if a port is taken."""
+    """Raise a RelayError if a port is taken."""
     if not 0 < port < 65536:
         raise UsageError(f"--port {port}: a port is a number from 1 to 65535")
     with socket.socket() as test:
@@ -159,19 +162,19 @@ def _check_port(port: int) -> None:
             ) from error
 
 
-def _logs(folder: Path, otherwise: Path) -> Path:
-    """Return where the ranks other than 0 write: in the run's folder, if one can write there."""
+def _logs(folder: Path, fallback: Path) -> Path:
+    """Return the folder for the output of ranks other than 0: in the run folder, if that is writable."""
     logs = folder / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
-    except OSError:  # rank 0 will say so, if it has to write there too
-        logs = otherwise / "logs"
+    except OSError:  # rank 0 reports it if it has to write there, too
+        logs = fallback / "logs"
         logs.mkdir()
     return logs.resolve()
 
 
 def _clean_up(logs: Path, new: Path | None, refused: bool) -> None:
-    """Remove logs that nobody wrote to, and a new folder if no run came of it; refused, all ranks said the same."""
+    """Remove empty logs, and a new folder that holds no run; all logs if the command was refused by every rank."""
     with contextlib.suppress(OSError):
         for log in logs.glob("rank-*.log"):
             if (refused and new) or not log.stat().st_size:
@@ -183,6 +186,7 @@ def _clean_up(logs: Path, new: Path | None, refused: bool) -> None:
 
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Add environment variables within the context."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -194,7 +198,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Silence torch's launcher, which logs every signal and every failure with many lines."""
+    """Silence torch's launcher, which logs many lines for each signal and each failure."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -207,12 +211,12 @@ def _silent() -> Iterator[None]:
 
 
 class _Signals:
-    """A context that hands SIGTERM, SIGINT and SIGUSR1 on to all processes and waits for them.
+    """A context that forwards SIGINT, SIGTERM and SIGUSR1 to all processes and waits for them to end.
 
-    torch would wait 30 s, send SIGTERM to loader workers as well, and leave all alive at a second signal.
+    torch would wait 30 s, send SIGTERM to DataLoader workers as well, and leave all alive at a second signal.
 
     Args:
-        reports: where the processes have written their ids.
+        reports: where the processes write their ids.
         timeout: seconds to wait.
     """
 
@@ -221,7 +225,7 @@ class _Signals:
         self._timeout = timeout
         self._received: signal.Signals | None = None
         self._since = 0.0
-        self._late = False
+        self._timed_out = False
         self._codes: dict[int, int] = {}  # of processes that ended after the signal
         self._before: dict[int, Any] = {}
 
@@ -230,7 +234,7 @@ class _Signals:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -244,27 +248,32 @@ class _Signals:
         self._received, self._since = signal.Signals(number), time.monotonic()
         pids = [pid for pid in self._pids() if self._runs(pid)]
         _send(pids, number)
-        while any(self._runs(pid) for pid in pids) and not self._late:
-            self._late = time.monotonic() - self._since > self._timeout
+        while any(self._runs(pid) for pid in pids) and not self._timed_out:
+            self._timed_out = time.monotonic() - self._since > self._timeout
             time.sleep(0.02)
         _send([pid for pid in pids if self._runs(pid)], signal.SIGKILL)
-        raise SignalException(f"{self._received.name} has come", self._received)
+        raise SignalException(f"received {self._received.name}", self._received)
 
     def _pids(self) -> list[int]:
         return [int(path.read_text() or 0) for path in self._reports.rglob("pid")]
 
     def _runs(self, pid: int) -> bool:
-        """Return whether a process still runs; leave it to torch to reap it."""
+        """Return whether a process still runs. One that has ended is left for torch to reap, where the system can."""
         try:
-            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if hasattr(os, "waitid"):
+                ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is not None:
+                    self._codes[pid] = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                return ended is None
+            reaped, status = os.waitpid(pid, os.WNOHANG)  # macOS
         except ChildProcessError:
             return False
-        if found is not None:
-            self._codes[pid] = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-        return found is None
+        if reaped:
+            self._codes[pid] = os.waitstatus_to_exitcode(status)
+        return not reaped
 
     def _end_at_once(self, number: int) -> NoReturn:
-        """Leave without waiting, as one process does; the earlier checkpoints are whole."""
+        """Exit without waiting, as a single process does at a second signal; earlier checkpoints are complete."""
         _send(self._pids(), signal.SIGKILL)
         shutil.rmtree(self._reports, ignore_errors=True)
         os._exit(128 + number)
@@ -273,21 +282,21 @@ class _Signals:
         """Say how the processes ended.
 
         Raises:
-            LaunchError: they had not come to their end by themselves.
+            LaunchError: they hadn't finished before the signal.
         """
-        if self._received is None:  # SIGQUIT, which torch has handled
+        if self._received is None:  # torch handles SIGQUIT
             raise LaunchError("stopped by SIGQUIT", 128 + signal.SIGQUIT)
         name = self._received.name
-        if self._late:
+        if self._timed_out:
             raise LaunchError(
-                f"the processes had not ended {self._timeout:g} s after {name} and were killed; the last checkpoint "
-                "counts: torchrelay resume goes on from it; --shutdown-timeout gives them longer",
+                f"the processes had not ended {self._timeout:g} s after {name} and were killed: torchrelay resume "
+                "continues from the last checkpoint; --shutdown-timeout gives them longer",
                 1,
             )
         if self._codes and not any(self._codes.values()):
-            return  # they were done
-        if all(each.follows for each in reported(self._reports)):
-            raise LaunchError(f"stopped by {name} before the training began", 128 + self._received)
+            return  # they had finished
+        if all(report.follows for report in read_reports(self._reports)):
+            raise LaunchError(f"stopped by {name} before training began", 128 + self._received)
         raise first_failure(self._reports, {})
 
 

@@ -1,4 +1,7 @@
-"""Step 4: a process's place among those that were started together, by our launcher, by torchrun or by SLURM."""
+"""Step 4: this process's place in a launch, by our launcher, torchrun or SLURM; and whether the launch is a restart.
+
+It imports no torch: the command line asks it before anything else.
+"""
 
 import ctypes
 import json
@@ -11,30 +14,32 @@ from pathlib import Path
 from torchrelay.distributed.slurm import from_slurm
 from torchrelay.errors import RelayError
 
-PARENT = "TORCHRELAY_LAUNCHER"  # in a process that our launcher started: the launcher's id
-LOGS = "TORCHRELAY_LOGS"  # and the folder for what it writes, unless it is rank 0
-ERROR = "TORCHELASTIC_ERROR_FILE"  # torch's name: the file that says why a process failed
+PARENT = "TORCHRELAY_LAUNCHER"  # the process id of our launcher, in the processes that it starts
+LOGS = "TORCHRELAY_LOGS"  # the folder for the output of ranks other than 0
+ERROR = "TORCHELASTIC_ERROR_FILE"  # torch's name: the file in which a process reports why it failed
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def rank() -> int:
-    """Return this process's number among those that train together; 0 where it is alone."""
+    """Return this process's rank; 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 def started_by_launcher() -> bool:
-    """Return whether our launcher has started this very process; its own children inherit the environment, too."""
+    """Return whether our launcher started this very process; this process's children inherit the environment, too."""
     return os.environ.get(PARENT) == str(os.getppid())
 
 
 def attach() -> None:
-    """Take this process's place among those that were started together, if there are others.
+    """Take this process's place in the launch, if there is one.
 
-    A process of ours dies with its launcher, so that none is left behind, and rank 0 alone has the terminal.
+    A process that our launcher started ends with the launcher, and only rank 0 writes to the terminal.
     """
     os.environ.update(from_slurm(os.environ))
     if not started_by_launcher():
         return
-    _die_with(os.getppid())
+    _end_with(os.getppid())
     Path(os.environ[ERROR]).with_name("pid").write_text(str(os.getpid()))
     if rank() == 0:
         return
@@ -45,68 +50,68 @@ def attach() -> None:
     os.close(log)
 
 
-def _die_with(parent: int) -> None:
-    """Let the kernel end this process when its parent ends, however that ends."""
+def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, for whatever reason; only Linux can do that."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 
 
-# ------------------------------------------------------------------------------------- a run that is started again
+# ------------------------------------------------------------------------------------------------ restarts
 
 
 def is_restart(folder: Path) -> bool:
-    """Return whether a folder holds the run of this very launch, whose processes were started again.
+    """Return whether a folder holds the run of this launch, whose processes were restarted.
 
-    torchrun starts the same `train` again after a failure, and when hosts come and go; SLURM does when it requeues a
-    job. Only rank 0's answer counts: the others may look when rank 0 has written already.
+    torchrun restarts the same `train` command after a failure, and when hosts come and go; SLURM does so when it
+    requeues a job. Only rank 0's answer counts: when the others look, rank 0 may have written already.
     """
-    own = _launch()
-    if own is None or not (folder / "recipe.toml").is_file():
+    launch = _launch()
+    if launch is None or not (folder / "recipe.toml").is_file():
         return False
     try:
-        return bool(json.loads((folder / "elastic.json").read_text(encoding="utf-8")) == own)
+        return bool(json.loads((folder / "elastic.json").read_text(encoding="utf-8")) == launch)
     except (OSError, ValueError):
         return False
 
 
 def record_launch(folder: Path) -> None:
-    """Write down, on rank 0 and before a folder holds a run, which launch it belongs to.
+    """Write, on rank 0 and before a folder holds a run, which launch the run belongs to.
 
     Raises:
         RelayError: it can't be written.
     """
-    own = _launch(started=True)
-    if own is None or rank() != 0 or (folder / "recipe.toml").exists():
+    launch = _launch(recorded=True)
+    if launch is None or rank() != 0 or (folder / "recipe.toml").exists():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = folder / "elastic.json.partial"
-        staging.write_text(json.dumps(own) + "\n", encoding="utf-8")
-        staging.rename(folder / "elastic.json")
+        staging.write_text(json.dumps(launch) + "\n", encoding="utf-8")
+        staging.replace(folder / "elastic.json")
     except OSError as error:
         raise RelayError(
             f"can't write in the run folder {folder}: {error.strerror or error}; choose another by --run"
         ) from error
 
 
-def _launch(started: bool = False) -> dict[str, str] | None:
-    """Return what names this launch, the same in each of its attempts; None if nothing does.
+def _launch(recorded: bool = False) -> dict[str, str] | None:
+    """Return what identifies this launch in each of its attempts; None if nothing does.
 
-    torchrun's run id is `none` unless one is given. Then the agent, which stays the same process, is part of the name,
-    and the first attempt goes on with nothing. A job of SLURM keeps its number when it is requeued.
+    torchrun's run id is `none` unless one is given. Then the id of its agent, the same process in all attempts, is part
+    of the identity, and a first attempt is never a restart. SLURM keeps a job's number when it requeues the job.
 
     Args:
-        started: whether it is asked by who writes the name down, and not by who compares it.
+        recorded: whether the identity is to be written, and not to be compared.
     """
     if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is not None:
         if run_id != "none":
             return {"run_id": run_id}
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         agent = f"process {os.getppid()} on {socket.gethostname()}"
-        return {"run_id": run_id, "agent": agent} if again or started else None
+        return {"run_id": run_id, "agent": agent} if restarted or recorded else None
     if (job := os.environ.get("SLURM_JOB_ID")) is not None:
-        again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        return {"slurm_job_id": job} if again or started else None
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        return {"slurm_job_id": job} if restarted or recorded else None
     return None
