@@ -302,3 +302,37 @@ def test_a_folder_decoded_before_is_not_read_again_until_a_file_changes(tmp_path
     (tmp_path / "data" / "a" / "0.png").unlink()
     assert [decodings(), decodings()] == [1, 0]
     assert len(whole(tmp_path / "cache")) == 1
+
+
+# ------------------------------------------------------------------------------------------------ other systems
+
+
+def test_data_is_imported_without_what_only_posix_has():
+    program = """
+        import mmap, os, pkgutil, sys
+        from importlib import import_module
+
+        import PIL.Image, portalocker, pydantic, simplejpeg, torch, torch.utils.data, torchrelay
+        for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+            sys.modules[name] = None
+        for name in ("uname", "fork", "posix_fallocate", "sched_getaffinity"):
+            delattr(os, name)
+        for name in ("MAP_PRIVATE", "PROT_READ", "PROT_WRITE", "MAP_NORESERVE"):
+            vars(mmap).pop(name, None)
+        sys.platform = "win32"
+        from torchrelay import data
+        for module in pkgutil.walk_packages(data.__path__, "torchrelay.data."):
+            import_module(module.name)
+        print("imported")
+        """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_a_cache_is_mapped_without_posix_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    cache.cached(tmp_path, "place", "key", SHAPE, Fill())
+    first, second = (cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images for _ in range(2))
+    first[4] = 99
+    assert second[4].max() == 4

@@ -1,6 +1,8 @@
-"""Step 2: data: where samples come from, in which order, how augmented, and in which batches."""
+"""Step 2: data: sources of samples, their order, their augmentation and their batches."""
 
 from torchrelay.data import augment
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
 from torchrelay.data.builtin import cifar10, cifar100, digits, text
 from torchrelay.data.folder import image_folder
 from torchrelay.data.settings import DataSettings, Parts, load
@@ -8,6 +10,8 @@ from torchrelay.data.sources import ArraySource, DatasetSource, Source, arrays, 
 
 __all__ = [
     "ArraySource",
+    "Batch",
+    "Batches",
     "DataSettings",
     "DatasetSource",
     "Parts",
