@@ -100,7 +100,7 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
         ("train digits --set data.name=cifar10", "data.root isn't set: set it to the folder of cifar10"),
         ("train digits --set loss.name=cross_entrop", "'cross_entrop' is unknown; did you mean 'cross_entropy'?"),
         ("train digits --set loss.name=foo", "'foo' is unknown; known: cross_entropy, bce, mse, next_token"),
-        ("train digits --set loss.class_weights=[1,2]", "has 2 numbers for 10 classes: give one each"),
+        ("train digits --set loss.class_weights=[1,2]", "has 2 weights for 10 classes: give one for each"),
         ("train digits --set device.name=cudda", "'cudda' is unknown: use auto, cpu, cuda, cuda:1 or mps"),
         ("train digits --set device.precision=fp16", "'fp16' isn't for the CPU: use 'bf16' or 'float32'"),
         ("train digits --set parallel.replicas=3", "an exact run needs a power of two"),
@@ -441,8 +441,8 @@ def test_code_that_fails_is_named_with_its_line(text, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("loss.name=Needy", "must need no arguments (missing a required argument: 'needed')"),
-        ("loss.name=Unfinished", "this task in --code has no method 'loss'"),
+        ("loss.name=Needy", "must take no arguments (missing a required argument: 'needed')"),
+        ("loss.name=Unfinished", "the task in --code has no method 'loss'"),
         ("loss.name=half", "'half' is unknown"),
         ("data.name=rmtree", "data.name 'rmtree' is unknown"),
         ("model.name=rmtree", "there is no model 'rmtree'"),

@@ -112,8 +112,16 @@ def test_the_order_of_samples_depends_on_the_seed_alone():
 
 def test_there_are_few_public_names():
     names = set(tr.__all__) - {"__version__"}
-    assert len(names) <= 15
+    settings = {name for name in names if name.endswith("Settings")}
+    assert len(names - settings) <= 15
     assert all(not name.startswith("_") for name in names)
+
+
+def test_each_section_of_a_recipe_has_its_settings_at_the_top():
+    """The optimizer's and the schedule's are in `optim`, a class for each."""
+    for section, field in tr.Recipe.model_fields.items():
+        if section not in ("optimizer", "schedule"):
+            assert getattr(tr, f"{section.capitalize()}Settings") is field.annotation
 
 
 # ------------------------------------------------------------------------------------------------ what is tracked

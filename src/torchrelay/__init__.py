@@ -1,4 +1,4 @@
-"""torchrelay: a PyTorch training framework. The seven steps stand in the modules that this page names.
+"""torchrelay: a PyTorch training framework: a loop that you can read, exact resume, fast by default.
 
 Names are imported when they are first used, so that `torchrelay --help` needs no torch.
 """
@@ -8,26 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Trainer": "torchrelay.train.trainer",
-    "RunSettings": "torchrelay.run.settings",
-    "Recipe": "torchrelay.recipe.recipe",
-    "Task": "torchrelay.tasks.task",
-    "Classification": "torchrelay.tasks.classification",
-    "MultiLabel": "torchrelay.tasks.multilabel",
-    "Regression": "torchrelay.tasks.regression",
-    "NextToken": "torchrelay.tasks.next_token",
-    "Callback": "torchrelay.train.callbacks",
-    "EarlyStopping": "torchrelay.train.callbacks",
-    "RelayError": "torchrelay.errors",
-}
-_MODULES = ("augment", "data", "models", "optim", "tasks")
+if TYPE_CHECKING:
+    from torchrelay import data, models, optim, tasks
+    from torchrelay.checkpoint.schedule import CheckpointSettings
+    from torchrelay.data import augment
+    from torchrelay.data.settings import DataSettings
+    from torchrelay.device.device import DeviceSettings
+    from torchrelay.distributed.replicas import ParallelSettings
+    from torchrelay.errors import RelayError
+    from torchrelay.models.factory import ModelSettings
+    from torchrelay.recipe.recipe import Recipe
+    from torchrelay.run.settings import RunSettings
+    from torchrelay.tasks.classification import Classification
+    from torchrelay.tasks.multilabel import MultiLabel
+    from torchrelay.tasks.next_token import NextToken
+    from torchrelay.tasks.regression import Regression
+    from torchrelay.tasks.task import LossSettings, Task
+    from torchrelay.train.callbacks import Callback, EarlyStopping
+    from torchrelay.train.trainer import Trainer
+
 __all__ = [
     "Callback",
+    "CheckpointSettings",
     "Classification",
+    "DataSettings",
+    "DeviceSettings",
     "EarlyStopping",
+    "LossSettings",
+    "ModelSettings",
     "MultiLabel",
     "NextToken",
+    "ParallelSettings",
     "Recipe",
     "Regression",
     "RelayError",
@@ -39,31 +50,35 @@ __all__ = [
     "data",
     "models",
     "optim",
+    "tasks",
 ]
-
-if TYPE_CHECKING:
-    from torchrelay import data, models, optim
-    from torchrelay import tasks as tasks
-    from torchrelay.data import augment
-    from torchrelay.errors import RelayError
-    from torchrelay.recipe.recipe import Recipe
-    from torchrelay.run.settings import RunSettings
-    from torchrelay.tasks.classification import Classification
-    from torchrelay.tasks.multilabel import MultiLabel
-    from torchrelay.tasks.next_token import NextToken
-    from torchrelay.tasks.regression import Regression
-    from torchrelay.tasks.task import Task
-    from torchrelay.train.callbacks import Callback, EarlyStopping
-    from torchrelay.train.trainer import Trainer
+_MODULES = {"augment": "data.augment", "data": "data", "models": "models", "optim": "optim", "tasks": "tasks"}
+_MODULE_OF = {
+    "Callback": "train.callbacks",
+    "CheckpointSettings": "checkpoint.schedule",
+    "Classification": "tasks.classification",
+    "DataSettings": "data.settings",
+    "DeviceSettings": "device.device",
+    "EarlyStopping": "train.callbacks",
+    "LossSettings": "tasks.task",
+    "ModelSettings": "models.factory",
+    "MultiLabel": "tasks.multilabel",
+    "NextToken": "tasks.next_token",
+    "ParallelSettings": "distributed.replicas",
+    "Recipe": "recipe.recipe",
+    "Regression": "tasks.regression",
+    "RelayError": "errors",
+    "RunSettings": "run.settings",
+    "Task": "tasks.task",
+    "Trainer": "train.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    if name == "augment":
-        return import_module("torchrelay.data.augment")
     if name in _MODULES:
-        return import_module(f"torchrelay.{name}")
+        return import_module(f"torchrelay.{_MODULES[name]}")
+    if name in _MODULE_OF:
+        return getattr(import_module(f"torchrelay.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'torchrelay' has no attribute '{name}'")
 
 

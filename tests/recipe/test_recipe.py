@@ -110,7 +110,7 @@ def test_the_schema_is_one_by_which_an_editor_completes():
 
 def test_the_schema_in_the_docs_is_this_one():
     """`make docs` writes it."""
-    assert (Path(__file__).parents[2] / "docs" / "recipe.schema.json").read_text() == recipe.schema()
+    assert (Path(__file__).parents[2] / "docs" / "reference" / "recipe.schema.json").read_text() == recipe.schema()
 
 
 def test_the_python_name_is_the_same_class():
@@ -254,7 +254,7 @@ def test_a_recipe_with_old_names_is_no_change_to_a_run():
         ("run.exact=perhaps", "digits: run.exact should be true or false, not 'perhaps'"),
         ("data.augment=flip", "digits: data.augment should be a list, not 'flip'"),
         ("data.augment=[3]", "digits: data.augment.0 should be a table, not 3"),
-        ("data.root=3", "digits: data.root should be a text, not 3"),
+        ("data.root=3", "digits: data.root should be a string, not 3"),
         ("data.options=3", "digits: data.options should be a table, not 3"),
         ("optimizer.lr=[1]", "digits: optimizer.lr should be a number, not [1]"),
         ("loss.class_weights=balancd", "digits: loss.class_weights should be a list or 'balanced', not 'balancd'"),
@@ -279,7 +279,7 @@ def test_a_recipe_with_old_names_is_no_change_to_a_run():
         ("=3", "--set =3: write section.key=value"),
         (".epochs=3", "--set .epochs=3: write section.key=value"),
         ("run.epochs.x=3", "--set run.epochs.x=3: 'epochs' is a value, not a section"),
-        ("data.augment=[flip]", "[flip] is no TOML value; its strings need quotes"),
+        ("data.augment=[flip]", "[flip] isn't a TOML value: put its strings in double quotes"),
     ],
 )  # fmt: skip
 def test_a_wrong_override_is_answered_in_one_plain_line(override, says, capsys):

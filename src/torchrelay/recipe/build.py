@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from torchrelay import data
 from torchrelay.data.sources import ArraySource, Source
@@ -36,14 +37,14 @@ def build_trainer(
 
     Args:
         recipe: all parameters.
-        run: the run's folder; nothing is written without one.
+        run: the run's folder; None: nothing is written.
         code: a module of the user's own, in which the recipe's names are looked up first.
-        terminal: where people read along.
-        callbacks: what else shall happen around a step.
-        fresh: whether the run starts; one that goes on doesn't need the pretrained weights again.
+        terminal: where lines and the progress bar go; standard output if not given.
+        callbacks: more callbacks for the trainer.
+        fresh: whether the run starts; a resumed one doesn't need the pretrained weights again.
 
     Raises:
-        UsageError: the recipe names what isn't there.
+        UsageError: the recipe names something that doesn't exist.
         RelayError: the data or the weights can't be loaded.
     """
     # 1. Prepare
@@ -59,15 +60,11 @@ def build_trainer(
     # 2. Data
     parts = data.load(recipe.data, recipe.run.seed, code=code, log=say)
 
-    # 3. Model: its initial weights follow from the seed
-    classes, channels, size = _shape(parts.train, recipe)
-    torch.manual_seed(recipe.run.seed)
-    chosen = recipe.model if fresh else recipe.model.model_copy(update={"pretrained": False})
-    model = build_model(chosen, classes=classes, channels=channels, image_size=size, code=code, log=say)
+    # 3. Model
+    model = _initial_model(recipe, parts.train, code, fresh, say)
 
     # 4. Device, 5. optimizer and schedule, 6. loss, 7. train and test
-    patience = recipe.run.patience
-    built = Trainer(
+    trainer = Trainer(
         model,
         parts.train,
         parts.test,
@@ -88,16 +85,20 @@ def build_trainer(
         workers=recipe.data.workers,
         ema=recipe.model.ema,
         checkpoint=recipe.checkpoint,
-        callbacks=[*([EarlyStopping(patience)] if patience else []), *callbacks],
+        callbacks=[*([EarlyStopping(recipe.run.patience)] if recipe.run.patience else []), *callbacks],
         terminal=terminal,
         record={**recipe.model_dump(mode="json", exclude_none=True), "environment": environment(code)},
     )
-    built.notes = [*notes, *built.notes]
-    return built
+    trainer.notes = [*notes, *trainer.notes]
+    return trainer
 
 
 def build_task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:
-    """Return the task that the loss's name stands for."""
+    """Return the task that `loss.name` names.
+
+    Raises:
+        UsageError: there is no such task, or its class weights don't fit the data.
+    """
     if (own := custom_task(settings.name, code)) is not None:
         return own
     weights = _class_weights(settings, train)
@@ -115,18 +116,20 @@ def build_task(settings: LossSettings, train: Source, code: ModuleType | None = 
 
 
 def custom_task(name: str, code: ModuleType | None) -> Task | None:
-    """Return the task of that name in the user's file, if there is one."""
+    """Return the task of that name in the user's file, or None where the file has none."""
     own = getattr(code, name, None)
     if isinstance(own, Task):
         return own
     if not isinstance(own, type) or not issubclass(own, Task):
         return None
     if inspect.isabstract(own):
-        raise UsageError(f"loss.name '{name}': this task in --code has no method 'loss': write one")
+        raise UsageError(f"loss.name '{name}': the task in --code has no method 'loss': write one")
     try:
         inspect.signature(own).bind()
     except TypeError as error:
-        raise UsageError(f"loss.name '{name}': the task in --code must need no arguments ({error})") from None
+        raise UsageError(
+            f"loss.name '{name}': the task in --code must be constructible without arguments ({error})"
+        ) from None
     return own()
 
 
@@ -136,17 +139,27 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
         return None
     if weights == "balanced":
         if not isinstance(train, ArraySource) or train.targets.is_floating_point():
-            raise UsageError("loss.class_weights 'balanced' needs one class a sample, held in memory: give the numbers")
+            raise UsageError("loss.class_weights 'balanced' needs one class per sample, in memory: list the weights")
         return balanced_weights(train.targets, len(train.classes))
     if len(weights) != len(train.classes):
         raise UsageError(
-            f"loss.class_weights has {len(weights)} numbers for {len(train.classes)} classes: give one each"
+            f"loss.class_weights has {len(weights)} weights for {len(train.classes)} classes: give one for each class"
         )
     return torch.tensor(weights)
 
 
+def _initial_model(
+    recipe: Recipe, train: Source, code: ModuleType | None, fresh: bool, say: Callable[[str], None]
+) -> nn.Module:
+    """Return the model for the data; its initial weights follow from the seed."""
+    classes, channels, size = _shape(train, recipe)
+    torch.manual_seed(recipe.run.seed)
+    settings = recipe.model if fresh else recipe.model.model_copy(update={"pretrained": False})
+    return build_model(settings, classes=classes, channels=channels, image_size=size, code=code, log=say)
+
+
 def _shape(source: Source, recipe: Recipe) -> tuple[int, int, int | None]:
-    """Return how many classes, channels and pixels a side the model will see; what can't be told is 1, 1 and None."""
+    """Return the model's outputs, and the channels and the size of its input images; where unknown, 1 and None."""
     sample, target = (source.inputs[0], source.targets[0]) if isinstance(source, ArraySource) else source.dataset[0]
     outputs = len(source.classes) or torch.as_tensor(target).numel()
     if not isinstance(sample, torch.Tensor) or sample.ndim == 0:
@@ -157,7 +170,7 @@ def _shape(source: Source, recipe: Recipe) -> tuple[int, int, int | None]:
 
 
 def image_size(size: int, recipe: Recipe) -> int:
-    """Return the size of the images that the model sees, after what resizes or crops them."""
+    """Return the size of the images that the model sees, after the transforms that resize or crop them."""
     for transform in (*recipe.data.prepare, *recipe.data.augment):
         if transform.name in ("resize", "center_crop", "random_resized_crop"):
             size = transform.size

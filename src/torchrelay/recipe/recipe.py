@@ -1,14 +1,14 @@
-"""Step 1: the recipe: typed parameters from a TOML file, overrides, and the defaults.
+"""Step 1: the recipe: typed parameters from a TOML file, with overrides and defaults.
 
-A recipe is data. It composes the settings of the seven steps, each of which stands beside the code that it sets, and
-names only what ships (or what torchvision, timm and torch.optim have); a stranger's recipe runs nothing.
+A recipe is data. It composes the settings of the seven steps, each of which stands beside the code that it sets. It
+names only what torchrelay, torchvision, timm and torch.optim have, so that a recipe from a stranger can't run code.
 """
 
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
@@ -30,7 +30,7 @@ Table = dict[str, Any]  # a TOML table
 _PLAIN_WORDS = {
     "a valid integer": "a whole number",
     "a valid number": "a number",
-    "a valid string": "a text",
+    "a valid string": "a string",
     "a valid boolean": "true or false",
     "a valid list": "a list",
     "a valid tuple": "a list",
@@ -43,11 +43,12 @@ _PLAIN_WORDS = {
     "Tuple should have": "a list with",
     " after validation": "",
 }
-_KINDS = ("optimizer.name=", "schedule.name=")  # sections whose other keys depend on the name
+# The other keys of these sections depend on the name.
+_KINDS = ("optimizer.name=", "schedule.name=")
 
 
 class Recipe(Settings):
-    """All parameters of a run, the seven steps as its sections."""
+    """All parameters of a run; the sections follow the seven steps."""
 
     run: RunSettings = RunSettings()
     """1. How long, from which seed, how exactly."""
@@ -69,7 +70,7 @@ class Recipe(Settings):
     """7. When to save, what to keep."""
 
     def to_toml(self) -> str:
-        """Return the recipe, resolved, as TOML: each key with its meaning, and its default where that is another."""
+        """Return the whole recipe as TOML: each key with its meaning, and with its default where the value differs."""
         return "\n".join(_lines(self)) + "\n"
 
 
@@ -78,11 +79,11 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: a shipped recipe's name, or the path of a TOML file.
-        overrides: texts such as "optimizer.lr=0.02"; the right side is a TOML value, or else a string. Another
-            optimizer or schedule by name starts from its own defaults: the file's keys were meant for the old one.
+        overrides: strings such as "optimizer.lr=0.02"; the right side is a TOML value, or else a string. An override
+            of the optimizer's or schedule's name resets its section: the file's keys belong to the old one.
 
     Raises:
-        UsageError: no such recipe, or a key or a value in it is wrong.
+        UsageError: there is no such recipe, or a key or a value is wrong.
     """
     table = rename_keys(_read(name))
     table.pop("environment", None)  # a run's folder adds it: versions, not parameters
@@ -94,7 +95,7 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse(table: Table, where: str) -> Recipe:
-    """Check a table and return the recipe it is.
+    """Check a table and return it as a recipe.
 
     Raises:
         UsageError: naming the first wrong key or value, and the nearest right name.
@@ -103,8 +104,8 @@ def parse(table: Table, where: str) -> Recipe:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise UsageError(f"{where}: {_explain(error)}") from None
-    for place in _truths_for_numbers(table, recipe.model_dump()):
-        raise UsageError(f"{where}: {place} should be a number, not true or false")
+    for key in _booleans_for_numbers(table, recipe.model_dump()):
+        raise UsageError(f"{where}: {key} should be a number, not true or false")
     return recipe
 
 
@@ -137,11 +138,13 @@ def _apply(table: Table, override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = {"True": True, "False": False}.get(text.strip(), text.strip())  # as Python spells them
-        if text.strip().startswith(("[", "{")):  # a shell takes quotes away unless they stand in quotes
+        # True and False are Python's spelling.
+        value = {"True": True, "False": False}.get(text.strip(), text.strip())
+        # The shell removes quotes that aren't quoted themselves.
+        if text.strip().startswith(("[", "{")):
             raise UsageError(
-                f"--set {override}: {value} is no TOML value; its strings need quotes, and the shell needs quotes "
-                f"around it all, as in --set '{key.strip()}=[\"flip\"]'"
+                f"--set {override}: {value} isn't a TOML value: put its strings in double quotes and the whole in "
+                f"single quotes, as in --set '{key.strip()}=[\"flip\"]'"
             ) from None
     for section in sections:
         table = table.setdefault(section, {})
@@ -152,25 +155,25 @@ def _apply(table: Table, override: str) -> None:
     table[last] = value
 
 
-def _truths_for_numbers(given: Any, taken: Any, place: str = "") -> Iterator[str]:
-    """Yield the places where true or false was given and pydantic took it for 1 or 0."""
-    if isinstance(given, dict) and isinstance(taken, dict):
-        for key in given.keys() & taken.keys():
-            yield from _truths_for_numbers(given[key], taken[key], f"{place}.{key}".lstrip("."))
-    elif isinstance(given, list) and isinstance(taken, list | tuple):
-        for number, pair in enumerate(zip(given, taken, strict=False)):
-            yield from _truths_for_numbers(*pair, f"{place}.{number}")
-    elif isinstance(given, bool) and not isinstance(taken, bool) and isinstance(taken, int | float):
-        yield place
+def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[str]:
+    """Yield the keys whose value is a boolean that pydantic took for 1 or 0."""
+    if isinstance(given, dict) and isinstance(parsed, dict):
+        for name in given.keys() & parsed.keys():
+            yield from _booleans_for_numbers(given[name], parsed[name], f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list) and isinstance(parsed, list | tuple):
+        for number, pair in enumerate(zip(given, parsed, strict=False)):
+            yield from _booleans_for_numbers(*pair, f"{key}.{number}")
+    elif isinstance(given, bool) and not isinstance(parsed, bool) and isinstance(parsed, int | float):
+        yield key
 
 
 def _explain(error: ValidationError) -> str:
-    """Return one line for the first of pydantic's findings: the place, what is wrong, and the remedy."""
-    # A misspelt key goes first: it explains why the right one is missing.
+    """Return one line for the first of pydantic's errors: the key, what is wrong, and the remedy."""
+    # A misspelled key comes first: it explains why the right one is missing.
     first, *others = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     place = [str(part) for part in first["loc"]]
     dotted = ".".join(_without_tags(place))
-    # What members of a union say of the same value is one finding.
+    # The errors of a union's members about one value count as one.
     alike = [o for o in others if _without_tags([str(part) for part in o["loc"]]) == _without_tags(place)]
     more = f" (and {len(others) - len(alike)} more)" if len(others) > len(alike) else ""
     if first["type"] == "extra_forbidden":
@@ -189,7 +192,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _in_plain_words(message: str) -> str:
-    """Return what pydantic says that a value should be, in words that aren't a programmer's."""
+    """Return what pydantic says that a value should be, in plain words."""
     message = message.removeprefix("Input should be ").partition(", unable to")[0].partition(", got a number")[0]
     message = message.partition(" or instance of")[0]
     for theirs, plain in _PLAIN_WORDS.items():
@@ -201,7 +204,7 @@ def _members(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the settings classes that a field may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif get_origin(annotation) is not None or get_origin(annotation) is Union:
+    elif get_origin(annotation) is not None:
         for argument in get_args(annotation):
             yield from _members(argument)
 
@@ -219,13 +222,13 @@ def _keys(model: type[BaseModel], sections: Sequence[str]) -> list[str]:
 
 
 def _without_tags(place: Sequence[str]) -> list[str]:
-    """Leave out what pydantic puts into a location to say which member of a union it tried."""
+    """Return an error's location without the parts that say which member of a union pydantic tried."""
     kept: list[str] = []
     candidates: list[type[BaseModel]] = [Recipe]
     for part in place:
         inside = [m for c in candidates if part in c.model_fields for m in _members(c.model_fields[part].annotation)]
         known = any(part in c.model_fields for c in candidates)
-        if known or part.isdecimal() or not kept or len(kept) == 0:
+        if known or part.isdecimal() or not kept:
             kept.append(part)
         candidates = inside or candidates
     return kept
@@ -242,7 +245,7 @@ def _lines(recipe: Recipe) -> Iterator[str]:
             meaning = f"  # {meanings[key]}" if key in meanings else ""
             differs = "" if getattr(values, key) == default or info.is_required() else f" (default {_toml(default)})"
             if shown[key] is None:
-                yield f"# {key} ={meaning}"  # TOML has no null: a key that isn't there is unset
+                yield f"# {key} ={meaning}"  # TOML has no null: a missing key is unset
             else:
                 yield f"{key} = {_toml(shown[key])}{meaning}{differs}"
         yield ""
