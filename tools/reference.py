@@ -49,7 +49,7 @@ def pages() -> dict[Path, str]:
             if begin in text:
                 before, _, rest = text.partition(begin)
                 texts[page] = text = before + begin + "\n" + "\n".join(content()) + "\n" + end + rest.partition(end)[2]
-    return texts | {DOCS / "reference" / "recipe.schema.json": recipe.schema() + "\n"}
+    return texts | {DOCS / "reference" / "recipe.schema.json": recipe.schema()}
 
 
 def quoted(text: str) -> str:
