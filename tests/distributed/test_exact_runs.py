@@ -20,7 +20,7 @@ from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.exact_ddp import divide
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
 from torchrelay.errors import Interrupted, RelayError
-from torchrelay.report import curves as report
+from torchrelay.run.metrics import read_metrics
 from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
@@ -220,7 +220,7 @@ def test_predictions_are_those_of_one_process(runs):
 
 def test_without_exactness_a_run_is_close(runs):
     def last(run: Path) -> dict[str, Any]:
-        return report.read_metrics(run)[-1]
+        return read_metrics(run)[-1]
 
     assert last(runs / "close")["loss"] == pytest.approx(last(runs / "alone")["loss"], rel=1e-3)
 

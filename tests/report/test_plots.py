@@ -17,17 +17,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 from torchrelay.errors import RelayError
-from torchrelay.report.curves import (
-    Headline,
-    best_line,
-    confusion_matrix,
-    curves,
-    draw_curves,
-    headline_of,
-    metrics_table,
-    read_metrics,
-    save,
-)
+from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.curves import curves, draw_curves
+from torchrelay.report.style import save
+from torchrelay.report.table import best_line, headline_of, metrics_table
+from torchrelay.run.metrics import Headline, read_metrics
 
 Line = dict[str, Any]
 ACCURACY = Headline("accuracy", percent=True, higher_is_better=True)
@@ -107,6 +101,8 @@ def shown_texts(figure: Figure) -> list[Text]:
     figure.draw_without_rendering()
     seen: list[Text] = [*figure.texts]
     for axes in figure.axes:
+        legend = axes.get_legend()
+        seen += legend.get_texts() if legend else []
         seen += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title, axes._right_title]  # type: ignore[attr-defined]
         for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
             seen += [
@@ -222,10 +218,17 @@ def test_the_curves_say_what_was_reached_and_where() -> None:
     assert {"train 98.00%", "test 86.67%", "best 88.44%", "train 0.0667", "test 1.0333", "learning rate"} <= set(said)
 
 
-def test_a_best_that_is_the_last_is_said_once_beside_its_curve() -> None:
-    said = texts(draw_curves([line for line in lines_of(30) if line["epoch"] < 30], "first"))
-    assert "test 88.44%" in said
-    assert not [text for text in said if text.startswith("best 88.44%")]
+def test_the_legend_covers_no_curve_where_there_is_room() -> None:
+    figure = draw_curves(lines_of(30), "first")
+    figure.draw_without_rendering()
+    for name in ("accuracy", "loss"):
+        panel = panels(figure)[name]
+        legend = panel.get_legend()
+        assert legend is not None
+        box = legend.get_window_extent()
+        for line in panel.lines:
+            points = panel.transData.transform(line.get_xydata())
+            assert not any(box.contains(x, y) for x, y in points), (name, line.get_label())
 
 
 def test_the_curves_are_the_metrics() -> None:
@@ -249,7 +252,7 @@ def test_what_is_no_number_is_a_gap_and_is_said() -> None:
     panel = panels(figure)["loss"]
     losses = panel.lines[1].get_ydata()
     assert np.isfinite(losses).tolist() == 7 * [True] + 5 * [False]
-    assert {"train nan", "test nan"} <= {text.get_text() for text in panel.texts}
+    assert {"train nan", "test nan"} <= set(texts(figure))
 
 
 def test_a_loss_over_many_decades_has_a_logarithmic_scale() -> None:
@@ -310,7 +313,8 @@ def test_plots_leave_matplotlib_as_it_was_and_need_no_display(tmp_path: Path) ->
     script = f"""
 import sys
 from pathlib import Path
-from torchrelay.report.curves import confusion_matrix, curves
+from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.curves import curves
 assert "matplotlib" not in sys.modules
 import matplotlib, torch
 def settings():  # asking for the backend would choose one, and import pyplot

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from torchrelay.report.curves import confusion_matrix
+from torchrelay.report.confusion import confusion_matrix
 from torchrelay.run.trackers import TensorBoard
 
 pytestmark = pytest.mark.browser
@@ -52,7 +51,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"
     board = TensorBoard(folder / "tensorboard")
     board.images("pictures/first batch", (digits - mean) / std, (mean,), (std,), step=0)
-    board.graph(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)), digits)
     for epoch in range(1, 11):
         place = {"step": 100 * epoch, "epoch": epoch, "time": 1.7e9 + epoch}
         for split, speed in (("train", 0.4), ("test", 0.3)):
@@ -200,13 +198,6 @@ def test_the_first_batch_and_the_confusion_matrix_are_shown(browser: Any, addres
         assert shades.min() < 60
         assert shades.std() > 20
     keep(browser, tmp_path / "images.png")
-
-
-def test_the_graph_has_the_models_name_between_input_and_output(browser: Any, address: str, tmp_path: Path) -> None:
-    find = open_page(browser, address, "graphs")
-    nodes = wait_for(lambda: [node.text.strip() for node in find("g.node")], lambda: seen(browser))
-    assert set(nodes) == {"input", "Sequential", "output"}
-    keep(browser, tmp_path / "graphs.png")
 
 
 def test_the_settings_stand_in_a_table_beside_what_they_led_to(browser: Any, address: str, tmp_path: Path) -> None:

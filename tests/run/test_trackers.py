@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch import Tensor, nn
 
 from torchrelay.run.pictures import image_grid
 from torchrelay.run.trackers import TensorBoard
@@ -235,91 +234,6 @@ def test_a_png_file_is_shown_byte_for_byte(tmp_path: Path) -> None:
     [shown] = read(tmp_path / "tensorboard").Images("grey")
     assert shown.encoded_image_string == (tmp_path / "grey.png").read_bytes()
     assert (shown.step, shown.width, shown.height) == (3, 40, 30)
-
-
-# ------------------------------------------------------------------------------------------------ the graph
-
-
-class Net(nn.Module):
-    """A network with all that tracing could disturb: batch statistics, dropout, draws in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(2)
-        )
-        self.calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        return self.body(images) + torch.rand(1)
-
-
-def test_a_training_cannot_tell_that_its_graph_was_drawn(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, images = Net(), torch.rand(6, 3, 8, 8)
-    model(images).sum().backward()
-    model.body[2].eval()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    gradients = [p.grad.clone() for p in model.parameters()]
-    modes, random, numpy = [m.training for m in model.modules()], torch.get_rng_state(), np.random.get_state()[1]
-
-    said: list[str] = []
-    board = TensorBoard(tmp_path, said.append)
-    board.graph(model, images)
-    board.close()
-
-    assert said == []
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-    assert [m.training for m in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), random)
-    assert (np.random.get_state()[1] == numpy).all()
-    assert model.calls == 1
-
-
-def test_the_graph_names_the_models_parts(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path)
-    board.graph(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(6, 3, 8, 8))
-    board.close()
-    names = " ".join(node.name for node in read(tmp_path).Graph().node)
-    assert "Conv2d[0]" in names
-    assert "ReLU[1]" in names
-
-
-def test_inputs_of_several_parts_are_traced_too(tmp_path: Path) -> None:
-    class Pair(nn.Module):
-        def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-            return inputs[0] + inputs[1]
-
-    said: list[str] = []
-    board = TensorBoard(tmp_path, said.append)
-    board.graph(Pair(), (torch.rand(4, 2), torch.rand(4, 2)))
-    board.close()
-    assert said == []
-    assert read(tmp_path).Tags()["graph"]
-
-
-def test_a_model_that_cannot_be_traced_is_said_and_is_no_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Stubborn(nn.Module):
-        def forward(self, images: Tensor) -> list[str]:
-            return ["not", "a", "tensor"]
-
-    class Faulty(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            raise KeyError("mask")
-
-    said: list[str] = []
-    board = TensorBoard(tmp_path, said.append)
-    board.graph(Stubborn(), torch.rand(6, 3, 8, 8))
-    board.graph(Faulty(), torch.rand(6, 3, 8, 8))
-    board.close()
-    assert len(said) == 2
-    assert all("can't be traced" in text and "\n" not in text for text in said)
-    assert "KeyError: 'mask'" in said[1]
-    assert capsys.readouterr() == ("", "")
 
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -11,7 +11,7 @@ from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.errors import UsageError
-from torchrelay.report import curves as report
+from torchrelay.run.metrics import read_metrics
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.classification import Classification
 from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
@@ -170,8 +170,7 @@ def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_pa
             terminal=quiet,
         ).fit()
     lines = [
-        next(line for line in report.read_metrics(tmp_path / name) if line["split"] == "train")
-        for name in ("True", "False")
+        next(line for line in read_metrics(tmp_path / name) if line["split"] == "train") for name in ("True", "False")
     ]
     assert "accuracy" in lines[0]
     assert "accuracy" not in lines[1]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrelay.report.curves import confusion_matrix, curves, save
+from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.curves import curves
+from torchrelay.report.style import save
 from torchrelay.run.metrics import Headline
 
 # The lowest priority: training threads wait for each other, so one that is held up briefly holds up all of them.

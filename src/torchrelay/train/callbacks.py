@@ -148,16 +148,15 @@ class Pictures(Callback):
         self._drawn_at = -math.inf
 
     def on_start(self, trainer: "Trainer") -> None:
-        """Show the first batch as the network sees it, the network's graph, and what the network costs."""
+        """Show the first batch as the model sees it, and what the model costs."""
         if trainer.run is None or trainer.step > 0:
             return
         batch = next(trainer.batches.epoch(0))
         pipeline = trainer.batches.pipeline
         trainer.run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
         if trainer.strategy.collective_forward:  # the other processes would have to go through the model, too
-            trainer.say("no graph and no summary of the model: its weights are divided over several processes")
+            trainer.say("no summary of the model: its weights are divided over several processes")
             return
-        trainer.run.tensorboard.graph(trainer.model, batch.inputs)
         self._summarize(trainer, batch)
 
     def _summarize(self, trainer: "Trainer", batch: "Batch") -> None:
