@@ -1,6 +1,6 @@
-"""Fine-tune: weights of one training, a new head, the old layers frozen or slower.
+"""Fine-tune: load the weights of an earlier training, replace the head, and train on.
 
-The weights are a safetensors file, here that of a run before; torchvision's own come with `pretrained=True`.
+The weights are a safetensors file, here of an earlier run; torchvision's own come with `pretrained=True`.
 """
 
 from pathlib import Path
@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 
 import torchrelay as tr
-from torchrelay.models import ModelSettings
 
 
 def pretrain(run: Path) -> Path:
-    """Train on the digits 0 to 4 and return the file of the weights."""
+    """Train on the digits 0 to 4, and return the file of the best weights."""
     parts = [
         tr.data.arrays(p.inputs[p.targets < 5], p.targets[p.targets < 5], classes=tuple("01234"))
         for p in tr.data.digits()
     ]
     torch.manual_seed(0)
-    model = tr.models.build(ModelSettings(name="small-cnn"), classes=5, channels=1, image_size=8, log=print)
+    model = tr.models.build(tr.ModelSettings(name="small-cnn"), classes=5, channels=1, image_size=8, log=print)
     trainer = tr.Trainer(model, *parts, optimizer=tr.optim.AdamW(lr=3e-3), epochs=5, batch_size=64, run=run)
     trainer.fit()
     return trainer.load("best") / "model.safetensors"
@@ -27,7 +26,7 @@ def pretrain(run: Path) -> Path:
 def main(run: str = "runs/fine-tune", epochs: int = 5) -> float:
     weights = pretrain(Path(run) / "before")
     train, test = tr.data.digits()
-    settings = ModelSettings(name="small-cnn", pretrained=str(weights), new_head=True)
+    settings = tr.ModelSettings(name="small-cnn", pretrained=str(weights), new_head=True)
     torch.manual_seed(0)
     trainer = tr.Trainer(
         tr.models.build(settings, classes=10, channels=1, image_size=8, log=print),

@@ -1,7 +1,7 @@
-"""Train on data of your own: any torch Dataset, with random transforms per sample, read by worker processes.
+"""Train on your own data: any torch Dataset, with random transforms per sample, read by worker processes.
 
-The transforms draw from PyTorch's global generator; torchrelay seeds it for each sample, so the number of workers
-doesn't change a bit of the result.
+The transforms draw from PyTorch's global generator. torchrelay seeds it for each sample, so the result is the same,
+bit for bit, for any number of workers.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torchvision.transforms import v2
 
 import torchrelay as tr
 
-EIGHT_BITS = 255 / 16  # scikit-learn's digits have 17 grey levels
+EIGHT_BITS = 255 / 16  # scikit-learn's digits have 17 gray levels
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """The even or the odd rows of scikit-learn's digits, shifted and turned a little."""
+    """The odd rows of scikit-learn's digits, slightly shifted and rotated, for training; the even rows for testing."""
 
     def __init__(self, train: bool) -> None:
         data = load_digits()
@@ -38,7 +38,7 @@ def main(run: str = "runs/own-data", epochs: int = 8, workers: int = 2) -> float
     classes = tuple("0123456789")
     torch.manual_seed(0)
     trainer = tr.Trainer(
-        tr.models.build(tr.models.ModelSettings(name="small-cnn"), classes=10, channels=1, image_size=8, log=print),
+        tr.models.build(tr.ModelSettings(name="small-cnn"), classes=10, channels=1, image_size=8, log=print),
         tr.data.dataset(Digits(train=True), classes=classes),
         tr.data.dataset(Digits(train=False), classes=classes),
         optimizer=tr.optim.AdamW(lr=3e-3),

@@ -1,7 +1,7 @@
-"""A loop of your own, from the parts: batches, device, schedule, checkpoints.
+"""Write your own loop from the parts: batches, device, checkpoints.
 
-Two optimizers that take turns (a small GAN) don't fit `Trainer.fit`, and needn't: the parts serve any loop. Killed and
-started again, this one goes on exactly.
+A small GAN, whose two optimizers take turns, doesn't fit `Trainer.fit`; the parts serve any loop. Kill this one and
+start it again: it resumes exactly.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import torchrelay as tr
 from torchrelay import checkpoint, rng
 from torchrelay.data.augment import Pipeline
 from torchrelay.data.batches import Batches
-from torchrelay.device import device
+from torchrelay.device.device import set_up
 
 SEED, NOISE = 0, 16
 
@@ -22,39 +22,39 @@ SEED, NOISE = 0, 16
 def main(run: str = "runs/own-loop", epochs: int = 3) -> int:
     # 1. Prepare   2. Data   4. Device
     folder = Path(run) / "checkpoints"
-    here = device.set_up(device.DeviceSettings(), exact=True)
+    device = set_up(tr.DeviceSettings(), exact=True)
     train, _ = tr.data.digits()
-    batches = Batches(train, 64, here, Pipeline(mean=(0.5,), std=(0.5,)), seed=SEED)
+    batches = Batches(train, 64, device, Pipeline(mean=(0.5,), std=(0.5,)), seed=SEED)
 
     # 3. Models   5. Optimizers, one each
     torch.manual_seed(SEED)
-    draw = here.place(nn.Sequential(nn.Linear(NOISE, 128), nn.ReLU(), nn.Linear(128, 64), nn.Tanh()))
-    judge = here.place(nn.Sequential(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)))
-    models = nn.ModuleDict({"draw": draw, "judge": judge})
+    generator = device.place(nn.Sequential(nn.Linear(NOISE, 128), nn.ReLU(), nn.Linear(128, 64), nn.Tanh()))
+    discriminator = device.place(nn.Sequential(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Linear(128, 1)))
+    models = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
     optimizers = {name: torch.optim.Adam(model.parameters(), lr=2e-3) for name, model in models.items()}
     step = 0
 
-    # Go on where the newest whole checkpoint stands
-    if (found := checkpoint.newest(folder, warn=print)) is not None:
-        step = found.step
-        models.load_state_dict(found.model)
+    # Resume from the newest intact checkpoint
+    if (saved := checkpoint.newest(folder, warn=print)) is not None:
+        step = saved.step
+        models.load_state_dict(saved.model)
         for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(found.state[name])
+            optimizer.load_state_dict(saved.state[name])
 
     # 6. Loss   7. Train
     while step < epochs * len(batches):
-        epoch, place = divmod(step, len(batches))
-        for batch in batches.epoch(epoch, start=place):
-            rng.reseed(rng.seed_for(SEED, "noise", step), here.device)  # randomness by name: nothing of it to save
+        epoch, position = divmod(step, len(batches))
+        for batch in batches.epoch(epoch, start=position):
+            # Randomness depends on the seed and the step alone, so there is no state of it to save.
+            rng.reseed(rng.seed_for(SEED, "noise", step), device.device)
             real = batch.inputs.flatten(1)
-            made = draw(torch.randn(len(real), NOISE, device=here.device))
+            fake = generator(torch.randn(len(real), NOISE, device=device.device))
 
-            verdicts = judge(torch.cat([real, made.detach()]))
-            truth = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]).to(here.device)
-            update(optimizers["judge"], F.binary_cross_entropy_with_logits(verdicts, truth))
-            update(
-                optimizers["draw"], F.binary_cross_entropy_with_logits(judge(made), torch.ones_like(truth[: len(real)]))
-            )
+            logits = discriminator(torch.cat([real, fake.detach()]))
+            targets = torch.cat([torch.ones(len(real), 1), torch.zeros(len(real), 1)]).to(device.device)
+            update(optimizers["discriminator"], F.binary_cross_entropy_with_logits(logits, targets))
+            logits = discriminator(fake)
+            update(optimizers["generator"], F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits)))
             step += 1
         state = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         checkpoint.write(folder, checkpoint.Contents(step, models.state_dict(), state))

@@ -1,4 +1,4 @@
-"""Train a network of your own: any nn.Module, on data that comes with scikit-learn."""
+"""Train your own model: any nn.Module, on data that comes with scikit-learn."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ import torchrelay as tr
 
 
 class Net(nn.Module):
-    """Two convolutions and a linear layer for 8x8 grey images."""
+    """Two convolutions and a linear layer for 8x8 gray images."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -23,7 +23,8 @@ class Net(nn.Module):
 
 def main(run: str = "runs/own-model", epochs: int = 8) -> float:
     train, test = tr.data.digits()
-    torch.manual_seed(0)  # the initial weights are yours, and so is their seed
+    # You create the initial weights, so you seed them.
+    torch.manual_seed(0)
     trainer = tr.Trainer(
         Net(),
         train,

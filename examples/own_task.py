@@ -1,4 +1,4 @@
-"""A task of your own: what a batch means, in ten lines. Here: an autoencoder, whose targets are its inputs."""
+"""Write your own task: what a batch means, in ten lines. Here an autoencoder, whose targets are its inputs."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ import torchrelay as tr
 
 
 class Reconstruct(tr.Task):
-    """The summed squared error of each picture, whatever the picture was said to be."""
+    """The squared error of the reconstruction, summed over pixels and images."""
 
     headline = "squared_error"
 

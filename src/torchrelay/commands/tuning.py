@@ -3,7 +3,6 @@
 Each setting is tried on top of the best ones so far, in turns with them, so that what slows the machine slows both.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import set_up
+from torchrelay.distributed.launch import cores
 from torchrelay.errors import RelayError
 from torchrelay.recipe.build import build_trainer
 from torchrelay.recipe.recipe import Recipe
@@ -137,8 +137,8 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
     """Yield what is tried: the likeliest gain first, and last what takes long to start."""
     device = set_up(recipe.device, recipe.run.exact).device
     if device.type == "cpu":
-        threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-        for count in sorted({1, max(1, cores // 2), cores} - {threads}, reverse=True):
+        threads, available = torch.get_num_threads(), cores()
+        for count in sorted({1, max(1, available // 2), available} - {threads}, reverse=True):
             yield "device", "threads", count
     if recipe.device.precision == "float32":
         yield "device", "precision", "bf16"
