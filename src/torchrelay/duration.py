@@ -1,4 +1,4 @@
-"""Durations as people say them: "30 epochs", "2000 steps", "5%", "10 min"; turned into steps once."""
+"""Durations as people write them: "30 epochs", "2000 steps", "5%", "10 min"."""
 
 import re
 from typing import Annotated, Any, Self
@@ -24,10 +24,10 @@ _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 class Duration(str):
     """A text such as "1 epoch", "500 steps", "5%" (of the whole run) or "10 min".
 
-    It is a string, so a recipe prints it as it was written.
+    It is a string, so a recipe prints it the way it was written.
 
     Raises:
-        ValueError: it isn't one.
+        ValueError: the text is no duration.
     """
 
     __slots__ = ("amount", "unit")
@@ -35,9 +35,9 @@ class Duration(str):
     unit: str  # epochs, steps, %, seconds, minutes or hours
 
     def __new__(cls, text: str) -> Self:
-        """Read a duration."""
+        """Parse a duration."""
         if not isinstance(text, str):
-            raise ValueError(_without_unit(text))  # noqa: TRY004 - pydantic makes its own only of a ValueError
+            raise ValueError(_without_unit(text))  # noqa: TRY004 - pydantic reports only a ValueError
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"'{text}' is no duration: write '30 epochs', '2000 steps', '5%' or '10 min'")
@@ -52,28 +52,28 @@ class Duration(str):
 
     @property
     def seconds(self) -> float | None:
-        """The seconds of a duration by the clock, None of any other."""
+        """The seconds of a wall-clock duration; None for any other."""
         return self.amount * _SECONDS[self.unit] if self.unit in _SECONDS else None
 
     def steps(self, steps_per_epoch: int, total_steps: int) -> int:
-        """Return how many steps this is, rounded; at least one unless it is zero.
+        """Return the number of steps, rounded; at least one unless the duration is zero.
 
         Raises:
-            UsageError: it is a duration by the clock, on which nothing that is computed may depend.
+            UsageError: it is a wall-clock duration, on which no result may depend.
         """
         if self.unit in _SECONDS:
-            raise UsageError(_by_the_clock(self))
+            raise UsageError(_wall_clock_message(self))
         unit = {"epochs": float(steps_per_epoch), "steps": 1.0, "%": total_steps / 100}[self.unit]
         return max(1, round(self.amount * unit)) if self.amount else 0
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Let pydantic read it from a text, and write it as one."""
+        """Let pydantic parse it from a string and write it as one."""
         return core_schema.no_info_plain_validator_function(cls, serialization=core_schema.to_string_ser_schema())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Describe it to editors."""
+        """Describe it in the JSON schema."""
         return {"type": "string", "examples": ["1 epoch", "500 steps", "5%"]}
 
 
@@ -83,15 +83,15 @@ def _without_unit(value: object) -> str:
     return f"{value!r} is no duration: write '30 epochs', '2000 steps', '5%' or '10 min'"
 
 
-def _by_the_clock(duration: Duration) -> str:
+def _wall_clock_message(duration: Duration) -> str:
     return f"'{duration}' is measured by the clock: write it in epochs, steps or percent"
 
 
 def _without_clock(duration: Duration) -> Duration:
     if duration.seconds is not None:
-        raise ValueError(_by_the_clock(duration))
+        raise ValueError(_wall_clock_message(duration))
     return duration
 
 
 StepDuration = Annotated[Duration, AfterValidator(_without_clock)]
-"""A duration on which something computed depends, and which therefore isn't measured by the clock."""
+"""A duration on which a result depends and which therefore may not be wall-clock time."""

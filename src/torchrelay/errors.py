@@ -1,7 +1,7 @@
-"""Errors for people: one line that names the cause, the place and the remedy.
+"""Errors and warnings for users: one line that names the cause, the place and the remedy.
 
-Whatever a person can mend is raised as a `RelayError`. The command line prints its text after `error:` and exits with
-its code; it shows a traceback only on `--debug`. From Python it is an ordinary exception.
+Any error that the user can fix is a `RelayError`. The command line prints its message after `error:` and exits with its
+code; it shows a traceback only with `--debug`. From Python it is an ordinary exception.
 """
 
 import difflib
@@ -14,13 +14,13 @@ STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): a signal stopped the run,
 
 
 class RelayError(Exception):
-    """Something a person can mend; the text is one line with the cause, the place and the remedy."""
+    """An error that the user can fix; the message is one line with the cause, the place and the remedy."""
 
     exit_code = 1
 
 
 class UsageError(RelayError):
-    """The command line, a recipe or an argument is wrong; nothing was started."""
+    """The command line, a recipe or an argument is wrong; nothing has started."""
 
     exit_code = 2
 
@@ -36,7 +36,7 @@ class RenamedWarning(FutureWarning):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name most like `name`, or an empty string if none is like it."""
+    """Return ``"; did you mean 'x'?"`` for the known name nearest to `name`, or an empty string if none is similar."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""
 

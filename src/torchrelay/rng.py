@@ -1,11 +1,11 @@
 """Randomness with names instead of state.
 
-Every random number of a run is `uniform(seed, stream, epoch, index, draw)`: a pure function of what it is for. So a
-checkpoint holds no random state, a resume replays nothing, and neither the worker nor the device that asks matters.
+Every random number of a run is `uniform(seed, stream, epoch, index, draw)`: a pure function of its purpose. So a
+checkpoint holds no random state, a resume replays nothing, and the result doesn't depend on the worker or the device.
 
 The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011): it
-passes BigCrush, has published test vectors, and needs only 32-bit products, which int64 does alike on CPU and GPU.
-On the CPU the same lines run on NumPy arrays: 160 operations on some hundred numbers cost a fifth of what tensors cost.
+passes BigCrush, has published test vectors, and needs only 32-bit products, which int64 computes on any device.
+On the CPU the same lines run on NumPy arrays: 160 operations on some hundred numbers cost a fifth of those on tensors.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_LOW = 0xFFFFFFFF  # the low 32 bits of an int64, in which the generator's unsigned words are kept
+_LOW = 0xFFFFFFFF  # the low 32 bits: an int64 holds one unsigned word of the generator
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85  # golden ratio and sqrt(3) - 1: the steps of the key schedule
 _ROUNDS = 10
-_SEEDS = 256  # of so many steps, seeds are computed at once
+_SEEDS_PER_BLOCK = 256  # steps whose seeds are computed together
 Words = TypeVar("Words", Tensor, npt.NDArray[np.int64])
 
 
@@ -60,20 +60,21 @@ def words(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -> 
 
     Args:
         seed: the run's seed.
-        stream: what the numbers are for, such as ``"augment.0.flip"``; streams are independent of each other.
+        stream: the purpose of the numbers, such as ``"augment.0.flip"``; streams are independent of each other.
         epoch: the epoch or the step, below 2**32.
-        index: int64 of shape (n,), the place in the epoch of each sample, on any device.
-        draws: how many words each sample needs.
+        index: int64 of shape (n,), each sample's position in the epoch, on any device.
+        draws: the number of words per sample.
 
     Returns:
         int64 of shape (n, draws), each in [0, 2**32), on `index`'s device.
     """
     blocks, clock = (draws + 3) // 4, epoch & _LOW
     if index.device.type == "cpu":
-        places = index.numpy()[:, None]
-        counter = (places & _LOW, places >> 32 & _LOW, np.array([[clock]], dtype=np.int64), np.arange(blocks)[None])
-        found = np.stack(philox4x32(counter, key(seed, stream)), axis=-1)  # (n, blocks, 4)
-        return torch.from_numpy(found.reshape(len(index), 4 * blocks)[:, :draws])
+        positions = index.numpy()[:, None]
+        time_word = np.array([[clock]], dtype=np.int64)
+        counter = (positions & _LOW, positions >> 32 & _LOW, time_word, np.arange(blocks)[None])
+        encrypted = np.stack(philox4x32(counter, key(seed, stream)), axis=-1)  # (n, blocks, 4)
+        return torch.from_numpy(encrypted.reshape(len(index), 4 * blocks)[:, :draws])
     high, low = (index >> 32 & _LOW)[:, None], (index & _LOW)[:, None]
     time = torch.full((1, 1), clock, dtype=torch.int64, device=index.device)
     block = torch.arange(blocks, device=index.device)[None]
@@ -85,29 +86,29 @@ def uniform(seed: int, stream: str, epoch: int, index: Tensor, draws: int = 1) -
     return (words(seed, stream, epoch, index, draws) >> 8).to(torch.float32) * 2.0**-24
 
 
-def seed_for(seed: int, stream: str, *place: int) -> int:
-    """Return a 63-bit seed for a generator with state, such as PyTorch's own, at a place in the run."""
-    name = "/".join(map(str, (seed, stream, *place)))
+def seed_for(seed: int, stream: str, *position: int) -> int:
+    """Return a 63-bit seed for a stateful generator, such as PyTorch's own, at a position in the run."""
+    name = "/".join(map(str, (seed, stream, *position)))
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def step_seed(seed: int, stream: str, step: int, replica: int) -> int:
-    """Return a 63-bit seed for a generator with state, at a step of a replica."""
-    return _step_seeds(seed, f"{stream}.{replica}", step // _SEEDS)[step % _SEEDS]
+    """Return a 63-bit seed for a stateful generator, at a step of a replica."""
+    return _step_seeds(seed, f"{stream}.{replica}", step // _SEEDS_PER_BLOCK)[step % _SEEDS_PER_BLOCK]
 
 
 @lru_cache(maxsize=64)
 def _step_seeds(seed: int, stream: str, block: int) -> list[int]:
-    """Compute the seeds of many steps at once: one alone would cost as much."""
-    drawn = words(seed, stream, block, torch.arange(_SEEDS), 2)
-    found: list[int] = ((drawn[:, 0] << 31) | (drawn[:, 1] >> 1)).tolist()
-    return found
+    """Compute the seeds of many steps together: one alone would cost as much."""
+    drawn = words(seed, stream, block, torch.arange(_SEEDS_PER_BLOCK), 2)
+    seeds: list[int] = ((drawn[:, 0] << 31) | (drawn[:, 1] >> 1)).tolist()
+    return seeds
 
 
 def reseed(seed: int, device: torch.device) -> None:
-    """Set PyTorch's own generators, on the CPU and on `device`, from which dropout and its like draw.
+    """Reseed PyTorch's own generators on the CPU and on `device`, from which dropout, for example, draws.
 
-    It reseeds them directly: `torch.manual_seed` visits every device and costs a hundred times as much.
+    `torch.manual_seed` visits every device and costs a hundred times as much as reseeding these directly.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -117,7 +118,7 @@ def reseed(seed: int, device: torch.device) -> None:
 
 
 def reseed_everything(seed: int) -> None:
-    """Set the global generators of PyTorch, NumPy and Python, from which a user's transforms may draw."""
+    """Reseed the global generators of PyTorch, NumPy and Python, from which a user's transforms may draw."""
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & _LOW)  # the global generator, from which users' transforms draw
+    np.random.seed(seed & _LOW)
     random.seed(seed)

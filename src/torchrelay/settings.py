@@ -1,7 +1,7 @@
-"""The one base class of everything that a recipe can set.
+"""The base class of all settings of a recipe.
 
-A setting lives beside the code that it sets (the optimizer's in `optim`, the device's in `device`); `recipe` only
-composes these classes. The docstring under a field is what `torchrelay recipe` prints beside its value.
+A setting lives beside the code that uses it (the optimizer's in `optim`, the device's in `device`); `recipe` only
+composes these classes. `torchrelay recipe` prints the docstring under a field beside its value.
 """
 
 import ast
@@ -79,23 +79,23 @@ class Settings(BaseModel):
     def meanings(cls) -> dict[str, str]:
         """Return the docstring under each field, by the field's name.
 
-        They are read from the source when somebody asks. Pydantic can read them when it makes the classes, which
-        would be a third of the time that importing them takes, for what a training never shows.
+        The source is parsed on demand. With `use_attribute_docstrings`, pydantic parses it for every class at import,
+        which makes importing all settings half again as slow, and a training never shows the docstrings.
         """
-        found = {}
-        for kind in reversed(cls.__mro__[: cls.__mro__.index(Settings)]):
-            with suppress(OSError, TypeError):  # of a class that somebody typed in there is no source
-                (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-                assert isinstance(definition, ast.ClassDef)  # noqa: S101 - that is what a class's source is
-                for field, text in pairwise(definition.body):
-                    match field, text:
-                        case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(meaning))):
-                            found[name] = inspect.cleandoc(meaning)
-        return found
+        docstrings = {}
+        for base in reversed(cls.__mro__[: cls.__mro__.index(Settings)]):
+            with suppress(OSError, TypeError):  # a class defined interactively has no source
+                (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+                assert isinstance(definition, ast.ClassDef)  # noqa: S101 - the source of a class
+                for field, below in pairwise(definition.body):
+                    match field, below:
+                        case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                            docstrings[name] = inspect.cleandoc(text)
+        return docstrings
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Return the JSON schema, with the fields' meanings."""
+        """Return the JSON schema, with the fields' docstrings as descriptions."""
         schema = handler(core_schema)
         properties = handler.resolve_ref_schema(schema).get("properties", {})
         for name, meaning in cls.meanings().items():

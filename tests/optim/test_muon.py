@@ -1,4 +1,4 @@
-"""Muon: what its orthogonalisation does, which parameters get it, and that the others are trained as torch does."""
+"""Muon: what its orthogonalization does, which parameters get it, and that the others are trained as torch does."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchrelay.errors import UsageError
 from torchrelay.models import small
 from torchrelay.optim import SGD, AdamW, Muon, MuonOptimizer
-from torchrelay.optim.muon import orthogonalise
+from torchrelay.optim.muon import orthogonalize
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -42,14 +42,14 @@ def by_rule(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, set
     return found
 
 
-# ------------------------------------------------------------------------------------------------ orthogonalisation
+# ------------------------------------------------------------------------------------------------ orthogonalization
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16), (1, 9), (9, 1), (64, 576)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_singular_values_come_near_one_and_singular_vectors_stay(shape, dtype):
     given = matrix(*shape)
-    found = orthogonalise(given, 5, dtype)
+    found = orthogonalize(given, 5, dtype)
     values = torch.linalg.svdvals(found)
     largest = values[torch.linalg.svdvals(given) > 0.1 * torch.linalg.norm(given) / min(shape) ** 0.5]
     assert values.max() < 1.3
@@ -64,7 +64,7 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape, dtype):
 def test_more_iterations_lift_small_singular_values():
     u, _, v = torch.linalg.svd(matrix(16, 16))
     given = u @ torch.diag(torch.logspace(0, -3, 16)) @ v
-    least = [float(torch.linalg.svdvals(orthogonalise(given, n)).min()) for n in (1, 3, 5, 8)]
+    least = [float(torch.linalg.svdvals(orthogonalize(given, n)).min()) for n in (1, 3, 5, 8)]
     assert least == sorted(least)
     assert least[0] < 0.01
     assert least[-1] > 0.6
@@ -73,18 +73,18 @@ def test_more_iterations_lift_small_singular_values():
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e6])
 def test_the_gradients_scale_does_not_matter(scale):
     given = matrix(12, 30)
-    assert torch.allclose(orthogonalise(given * scale, 5), orthogonalise(given, 5), atol=1e-4)
+    assert torch.allclose(orthogonalize(given * scale, 5), orthogonalize(given, 5), atol=1e-4)
 
 
 def test_a_zero_matrix_stays_zero():
-    assert torch.equal(orthogonalise(torch.zeros(4, 6), 5), torch.zeros(4, 6))
+    assert torch.equal(orthogonalize(torch.zeros(4, 6), 5), torch.zeros(4, 6))
 
 
 # ------------------------------------------------------------------------------------------------ one step
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_a_step_moves_a_convolution_along_its_orthogonalised_momentum(nesterov):
+def test_a_step_moves_a_convolution_along_its_orthogonalized_momentum(nesterov):
     model = a_model()
     settings = Muon(lr=0.1, momentum=0.5, nesterov=nesterov, weight_decay=0.2, dtype="float32")
     optimizer = settings(model)
@@ -94,7 +94,7 @@ def test_a_step_moves_a_convolution_along_its_orthogonalised_momentum(nesterov):
         model[3].weight.grad = gradient.view(16, 8, 3, 3)
         optimizer.step()
         momentum = 0.5 * momentum + gradient
-        update = orthogonalise(gradient + 0.5 * momentum if nesterov else momentum, 5)
+        update = orthogonalize(gradient + 0.5 * momentum if nesterov else momentum, 5)
         expected = expected * (1 - 0.1 * 0.2) - 0.1 * update.view(16, 8, 3, 3)
     assert torch.allclose(model[3].weight, expected, atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_a_tall_matrix_moves_more_so_that_its_output_moves_alike():
     optimizer = Muon(lr=0.1, momentum=0.0, weight_decay=0.0, dtype="float32")(model)
     gradient = model[0].weight.grad = matrix(64, 4)
     optimizer.step()
-    assert torch.allclose(before - model[0].weight, 0.1 * 4.0 * orthogonalise(gradient, 5), atol=1e-6)
+    assert torch.allclose(before - model[0].weight, 0.1 * 4.0 * orthogonalize(gradient, 5), atol=1e-6)
 
 
 def test_normalised_weights_have_the_norm_of_their_rows_root_before_the_update():
@@ -154,7 +154,7 @@ def test_a_closure_is_evaluated_with_gradients():
 # ------------------------------------------------------------------------------------------------ which parameters
 
 
-def test_convolutions_and_inner_layers_are_orthogonalised_and_the_head_is_not():
+def test_convolutions_and_inner_layers_are_orthogonalized_and_the_head_is_not():
     model = a_model()
     optimizer = Muon()(model)
     assert isinstance(optimizer, MuonOptimizer)
@@ -175,7 +175,7 @@ def test_a_pattern_of_matrices_that_matches_nothing_is_an_error():
         Muon(exclude=["33.*"])(a_model())
 
 
-def test_embeddings_tables_and_tokens_are_not_orthogonalised():
+def test_embeddings_tables_and_tokens_are_not_orthogonalized():
     model = small.char_lm(20, width=16, layers=1, heads=2)
     model.register_parameter("class_token", nn.Parameter(torch.zeros(1, 1, 16)))
     names = by_rule(model, Muon()(model))

@@ -128,7 +128,7 @@ def test_five_steps_saved_restored_and_five_more_are_ten_byte_for_byte(settings,
     state = on_disk(optimizer.state_dict())
     resumed.load_state_dict(stopped.state_dict())
     optimizer = settings(resumed)
-    Strategy(resumed, ProcessGroup(0, 1, torch.device("cpu")), exact=True).load(optimizer, state)
+    Strategy(resumed, ProcessGroup(0, 1, torch.device("cpu")), exact=True).load_state(optimizer, state)
     train(resumed, optimizer, range(5, 10))
     assert weights(resumed) == weights(through)
 

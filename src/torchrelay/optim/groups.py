@@ -1,4 +1,4 @@
-"""Step 5: parameter groups: which parameters have a learning rate or a weight decay of their own, or aren't trained."""
+"""Step 5: parameter groups: parameters with a learning rate or weight decay of their own, or frozen ones."""
 
 import fnmatch
 from collections.abc import Callable
@@ -11,28 +11,28 @@ from torch.optim import Optimizer
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
-Options = dict[str, Any]  # what a parameter is trained with: "lr", "weight_decay" and what else its optimizer wants
-OptionsOf = Callable[[str, nn.Parameter], Options]  # from a parameter and its name
+Options = dict[str, Any]  # of a parameter: "lr", "weight_decay" and further options of its optimizer
+OptionsOf = Callable[[str, nn.Parameter], Options]  # (parameter's name, parameter) -> its options
 
 
 class Group(Settings):
-    """Parameters, chosen by their names, that are treated in a way of their own."""
+    """Parameters, selected by name, with options of their own."""
 
     match: list[str] = Field(min_length=1)
-    """Shell patterns of parameter names, such as ["layer4.*", "fc.*"]; the first group that matches counts."""
+    """Shell patterns of parameter names, such as ["layer4.*", "fc.*"]; the first matching group applies."""
     lr: float | None = Field(default=None, ge=0.0)
     """Their learning rate."""
     lr_scale: float | None = Field(default=None, ge=0.0)
-    """Or the factor between their learning rate and the one that they would have."""
+    """Or a factor by which their learning rate is multiplied."""
     weight_decay: float | None = Field(default=None, ge=0.0)
     """Their weight decay."""
     freeze: bool = False
-    """Whether they stay as they are."""
+    """Whether they aren't trained."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lr is not None and self.lr_scale is not None:
-            raise ValueError("lr and lr_scale say the same thing: keep one of them")
+            raise ValueError("lr and lr_scale exclude each other: keep one of them")
         if self.freeze and {self.lr, self.lr_scale, self.weight_decay} != {None}:
             raise ValueError("a frozen group has no lr, lr_scale or weight_decay: leave them out")
         return self
@@ -46,19 +46,20 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the trainable parameters in groups of equal options, as a torch optimizer takes them.
 
-    The parameters of a group are in the order of `model.parameters()`, so that without options of their own all are one
-    group, as with a plain torch optimizer.
+    Within a group, parameters keep the order of `model.parameters()`. If all have the same options, they are one group,
+    as in a plain torch optimizer.
 
     Args:
-        model: parameters that `groups` freeze have their `requires_grad` turned off.
-        options: what a parameter has that no group names, among them "lr" and "weight_decay".
-        groups: the exceptions.
-        decay_norms_and_biases: if not, parameters of less than two dimensions don't decay, whatever a group says.
+        model: `requires_grad` of the parameters that `groups` freeze is set to False.
+        options: the options of a parameter outside of `groups`, including "lr" and "weight_decay".
+        groups: override these options.
+        decay_norms_and_biases: if False, parameters with fewer than two dimensions have no weight decay, whatever a
+            group sets.
 
     Raises:
-        UsageError: a pattern has no trainable parameter of its own, or none is left to train.
+        UsageError: a pattern matches no trainable parameter that earlier groups leave, or none is left to train.
     """
-    found: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
+    by_options: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     _check_patterns(groups, [name for name, _ in trainable])
     for name, parameter in trainable:
@@ -66,39 +67,41 @@ def parameter_groups(
         if group is not None and group.freeze:
             parameter.requires_grad_(False)
             continue
-        its = _with_exceptions(options(name, parameter), group)
+        chosen = _with_exceptions(options(name, parameter), group)
         if parameter.ndim < 2 and not decay_norms_and_biases:
-            its["weight_decay"] = 0.0
-        found.setdefault(tuple(its.items()), []).append(parameter)
-    if not found:
+            chosen["weight_decay"] = 0.0
+        by_options.setdefault(tuple(chosen.items()), []).append(parameter)
+    if not by_options:
         raise UsageError("no parameter is left to train: let some go in model.freeze or optimizer.groups")
-    return [{"params": members, "initial_lr": dict(its)["lr"], **dict(its)} for its, members in found.items()]
+    return [
+        {"params": members, "initial_lr": dict(chosen)["lr"], **dict(chosen)} for chosen, members in by_options.items()
+    ]
 
 
 def matches(name: str, patterns: list[str]) -> bool:
-    """Return whether a parameter's name is among those that shell patterns mean."""
+    """Return whether a parameter's name matches one of the shell patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def nearest_pattern(pattern: str, names: list[str]) -> str:
-    """Return ``"; did you mean 'layer4.*'?"`` for what is most like a pattern, or else the first names."""
+    """Return ``"; did you mean 'layer4.*'?"`` for the name most similar to a pattern, or else the first names."""
     modules = {name.rsplit(".", depth)[0] + ".*" for name in names for depth in range(1, name.count(".") + 1)}
     return nearest(pattern, [*names, *sorted(modules)]) or f"; the names begin with {', '.join(names[:4])}"
 
 
 def _check_patterns(groups: list[Group], names: list[str]) -> None:
-    """Refuse a pattern that matches nothing, or nothing that an earlier group leaves over."""
-    left = names
+    """Refuse a pattern that matches nothing, or only parameters of earlier groups."""
+    remaining = names
     for group in groups:
         for pattern in group.match:
             if not any(matches(name, [pattern]) for name in names):
                 near = nearest_pattern(pattern, names)
                 raise UsageError(f"optimizer.groups: '{pattern}' matches no trainable parameter{near}")
-            if not any(matches(name, [pattern]) for name in left):
+            if not any(matches(name, [pattern]) for name in remaining):
                 raise UsageError(
                     f"optimizer.groups: '{pattern}' comes too late: earlier groups have all that it matches"
                 )
-        left = [name for name in left if not matches(name, group.match)]
+        remaining = [name for name in remaining if not matches(name, group.match)]
 
 
 def _with_exceptions(options: Options, group: Group | None) -> Options:
@@ -110,7 +113,7 @@ def _with_exceptions(options: Options, group: Group | None) -> Options:
 
 
 def clear_gradients(optimizer: Optimizer) -> None:
-    """Do what the optimizer's `zero_grad` does, without its bookkeeping for the profiler: some 10 us less a step."""
+    """Set all gradients to None as `zero_grad` does, without its profiler record, which costs about 10 us a step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None

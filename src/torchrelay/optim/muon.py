@@ -1,9 +1,9 @@
-"""Step 5: Muon: momentum whose matrices are orthogonalised.
+"""Step 5: Muon: orthogonalized momentum.
 
 After Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon), and
 Liu et al., "Muon is Scalable for LLM Training" (arXiv 2502.16982). A gradient's matrix is often dominated by a few
-directions; orthogonalised, it moves all of them alike. A bias or a norm has no directions, and embeddings and the head
-do better without it (both sources): those are trained by SGD or AdamW in the same optimizer.
+directions; orthogonalizing it makes all of them move by the same amount. Biases and norms have no directions, and
+embeddings and the head train better without it (both sources), so the same optimizer trains them by SGD or AdamW.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,23 +15,24 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-# Jordan's quintic a·x + b·x³ + c·x⁵: as steep at zero as it can be while [0, 1] stays within some [0, 1.2]. It doesn't
-# converge to one, and needn't: five iterations bring singular values from 0.01 up to between 0.68 and 1.14.
+# Jordan's quintic a·x + b·x³ + c·x⁵: as steep at zero as possible while it maps [0, 1] into about [0, 1.2]. It doesn't
+# converge to one and needn't: five iterations bring singular values above 0.01 to between 0.68 and 1.14.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _SMALLEST = 1e-30  # below any norm that matters: the result doesn't depend on the gradient's scale
 
 
-def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return the matrix with its singular vectors kept and its singular values brought near one (Newton-Schulz).
 
     Args:
         matrix: (rows, columns), of any scale; zeros stay zeros.
-        iterations: 3 to 5 serve.
-        dtype: in which the matrix products are computed; the result has the matrix's own.
+        iterations: 3 to 5 are enough.
+        dtype: of the matrix products; the result has the matrix's dtype.
     """
-    x = (matrix / matrix.norm().clamp(min=_SMALLEST)).to(dtype)  # no singular value is above the norm
+    # No singular value exceeds the Frobenius norm.
+    x = (matrix / matrix.norm().clamp(min=_SMALLEST)).to(dtype)
     tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x  # the products below are of the size of the smaller side
+    x = x.T if tall else x  # gives the products below the size of the smaller side
     for _ in range(iterations):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
@@ -40,14 +41,15 @@ def orthogonalise(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.fl
 
 
 class MuonOptimizer(Optimizer):
-    """Muon, SGD and AdamW in one, each for the parameter groups whose "rule" says so.
+    """Muon, SGD and AdamW in one optimizer; the "rule" of a parameter group selects one of them.
 
-    Everything that it knows stands in its groups as plain numbers and strings, and in its state as tensors, so that a
-    checkpoint goes on exactly. SGD and AdamW compute what torch.optim's do, bit for bit.
+    Its groups hold only plain numbers and strings and its state only tensors, so a checkpoint resumes exactly. SGD and
+    AdamW compute the same bits as those of torch.optim.
 
     Args:
-        groups: each with "lr", "weight_decay", "rule" ("muon", "sgd" or "adamw") and what the rule needs:
-            muon: "momentum", "nesterov", "iterations", "dtype" and "normalise_weights", see `optim.Muon`;
+        groups: each with "lr", "weight_decay", "rule" ("muon", "sgd" or "adamw") and the options of that rule:
+            muon: "momentum", "nesterov", "iterations", "dtype" and "normalise_weights" (`optim.Muon`
+            explains them; the last is spelled so in checkpoints);
             sgd: "momentum" and "nesterov"; adamw: "betas" and "eps".
     """
 
@@ -66,25 +68,27 @@ class MuonOptimizer(Optimizer):
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             state, gradient = self.state[parameter], parameter.grad
-            assert gradient is not None  # noqa: S101 - `step` left the others out
+            assert gradient is not None  # noqa: S101 - `step` skips the others
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
             direction = gradient.add(momentum, alpha=group["momentum"]) if group["nesterov"] else momentum
             # A convolution (filters, channels, height, width) is a matrix with a row for each filter.
-            update = orthogonalise(direction.flatten(1), group["iterations"], getattr(torch, group["dtype"]))
+            update = orthogonalize(direction.flatten(1), group["iterations"], getattr(torch, group["dtype"]))
             rows, columns = update.shape
             if group["normalise_weights"]:
                 parameter.mul_(rows**0.5 / parameter.flatten(1).norm().clamp(min=_SMALLEST))
             else:
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                update = update * max(1.0, rows / columns) ** 0.5  # so that a layer's output moves alike in all shapes
+                # A layer's output then moves by the same amount whatever the shape.
+                update = update * max(1.0, rows / columns) ** 0.5
             _subtract(parameter, update.view(parameter.shape), group["lr"])
 
     def _sgd(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         buffers = [self.state[parameter].get("momentum_buffer") for parameter in parameters]
         options = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
-        fused = True if isinstance(group["lr"], Tensor) else None  # else it would read a rate on the device
+        # Only the fused kernel takes a learning rate on the device without copying it to the CPU.
+        fused = True if isinstance(group["lr"], Tensor) else None
         sgd(parameters, _gradients(parameters), buffers, fused=fused, **options, dampening=0.0, maximize=False)
         for parameter, buffer in zip(parameters, buffers, strict=True):
             if buffer is not None:
@@ -115,7 +119,7 @@ class MuonOptimizer(Optimizer):
 
 
 def _subtract(parameter: Tensor, update: Tensor, rate: float | Tensor) -> None:
-    """Take a multiple of an update away; a rate on the device isn't read, so that a CUDA graph can hold this."""
+    """Subtract `rate` times an update; a rate on the device stays there, so a CUDA graph can record this."""
     if isinstance(rate, Tensor):
         parameter.addcmul_(update, -rate)
     else:

@@ -1,7 +1,7 @@
-"""Step 5: optimizers: settings that, called with a model, make a torch optimizer.
+"""Step 5: optimizers: settings that build a torch optimizer when called with a model.
 
-`SGD`, `AdamW` and `Muon` have settings of their own; `Other` is any other optimizer of torch.optim. The trainer takes
-any function from a model to a torch optimizer as well.
+`SGD`, `AdamW` and `Muon` have their own settings; `Other` is any other optimizer of torch.optim. The trainer also takes
+any function from a model to a torch optimizer.
 """
 
 import inspect
@@ -20,8 +20,8 @@ from torchrelay.settings import Settings
 
 _OURS = ("sgd", "adamw", "muon")
 _REFUSED = {
-    "lbfgs": "evaluates the loss several times a step, which a step here does once: use 'adamw'",
-    "sparseadam": "takes sparse gradients only, which a step here has none of: use 'adam'",
+    "lbfgs": "evaluates the loss several times a step, and a training step here does it once: use 'adamw'",
+    "sparseadam": "takes sparse gradients only, and a training step here has none: use 'adam'",
 }
 _OTHERS = {  # by their names in lower case
     name.lower(): found
@@ -31,8 +31,8 @@ _OTHERS = {  # by their names in lower case
 }
 
 
-class _Base(Settings):
-    """What all optimizers have in common."""
+class OptimizerBase(Settings):
+    """The settings that all optimizers have."""
 
     name: str
     """Which optimizer."""
@@ -41,11 +41,11 @@ class _Base(Settings):
     weight_decay: float = Field(default=0.0, ge=0.0)
     """Weight decay."""
     decay_norms_and_biases: bool = True
-    """Whether parameters of one dimension (norms, biases) decay, too."""
+    """Whether weight decay also applies to parameters of one dimension (norms, biases)."""
     clip_norm: float | None = Field(default=None, gt=0.0)
-    """Largest norm of the whole gradient, to which the trainer scales it down; unset: as it is."""
+    """The largest norm of the whole gradient; the trainer scales a larger one down to it. Unset: no clipping."""
     groups: list[Group] = Field(default_factory=list)
-    """Parameters treated in a way of their own: [{match = ["fc.*"], lr = 0.01}]; or lr_scale, weight_decay, freeze."""
+    """Parameters with options of their own: [{match = ["fc.*"], lr = 0.01}]; or lr_scale, weight_decay, freeze."""
 
     @abstractmethod
     def __call__(self, model: nn.Module) -> Optimizer:
@@ -55,11 +55,11 @@ class _Base(Settings):
         """Return the model's trainable parameters in groups of equal options; those that `groups` freeze are frozen."""
         return parameter_groups(model, self._options_in(model), self.groups, self.decay_norms_and_biases)
 
-    def _options_in(self, model: nn.Module) -> OptionsOf:  # noqa: ARG002 - Muon's differ within a model
+    def _options_in(self, model: nn.Module) -> OptionsOf:  # noqa: ARG002 - Muon's options depend on the model
         return lambda _name, _parameter: {"lr": self.lr, "weight_decay": self.weight_decay}
 
 
-class SGD(_Base):
+class SGD(OptimizerBase):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"] = "sgd"
@@ -67,27 +67,27 @@ class SGD(_Base):
     lr: float = Field(default=0.1, ge=0.0)
     """The learning rate, which a schedule may change by step."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """How much of the last update stays."""
+    """The momentum factor."""
     weight_decay: float = Field(default=5e-4, ge=0.0)
     """Weight decay, added to the gradient."""
     nesterov: bool = False
-    """Look ahead along the momentum."""
+    """Nesterov momentum."""
     fused: bool = False
-    """Update all parameters in one pass over memory: faster, with other last bits; not for an exact fsdp."""
+    """Use PyTorch's fused kernel: faster, with different last bits; not with an exact fsdp."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov looks ahead along a momentum, and there is none: set momentum, such as 0.9")
+            raise ValueError("nesterov needs a momentum: set momentum, such as 0.9")
         return self
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.SGD."""
-        groups, fused = self.parameter_groups(model), self.fused or None  # None: as PyTorch chooses for the device
+        groups, fused = self.parameter_groups(model), self.fused or None  # None: PyTorch chooses by the device
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
 
-class AdamW(_Base):
+class AdamW(OptimizerBase):
     """Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019)."""
 
     name: Literal["adamw"] = "adamw"
@@ -95,13 +95,13 @@ class AdamW(_Base):
     lr: float = Field(default=1e-3, ge=0.0)
     """The learning rate, which a schedule may change by step."""
     weight_decay: float = Field(default=0.01, ge=0.0)
-    """Weight decay, apart from the gradient."""
+    """Weight decay, decoupled from the gradient."""
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.999)
-    """How much of the two moments stays."""
+    """The decay rates of the two moments."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
     fused: bool = False
-    """Update all parameters in one pass over memory: faster, with other last bits; not for an exact fsdp."""
+    """Use PyTorch's fused kernel: faster, with different last bits; not with an exact fsdp."""
 
     def __call__(self, model: nn.Module) -> Optimizer:
         """Return torch.optim.AdamW."""
@@ -109,42 +109,42 @@ class AdamW(_Base):
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
-class Muon(_Base):
-    """Orthogonalised momentum for the weights of linear and convolutional layers, AdamW or SGD for the rest.
+class Muon(OptimizerBase):
+    """Orthogonalized momentum for the weights of linear and convolutional layers, AdamW or SGD for the rest.
 
-    "The rest" is what has no matrix (biases, norms), embeddings, and the head: the model's last linear layer. The fast
-    CIFAR-10 recipe's variant (Jordan's airbench94_muon) is `normalize_weights` with `other = "sgd"`; a learning rate of
-    a program that sums the loss over the batch, as that does, is multiplied by the batch size for ours.
+    "The rest" is everything that isn't a matrix (biases, norms), the embeddings, and the head: the model's last linear
+    layer. The variant of the fast CIFAR-10 recipe (Jordan's airbench94_muon) is `normalize_weights` with
+    `other = "sgd"`. That program sums the loss over the batch: multiply its learning rates by the batch size.
     """
 
     name: Literal["muon"] = "muon"
     """sgd, adamw, muon, or a name of torch.optim."""
     lr: float = Field(default=0.02, ge=0.0)
-    """The learning rate of the matrices; a schedule applies to it and to other_lr alike."""
+    """The learning rate of the matrices; a schedule scales it and other_lr."""
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """How much of the matrices' last gradients stays."""
+    """The momentum factor of the matrices."""
     nesterov: bool = True
-    """Look ahead along the momentum, in matrices and by "sgd"."""
+    """Nesterov momentum, for the matrices and for "sgd"."""
     iterations: int = Field(default=5, ge=1, le=12)
-    """Of the orthogonalisation."""
+    """Iterations of the orthogonalization."""
     normalize_weights: bool = False
-    """Set each matrix to a norm of sqrt(rows) before its update, in place of decay; only where norm layers follow."""
+    """Scale each matrix to a norm of sqrt(rows) before its update, instead of decay; only where norm layers follow."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """In which the orthogonalisation computes; auto: bfloat16 where the device has it in hardware."""
+    """The dtype of the orthogonalization; auto: bfloat16 where the device has it in hardware."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of further matrices that are trained like the rest, such as ["conv1.*"]."""
     other: Literal["adamw", "sgd"] = "adamw"
-    """By what the rest is trained."""
+    """The optimizer of the rest."""
     other_lr: float = Field(default=3e-3, ge=0.0)
-    """The rest's learning rate."""
+    """The learning rate of the rest."""
     other_momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """The rest's momentum; "adamw" calls it its first beta."""
+    """The momentum of the rest; the first beta of "adamw"."""
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        """Return our Muon, its matrices in front.
+        """Return a `MuonOptimizer` whose first groups hold the matrices.
 
         Raises:
-            UsageError: the model has no matrix for it, or a pattern no parameter.
+            UsageError: the model has no matrix to train, or a pattern matches no parameter.
         """
         names = [name for name, _ in model.named_parameters()]
         for pattern in self.exclude:
@@ -175,7 +175,7 @@ class Muon(_Base):
             "momentum": self.momentum,
             "nesterov": self.nesterov,
             "iterations": self.iterations,
-            "dtype": _fastest(device) if self.dtype == "auto" else self.dtype,
+            "dtype": _fastest_dtype(device) if self.dtype == "auto" else self.dtype,
             # Checkpoints of earlier versions have the key in this spelling.
             "normalise_weights": self.normalize_weights,
         }
@@ -183,7 +183,7 @@ class Muon(_Base):
     def _of_the_rest(self) -> Options:
         common: Options = {"lr": self.other_lr, "weight_decay": self.weight_decay, "rule": self.other}
         if self.other == "adamw":
-            return {**common, "betas": (self.other_momentum, 0.95), "eps": 1e-8}  # the second as in both sources
+            return {**common, "betas": (self.other_momentum, 0.95), "eps": 1e-8}  # the second is that of both sources
         return {**common, "momentum": self.other_momentum, "nesterov": self.nesterov and self.other_momentum > 0}
 
 
@@ -199,21 +199,20 @@ def _matrices(model: nn.Module) -> set[str]:
     }
 
 
-def _fastest(device: torch.device) -> str:
+def _fastest_dtype(device: torch.device) -> str:
     if device.type == "cpu":
         return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-class Other(_Base):
-    """Any other optimizer of torch.optim by its name there, such as RMSprop, NAdam or Adafactor.
+class Other(OptimizerBase):
+    """Any other optimizer of torch.optim, by its class's name, such as RMSprop, NAdam or Adafactor.
 
-    `lr` is the class's own default if it isn't given. In a recipe, `options` may be left out: any key that is an
-    argument of the class counts.
+    `lr` defaults to that of the class. In a recipe the class's arguments may also stand beside `lr`, without `options`.
     """
 
     name: str
-    """The class's name in torch.optim, in capitals or not."""
+    """The class's name in torch.optim, in upper or lower case."""
     lr: float = Field(default=1e-3, ge=0.0)
     """The learning rate, which a schedule may change by step."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -222,7 +221,7 @@ class Other(_Base):
     @model_validator(mode="before")
     @classmethod
     def _sort(cls, values: Any) -> Any:
-        """Find the class, collect its arguments, and fill in its own learning rate."""
+        """Find the class, collect its arguments, and fill in its default learning rate."""
         if not isinstance(values, dict) or "name" not in values:
             return values
         found = _class_named(values["name"])
@@ -263,7 +262,7 @@ def _class_named(name: Any) -> Any:
     """Return a class of torch.optim.
 
     Raises:
-        ValueError: there is none, or it can't be used here.
+        ValueError: there is none, or it isn't supported.
     """
     lower = str(name).lower()
     if lower in _REFUSED:
@@ -285,7 +284,7 @@ def _kind(value: Any) -> str:
 
 
 def _named(value: Any) -> Any:
-    """Let people write SGD for sgd, leave the name out, and hear of a wrong name before its keys are looked at."""
+    """Accept SGD for sgd and a missing name, and report a wrong name before the keys are checked."""
     if not isinstance(value, dict):
         return value
     name = str(value.get("name", "sgd"))
@@ -303,4 +302,4 @@ OptimizerSettings = Annotated[
     Discriminator(_kind),
     BeforeValidator(_named),
 ]
-"""A recipe's section `[optimizer]`: its `name` says which."""
+"""The section `[optimizer]` of a recipe; its `name` selects the class."""

@@ -1,10 +1,10 @@
-"""Step 5: schedules: the learning rate as a pure function of the step.
+"""Step 5: learning-rate schedules: the rate as a pure function of the step.
 
-A schedule is settings until `bind` tells it how long the run is; what that returns is asked at each step. Only
-`Plateau` has a state, since it follows the evaluations. Momentum is never scheduled.
+The settings classes become a `Schedule` by `bind`, which tells them the length of the run. Only `Plateau` has state,
+because it follows the evaluations. Momentum is never scheduled.
 
-A warm-up multiplies what the schedule says. What spans the run (cosine, one_cycle, linear) begins where the warm-up
-ends; what happens at a time of its own (step, multistep) counts from the run's start.
+A warm-up scales the schedule's rate. Schedules that span the run (cosine, one_cycle, linear) begin where the warm-up
+ends; the milestones of the others (step, multistep) count from the start of the run.
 """
 
 import math
@@ -25,7 +25,7 @@ Rate = Callable[[int, float], float]  # (step, base_lr) -> the learning rate of 
 
 @dataclass(frozen=True)
 class Span:
-    """How long a run is, in steps."""
+    """The length of a run, in steps."""
 
     epoch: int
     total: int
@@ -38,13 +38,13 @@ class Span:
 
 
 class Schedule:
-    """A schedule that knows how long the run is; `Cosine(...).bind(...)` and its like make one.
+    """The learning-rate schedule of a run of known length; `bind` of the settings classes returns one.
 
     Args:
-        rate: the learning rate by step, without the warm-up.
+        rate: the learning rate as a function of the step, without the warm-up.
         warmup: steps of linear warm-up.
-        warmup_start: share of the learning rate with which the warm-up begins.
-        descent: what follows the evaluations, if anything does.
+        warmup_start: fraction of the learning rate at which the warm-up begins.
+        descent: the state of a plateau schedule, which follows the evaluations.
     """
 
     def __init__(self, rate: Rate, warmup: int, warmup_start: float, descent: "_Descent | None" = None) -> None:
@@ -54,41 +54,42 @@ class Schedule:
         self._descent = descent
 
     def at(self, step: int, base_lr: float) -> float:
-        """Return the learning rate of a step, counted from 0, of parameters whose learning rate is set to `base_lr`."""
+        """Return the learning rate of a step, counted from 0, for parameters whose configured rate is `base_lr`."""
         if not base_lr:
-            return 0.0  # what is held fixed stays so, whatever rate a schedule ends at
+            return 0.0  # a rate of 0 stays 0 even if the schedule ends at a `final_lr` above it
         lr = self._rate(step, base_lr)
         if step >= self._warmup:
             return lr
         return lr * (self._warmup_start + (1.0 - self._warmup_start) * step / self._warmup)
 
     def update(self, score: float) -> None:
-        """Take note of an evaluation's score, of which higher is better. Only a plateau schedule does."""
+        """Take the score of an evaluation (higher is better) into account. Only a plateau schedule does."""
         if self._descent is not None:
             self._descent.update(score)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep: nothing, but of a plateau schedule."""
+        """Return the state for a checkpoint; empty except for a plateau schedule."""
         if self._descent is None:
             return {}
         return {"scale": self._descent.scale, "best": self._descent.best, "waited": self._descent.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        if self._descent is not None and state:  # a run may have had another schedule before, and accept the change
+        """Load the state of a checkpoint."""
+        # The state is empty if the run had another schedule and resumes with accepted changes.
+        if self._descent is not None and state:
             self._descent.scale, self._descent.best = state["scale"], state["best"]
             self._descent.waited = state["waited"]
 
 
-class _Base(Settings):
-    """What all schedules have in common."""
+class ScheduleBase(Settings):
+    """The settings that all schedules have."""
 
     name: str
     """Which schedule."""
     warmup: StepDuration = Duration("0 steps")
-    """How long the rate rises linearly at the start: "5%", "500 steps", "1 epoch"."""
+    """Length of the linear warm-up: "5%", "500 steps", "1 epoch"."""
     warmup_start: float = Field(default=0.01, ge=0.0, le=1.0)
-    """Share of the rate with which the warm-up begins; 0 would waste the first step."""
+    """Fraction of the rate at which the warm-up begins; 0 would waste the first step."""
 
     @abstractmethod
     def rate(self, span: Span) -> Rate:
@@ -100,28 +101,28 @@ class _Base(Settings):
         return Schedule(self.rate(Span(steps_per_epoch, total_steps, warmup)), warmup, self.warmup_start)
 
     def _warmup_steps(self, steps_per_epoch: int, total_steps: int) -> int:
-        # The last step has the full rate: a share of a very short run, rounded up, must not be all of it.
+        # At least the last step has the full rate, even if a percentage of a very short run rounds up to all of it.
         return min(self.warmup.steps(steps_per_epoch, total_steps), max(total_steps - 1, 0))
 
 
-class Constant(_Base):
-    """The same rate throughout."""
+class Constant(ScheduleBase):
+    """A constant rate."""
 
     name: Literal["constant"] = "constant"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
 
     def rate(self, span: Span) -> Rate:  # noqa: ARG002
-        """Return the rate as it is."""
+        """Return the constant rate."""
         return lambda _step, base_lr: base_lr
 
 
-class Step(_Base):
-    """A factor each so many epochs or steps."""
+class Step(ScheduleBase):
+    """The rate is multiplied by `gamma` after every `every` epochs or steps."""
 
     name: Literal["step"] = "step"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
     every: StepDuration = Duration("10 epochs")
-    """How long a rate holds."""
+    """The interval between two changes."""
     gamma: float = Field(default=0.1, gt=0.0)
     """The factor."""
 
@@ -133,13 +134,13 @@ class Step(_Base):
         return every
 
     def rate(self, span: Span) -> Rate:
-        """Return a staircase."""
+        """Return a step function."""
         every, gamma = self.every.steps(span.epoch, span.total), self.gamma
         return lambda step, base_lr: base_lr * gamma ** (step // every)
 
 
-class MultiStep(_Base):
-    """A factor at each milestone."""
+class MultiStep(ScheduleBase):
+    """The rate is multiplied by `gamma` at each milestone."""
 
     name: Literal["multistep"] = "multistep"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
@@ -149,23 +150,23 @@ class MultiStep(_Base):
     """The factor."""
 
     def rate(self, span: Span) -> Rate:
-        """Return a staircase of uneven steps."""
+        """Return a step function."""
         marks, gamma = sorted(mark.steps(span.epoch, span.total) for mark in self.milestones), self.gamma
         return lambda step, base_lr: base_lr * gamma ** bisect_right(marks, step)
 
 
-class Cosine(_Base):
+class Cosine(ScheduleBase):
     """Half a cosine from the learning rate to the final one (Loshchilov and Hutter, ICLR 2017)."""
 
     name: Literal["cosine"] = "cosine"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
     final_lr: float = Field(default=0.0, ge=0.0)
-    """The rate at the end, the same of all parameter groups."""
+    """The rate at the end, the same for all parameter groups."""
     per: Literal["step", "epoch"] = "step"
-    """How often the rate changes; by epoch it is CosineAnnealingLR's."""
+    """When the rate changes; "epoch" gives the rates of CosineAnnealingLR."""
 
     def rate(self, span: Span) -> Rate:
-        """Return half a cosine, or a staircase along it."""
+        """Return half a cosine, or its values at the starts of epochs."""
         unit = span.epoch if self.per == "epoch" else 1
         start, turn, final = span.warmup / unit, math.pi * unit / span.rest, self.final_lr
 
@@ -176,25 +177,27 @@ class Cosine(_Base):
         return at
 
 
-class OneCycle(_Base):
-    """Up to the learning rate and down again, both along half a cosine (Smith and Topin, arXiv 1708.07120).
+class OneCycle(ScheduleBase):
+    """Up to the learning rate and down again, each along half a cosine (Smith and Topin, arXiv 1708.07120).
 
-    The rates and the names are those of PyTorch's OneCycleLR. It cycles the momentum as well, which this doesn't.
+    Rates and names are those of PyTorch's OneCycleLR, which cycles the momentum as well; this doesn't.
     """
 
     name: Literal["one_cycle"] = "one_cycle"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
     pct_start: float = Field(default=0.3, gt=0.0, lt=1.0)
-    """Share of the run in which the rate rises."""
+    """Fraction of the run in which the rate rises."""
     div_factor: float = Field(default=25.0, ge=1.0)
-    """The learning rate, divided by this, is the first one."""
+    """The first rate is the learning rate divided by this."""
     final_div_factor: float = Field(default=1e4, ge=1.0)
-    """The first one, divided by this, is the last one."""
+    """The last rate is the first rate divided by this."""
 
     def rate(self, span: Span) -> Rate:
         """Return two halves of a cosine; the last step has the last rate."""
         first, divisor, final_divisor = span.warmup, self.div_factor, self.final_div_factor
-        peak = first + self.pct_start * span.rest - 1.0  # between two steps: the highest rate need not be met
+        peak = (
+            first + self.pct_start * span.rest - 1.0
+        )  # may lie between two steps, neither of which then has the highest rate
         last = first + span.rest - 1
 
         def at(step: int, base_lr: float) -> float:
@@ -208,13 +211,13 @@ class OneCycle(_Base):
         return at
 
 
-class Linear(_Base):
-    """A straight line from the learning rate down to a share of it."""
+class Linear(ScheduleBase):
+    """A straight line from the learning rate down to a fraction of it."""
 
     name: Literal["linear"] = "linear"
     """constant, step, multistep, cosine, one_cycle, linear or plateau."""
     final_fraction: float = Field(default=0.0, ge=0.0)
-    """The share of the rate that is left at the end."""
+    """The fraction of the learning rate at the end."""
 
     def rate(self, span: Span) -> Rate:
         """Return a line that begins where the warm-up ends."""
@@ -222,10 +225,10 @@ class Linear(_Base):
         return lambda step, base_lr: base_lr * (1.0 - fall * min(max(step - start, 0) / rest, 1.0))
 
 
-class Plateau(_Base):
-    """A factor whenever the task's headline metric hasn't improved for some evaluations.
+class Plateau(ScheduleBase):
+    """The rate is multiplied by `factor` when the headline metric stops improving.
 
-    The task knows whether its metric is better higher or lower, so that there is no mode to set.
+    The task knows whether a higher or a lower value of its metric is better, so there is no mode to set.
     """
 
     name: Literal["plateau"] = "plateau"
@@ -233,11 +236,11 @@ class Plateau(_Base):
     factor: float = Field(default=0.1, gt=0.0, lt=1.0)
     """The factor."""
     patience: int = Field(default=3, ge=0)
-    """Evaluations without improvement that are let pass."""
+    """Evaluations without improvement after which the next one lowers the rate."""
     threshold: float = Field(default=0.0, ge=0.0)
-    """An improvement counts if it is larger than this."""
+    """Only an improvement larger than this counts."""
     min_lr: float = Field(default=0.0, ge=0.0)
-    """The rate isn't brought below this."""
+    """A lower bound on the rate."""
 
     def rate(self, span: Span) -> Rate:  # noqa: ARG002
         """Return the rate before any evaluation."""
@@ -251,12 +254,12 @@ class Plateau(_Base):
 
 @dataclass
 class _Descent:
-    """What a plateau schedule has seen so far."""
+    """The state of a plateau schedule."""
 
     settings: Plateau
     scale: float = 1.0
     best: float = -math.inf
-    waited: int = 0  # evaluations since the best one, or since the rate fell
+    waited: int = 0  # evaluations since the best one or the last change of the rate
 
     def rate(self, _step: int, base_lr: float) -> float:
         return max(base_lr * self.scale, min(self.settings.min_lr, base_lr))
@@ -265,7 +268,7 @@ class _Descent:
         if score > self.best + self.settings.threshold:
             self.best, self.waited = score, 0
             return
-        self.waited += 1  # a score that is no number counts as no improvement
+        self.waited += 1  # NaN is no improvement
         if self.waited > self.settings.patience:
             self.scale, self.waited = self.scale * self.settings.factor, 0
 
@@ -274,7 +277,7 @@ _NAMES = ("constant", "step", "multistep", "cosine", "one_cycle", "linear", "pla
 
 
 def _named(value: Any) -> Any:
-    """Let people write OneCycle for one_cycle, leave the name out, and hear which name is nearest to a wrong one."""
+    """Accept OneCycle for one_cycle and a missing name; suggest the nearest name for a wrong one."""
     if not isinstance(value, dict):
         return value
     name = str(value.get("name", "constant"))
@@ -292,4 +295,4 @@ ScheduleSettings = Annotated[
     Field(discriminator="name"),
     BeforeValidator(_named),
 ]
-"""A recipe's section `[schedule]`: its `name` says which."""
+"""The section `[schedule]` of a recipe; its `name` selects the class."""
