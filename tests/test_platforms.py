@@ -3,12 +3,11 @@
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = """
 import importlib, os, pkgutil, signal, sys
 
-import torch, torchvision, matplotlib.pyplot, rich.progress, torch.utils.tensorboard  # of other people
+# Our dependencies, which look for the platform themselves.
+import matplotlib.pyplot, portalocker, rich.progress, torch.utils.tensorboard, torchvision
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
@@ -20,14 +19,13 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 
-package = importlib.import_module(sys.argv[1])
-for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+import torchrelay
+for module in pkgutil.walk_packages(torchrelay.__path__, "torchrelay."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 """
 
 
-@pytest.mark.parametrize("package", ["torchrelay.device", "torchrelay.distributed", "torchrelay"])
-def test_nothing_of_posix_alone_is_needed_to_import(package):
-    done = subprocess.run([sys.executable, "-c", PROGRAM, package], capture_output=True, text=True, check=False)
+def test_nothing_of_posix_alone_is_needed_to_import():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
