@@ -60,7 +60,7 @@ def test_a_mean_of_the_recipe_replaces_the_datas():
 
 def test_a_mean_is_refused_where_nothing_would_use_it():
     code = own(mine=lambda: (TensorDataset(torch.zeros(3, 1), torch.zeros(3)), None))
-    with pytest.raises(UsageError, match="read one by one"):
+    with pytest.raises(UsageError, match="read sample by sample"):
         load(DataSettings(name="mine", mean=[0.5], std=[0.5]), seed=0, code=code)
 
 
