@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import torchrelay as tr
 from benchmarks.scale.count import Link, Ports, by_link, connections, since
 from torchrelay import checkpoint
-from torchrelay.checkpoint.writer import in_memory
+from torchrelay.checkpoint.writer import stage
 from torchrelay.data.order import order
 from torchrelay.distributed.all_reduce import Levels, all_reduce, host_levels
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup, init_process_group
@@ -205,6 +205,6 @@ def copying_and_writing(megabytes: int, folder: Path) -> tuple[float, float]:
     contents = checkpoint.Contents(1, tensors, {"step": 1})
     size = 2**20 * megabytes
     memory: dict[str, Tensor] = {}
-    in_memory(contents, memory)
-    copying = _seconds(lambda: in_memory(contents, memory))
+    stage(contents, memory)
+    copying = _seconds(lambda: stage(contents, memory))
     return size / copying, size / _seconds(lambda: checkpoint.write(folder, contents), 3)

@@ -8,13 +8,13 @@ import torch
 from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings, Contents
 from torchrelay.checkpoint import writer as writer_module
-from torchrelay.checkpoint.writer import Writer, in_memory
+from torchrelay.checkpoint.writer import Writer, stage
 from torchrelay.errors import RelayError
 
 
 def test_tied_and_strided_weights_are_saved(tmp_path):
     weight = torch.randn(4, 6)
-    written = in_memory(Contents(0, {"a": weight, "b": weight, "c": weight.t()}, {}))
+    written = stage(Contents(0, {"a": weight, "b": weight, "c": weight.t()}, {}))
     read = checkpoint.read(checkpoint.write(tmp_path, written))
     assert torch.equal(read.model["b"], weight)
     assert torch.equal(read.model["c"], weight.t())
@@ -22,7 +22,7 @@ def test_tied_and_strided_weights_are_saved(tmp_path):
 
 def test_what_is_in_memory_does_not_change_with_the_model():
     weight = torch.zeros(3)
-    saved = in_memory(Contents(0, {"w": weight}, {"s": [weight]}))
+    saved = stage(Contents(0, {"w": weight}, {"s": [weight]}))
     weight += 1
     assert torch.equal(saved.model["w"], torch.zeros(3))
     assert torch.equal(saved.state["s"][0], torch.zeros(3))
@@ -58,8 +58,8 @@ def test_a_large_tensor_is_copied_whatever_its_layout(name):
     tensor = large_tensors()[name]
     before = tensor.detach().clone()
     memory: dict[str, torch.Tensor] = {}
-    in_memory(Contents(0, {"w": torch.zeros_like(tensor)}, {}), memory)
-    copy = in_memory(Contents(1, {"w": tensor}, {}), memory).model["w"]
+    stage(Contents(0, {"w": torch.zeros_like(tensor)}, {}), memory)
+    copy = stage(Contents(1, {"w": tensor}, {}), memory).model["w"]
     with torch.no_grad():
         tensor.copy_(torch.zeros_like(tensor)) if name != "expanded" else tensor[:, :1].zero_()
     assert torch.equal(copy, before)
@@ -77,7 +77,7 @@ def test_large_tensors_are_not_left_to_torchs_threads(monkeypatch):
 
     monkeypatch.setattr(torch, "_foreach_copy_", watched)
     small, large = torch.ones(10), torch.ones(100_000)
-    in_memory(Contents(0, {"small": small, "large": large, "strided": large[::2]}, {}))
+    stage(Contents(0, {"small": small, "large": large, "strided": large[::2]}, {}))
     assert [tensor.shape for tensor in handed] == [small.shape, (50_000,)]
 
 
@@ -111,9 +111,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 def test_a_second_copy_lies_where_the_first_lay_and_is_right():
     memory: dict[str, torch.Tensor] = {}
-    first = in_memory(Contents(1, {"w": torch.arange(6.0)}, {"s": [torch.ones(2)]}), memory)
+    first = stage(Contents(1, {"w": torch.arange(6.0)}, {"s": [torch.ones(2)]}), memory)
     where = first.model["w"].data_ptr()
-    second = in_memory(Contents(2, {"w": torch.arange(6.0) + 1}, {"s": [torch.ones(3)]}), memory)
+    second = stage(Contents(2, {"w": torch.arange(6.0) + 1}, {"s": [torch.ones(3)]}), memory)
     assert second.model["w"].data_ptr() == where
     assert second.model["w"].tolist() == [1, 2, 3, 4, 5, 6]
     assert second.state["s"][0].tolist() == [1, 1, 1], "what has another shape gets memory of its own"

@@ -175,7 +175,12 @@ def test_recipe_changes_that_break_exactness_are_shown_and_refused(cli, one_line
         (["model.options.widths=[32]"], "model.options was {} and is {'widths': [32]}"),
     ):
         done = cli("resume", digits_run, sets=changes)
-        one_line(done, "this run can't go on to the same result", shown, "put it back, or resume with --accept-changes")
+        one_line(
+            done,
+            "this run can't continue to the same result",
+            shown,
+            "undo it, or resume with --accept-changes",
+        )
     assert {path: path.read_bytes() for path in before} == before
     assert (tmp_path / "run" / "recipe.toml").read_text() == recipe
 
@@ -207,7 +212,7 @@ def test_another_thread_count_torch_version_or_device_is_a_warning(cli, tmp_path
     ):
         (line,) = (line for line in done.stdout.splitlines() if change in line)
         assert line.startswith("warning: ")
-        assert line.endswith("the result may differ from the undisturbed run's")
+        assert line.endswith("the result may differ from an uninterrupted run's")
         assert line in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -54,7 +54,7 @@ def edited(photos: Path) -> str:
 def test_a_resume_names_the_changed_file_and_accepts_it_if_told_to(cli, one_line, photos, stopped, change):
     expected = change(photos)
     done = cli("resume", stopped, sets=["run.max_steps=5"])
-    one_line(done, "this run can't go on to the same result", f"data changed: {expected};", "--accept-changes")
+    one_line(done, "this run can't continue to the same result", f"data changed: {expected};", "--accept-changes")
     accepted = cli("resume", stopped, "--accept-changes", sets=["run.max_steps=5"])
     assert accepted.returncode == 0, accepted.stderr
     assert f"data changed: {expected}: the result may differ" in accepted.stdout

@@ -474,7 +474,9 @@ def test_changed_data_is_refused_at_a_resume(digits, quiet, tmp_path):
     inputs = digits[0].inputs.clone()
     inputs[0, 0, 0, 0] += 1
     changed = (tr.data.arrays(inputs, digits[0].targets, digits[0].classes, "digits"), digits[1])
-    with pytest.raises(RelayError, match=r"can't go on to the same result: the training data was .* --accept-changes"):
+    with pytest.raises(
+        RelayError, match=r"can't continue to the same result: the training data was .* --accept-changes"
+    ):
         build(changed, quiet, run).resume()
     build(changed, quiet, run).resume(accept_changes=True)
 
@@ -487,7 +489,7 @@ def test_a_changed_recipe_is_refused_at_a_resume_and_counts_if_accepted(tmp_path
         return build_trainer(loaded, run, terminal=quiet)
 
     make().fit()
-    with pytest.raises(RelayError, match=r"optimizer\.lr was 0\.05 and is 0\.5; put it back, or resume with --accept"):
+    with pytest.raises(RelayError, match=r"optimizer\.lr was 0\.05 and is 0\.5; undo it, or resume with --accept"):
         make("optimizer.lr=0.5").resume()
     trainer = make("run.max_steps=40", "checkpoint.keep=5")
     trainer.resume()

@@ -1,13 +1,12 @@
-"""Step 3: checkpoints, folders that appear whole or not at all.
+"""Step 3: the format of checkpoints, which appear atomically.
 
-`checkpoints/step-00001234/` holds `model.safetensors` (the raw weights, for anyone to load), `ema.safetensors` if
-weights are averaged, `state.safetensors` and `state.json` (everything else that the run needs to go on) and
-`manifest.json` (the size and SHA-256 of each). Nothing is pickled: loading a checkpoint runs no code. This module
-knows tensors and folders, not trainers.
+`checkpoints/step-00001234/` holds `model.safetensors` (the raw weights, which any program can load), `ema.safetensors`
+if weights are averaged, `state.safetensors` and `state.json` (everything else that a resume needs) and `manifest.json`
+(size and SHA-256 of each file). Nothing is pickled: loading a checkpoint runs no code.
 
-Writing: files beside the target, each flushed; the manifest; the folder flushed; renamed; the parent flushed. A crash
-in between leaves a folder with a dot before its name that no reader counts, but for a checkpoint that was moved aside
-for another of the same step.
+Writing: files into a folder beside the target, each flushed; the manifest; the folder flushed; renamed; the parent
+flushed. A crash in between leaves a folder whose name starts with a dot, which readers ignore, except for a checkpoint
+that was moved aside to be replaced by another of the same step.
 """
 
 import hashlib
@@ -28,56 +27,56 @@ from torch import Tensor
 
 from torchrelay.errors import RelayError
 
-FORMAT = 1  # raised when an older release could no longer read what we write
-CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and an end: moved aside
+FORMAT = 1  # raised whenever an older release can no longer read what we write
+CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
 _NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
-_LARGEST_JSON = 64 * 2**20  # bytes; a state of a million numbers is below it, a bomb isn't
+_LARGEST_JSON = 64 * 2**20  # bytes; enough for a state of a million numbers, too small for a bomb
 
 
 class LaterReleaseError(RelayError):
-    """A checkpoint of a release that knows more than this one: no damage, and no reason to go back to one before it."""
+    """The checkpoint was written by a later release: it isn't damaged, so an earlier one must not replace it."""
 
 
 class File(BaseModel, extra="forbid"):
-    """What a manifest says of a file."""
+    """A file's entry in the manifest."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(BaseModel, extra="forbid"):
-    """What a checkpoint says of itself."""
+    """A checkpoint's manifest."""
 
     format: int
     step: int
     score: float | None
-    metrics: dict[str, float | None]  # None: not finite, which JSON can't say
+    metrics: dict[str, float | None]  # None: not finite, which JSON can't represent
     files: dict[str, File]
-    checksum: str = ""  # of all above
+    checksum: str = ""  # of all fields above
 
     def own_checksum(self) -> str:
-        """Return the checksum that this manifest should have."""
+        """Compute the checksum that this manifest should have."""
         return hashlib.sha256(self.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What one checkpoint holds."""
+    """The contents of one checkpoint."""
 
     step: int
     model: dict[str, Tensor]
-    state: dict[str, Any]  # a tree of dicts, lists, tuples, tensors, numbers, strings
+    state: dict[str, Any]  # nested dicts, lists, tuples, tensors, numbers, strings
     ema: dict[str, Tensor] | None = None
-    score: float | None = None  # the headline metric, higher is better; None where nothing was evaluated
+    score: float | None = None  # the headline metric, higher is better; None if not evaluated
     metrics: dict[str, float] = field(default_factory=dict)
-    weights: tuple[str, ...] = ()  # names in `model` that only an optimizer's step changes
-    trained: tuple[str, ...] = ()  # those that it does change, and that must be finite; a mask may hold -inf
+    weights: tuple[str, ...] = ()  # names in `model` that only an optimizer step changes
+    trained: tuple[str, ...] = ()  # those that it does change and that must be finite; a mask may hold -inf
 
     def check_finite(self) -> None:
-        """Look for numbers that aren't finite.
+        """Check that trained weights are finite.
 
         Raises:
-            RelayError: a trained weight has one; the text names it.
+            RelayError: one isn't; the message names it.
         """
         for name in self.trained:
             if not bool(torch.isfinite(self.model[name]).all()):
@@ -91,10 +90,10 @@ class Contents:
 
 
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Take the tensors out of a tree: return what is left as JSON can hold it, and the tensors by their path.
+    """Split a tree into a skeleton that JSON can hold and its tensors by path.
 
     Raises:
-        TypeError: for anything but dicts, lists, tuples, tensors, numbers, strings and None, which we won't pickle.
+        TypeError: the tree holds anything but dicts, lists, tuples, tensors, numbers, strings and None.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -120,7 +119,7 @@ def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """Put the tensors back into what `pack` left."""
+    """Put the tensors back into a skeleton from `pack`."""
     if isinstance(skeleton, list):
         return [unpack(value, tensors) for value in skeleton]
     if not isinstance(skeleton, dict):
@@ -141,10 +140,10 @@ def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write(folder: Path, contents: Contents) -> Path:
-    """Write a checkpoint below `folder`, whole or not at all.
+    """Write a checkpoint into `folder`, atomically, and return its path.
 
     Raises:
-        RelayError: the disk is full or can't be written; what was there before is untouched.
+        RelayError: the disk is full or can't be written; existing checkpoints are untouched.
     """
     target = folder / f"step-{contents.step:08d}"
     staging = folder / f".{target.name}.partial"
@@ -170,7 +169,8 @@ def write(folder: Path, contents: Contents) -> Path:
         _write_flushed(staging / "manifest.json", manifest.model_dump_json(indent=1).encode())
         _flush_folder(staging)
         before = folder / f".{target.name}.before"
-        if target.exists():  # of the same step before a resume: rename can't replace a full folder
+        # A checkpoint of the same step, from before a resume: rename can't replace a folder that isn't empty.
+        if target.exists():
             shutil.rmtree(before, ignore_errors=True)
             target.rename(before)
         staging.rename(target)
@@ -189,10 +189,10 @@ def write(folder: Path, contents: Contents) -> Path:
 
 
 def read(path: Path) -> Contents:
-    """Read a checkpoint and compare every checksum.
+    """Read a checkpoint and verify every checksum.
 
     Raises:
-        RelayError: the checkpoint is damaged, or of a later release; the text names the file.
+        RelayError: the checkpoint is damaged, or of a later release; the message names the file.
     """
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
@@ -214,17 +214,17 @@ def read(path: Path) -> Contents:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a checkpoint's manifest, without its tensors.
+    """Read and verify a checkpoint's manifest, without its tensors.
 
     Raises:
-        RelayError: there is none, or it isn't one of ours, or it is damaged.
-        LaterReleaseError: it is of a later release.
+        RelayError: it is missing, damaged or not one of ours.
+        LaterReleaseError: it was written by a later release.
     """
-    found = _read_json(path / "manifest.json")
-    if isinstance(found, dict) and isinstance(number := found.get("format"), int) and number > FORMAT:
+    content = _read_json(path / "manifest.json")
+    if isinstance(content, dict) and isinstance(number := content.get("format"), int) and number > FORMAT:
         raise LaterReleaseError(f"{path} was written by a later release (format {number}): upgrade torchrelay")
     try:
-        manifest = Manifest.model_validate(found)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest") from error
     if manifest.checksum != manifest.own_checksum():

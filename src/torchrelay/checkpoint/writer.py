@@ -1,8 +1,9 @@
-"""Step 3: checkpoints written behind the training's back, from a copy in memory; only the copy holds training up.
+"""Step 3: checkpoints written in the background from a copy in memory; only staging that copy holds training up.
 
-And most of it needn't: weights stand still until the optimizer's next step, so large ones are copied while the next
-batch goes forward and backward, and the optimizer waits for them (Mohan et al., "CheckFreq", FAST 2021). A network may
-write to its own weights as it goes forward, though. Whether this one does is seen after the first copy, made at once.
+And most of the staging doesn't either: weights don't change until the next optimizer step, so large ones are copied
+during the next forward and backward pass, and the optimizer waits for them (Mohan et al., "CheckFreq", FAST 2021). A
+model may change its own weights in its forward pass, though; whether this one does is checked after the first copy,
+which is made immediately.
 """
 
 import ctypes
@@ -21,139 +22,139 @@ from torchrelay.checkpoint.retention import clean, prune
 from torchrelay.checkpoint.schedule import CheckpointSettings
 
 _LARGE = 2**15  # bytes from which a tensor is worth a call of its own
-_PLAIN = {Tensor, nn.Parameter}  # a tensor of another class may keep its numbers elsewhere
+_PLAIN = {Tensor, nn.Parameter}  # a tensor of another class may keep its data elsewhere
 
 
-class _Pair(NamedTuple):
-    """A tensor, where it stands in the tree, and its place in memory."""
+class _Copy(NamedTuple):
+    """A tensor to copy, its path in the tree, and the tensor in memory that receives it."""
 
     path: str
-    place: Tensor
-    tensor: Tensor
+    target: Tensor
+    source: Tensor
 
 
-def in_memory(contents: Contents, memory: dict[str, Tensor] | None = None) -> Contents:
-    """Return a copy in the CPU's memory, which further training doesn't touch.
+def stage(contents: Contents, memory: dict[str, Tensor] | None = None) -> Contents:
+    """Return a copy in CPU memory that further training doesn't change.
 
     Args:
         contents: what to copy.
-        memory: tensors of an earlier copy by their path, which may be written over, and to which new ones are
-            added: fresh memory would take half as long again, since the system clears each page of it.
+        memory: tensors of an earlier copy by path, which are overwritten where they fit and to which new ones are
+            added: fresh memory takes half as long again, since the operating system clears each page.
     """
-    copy, pairs = _laid_out(contents, {} if memory is None else memory)
-    _copy(pairs)
-    return copy
+    staged, copies = _plan(contents, {} if memory is None else memory)
+    _copy(copies)
+    return staged
 
 
-def _laid_out(contents: Contents, memory: dict[str, Tensor]) -> tuple[Contents, list[_Pair]]:
-    """Return contents in memory whose numbers are yet to be copied, and what is to be copied to where."""
-    pairs: list[_Pair] = []
-    copy = _placed({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "", pairs)
-    return replace(contents, model=copy["model"], state=copy["state"], ema=copy["ema"]), pairs
+def _plan(contents: Contents, memory: dict[str, Tensor]) -> tuple[Contents, list[_Copy]]:
+    """Return contents with tensors allocated in memory, and the copies that will fill them."""
+    copies: list[_Copy] = []
+    tree = _allocate({"model": contents.model, "state": contents.state, "ema": contents.ema}, memory, "", copies)
+    return replace(contents, model=tree["model"], state=tree["state"], ema=tree["ema"]), copies
 
 
-def _placed(tree: Any, memory: dict[str, Tensor], path: str, pairs: list[_Pair]) -> Any:
-    """Return the tree with memory in place of its tensors; `pairs` gets each with the tensor that is to be copied."""
+def _allocate(tree: Any, memory: dict[str, Tensor], path: str, copies: list[_Copy]) -> Any:
+    """Return the tree with tensors in memory in place of its own, and append each copy to make to `copies`."""
     if isinstance(tree, Tensor):
-        place = memory.get(path)
-        if place is None or place.shape != tree.shape or place.dtype != tree.dtype:
-            # Laid out alike, which is copied fastest. Tied weights get tensors of their own, as safetensors asks for.
-            place = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda, requires_grad=False)
-        pairs.append(_Pair(path, place, tree))
-        return place
+        target = memory.get(path)
+        if target is None or target.shape != tree.shape or target.dtype != tree.dtype:
+            # The same layout copies fastest. Tied weights get separate tensors, as safetensors requires.
+            target = memory[path] = torch.empty_like(tree, device="cpu", pin_memory=tree.is_cuda, requires_grad=False)
+        copies.append(_Copy(path, target, tree))
+        return target
     if isinstance(tree, dict):
-        return {key: _placed(value, memory, f"{path}.{key}", pairs) for key, value in tree.items()}
+        return {key: _allocate(value, memory, f"{path}.{key}", copies) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_placed(value, memory, f"{path}.{i}", pairs) for i, value in enumerate(tree))
+        return type(tree)(_allocate(value, memory, f"{path}.{i}", copies) for i, value in enumerate(tree))
     return tree
 
 
-def _copy(pairs: list[_Pair]) -> None:
-    """Copy tensors, each to its place.
+def _copy(copies: list[_Copy]) -> None:
+    """Copy tensors.
 
-    Large ones in the CPU's memory go by memmove: torch would copy them with its threads, which wait for each other at
-    every tensor, and with instructions that read the target before they write it. That takes twice as long or more.
+    Large ones in CPU memory are copied by memmove. PyTorch would use its threads, which synchronize at every tensor,
+    and instructions that read the target before writing it; that takes at least twice as long.
     """
     rest = []
-    for pair in pairs:
-        if _is_block(pair):
-            ctypes.memmove(pair.place.data_ptr(), pair.tensor.data_ptr(), pair.tensor.nbytes)
+    for copy in copies:
+        if _fits_memmove(copy):
+            ctypes.memmove(copy.target.data_ptr(), copy.source.data_ptr(), copy.source.nbytes)
         else:
-            rest.append(pair)
-    on_gpu = any(pair.tensor.is_cuda for pair in rest)  # elsewhere nobody would wait for such a copy
+            rest.append(copy)
+    on_gpu = any(copy.source.is_cuda for copy in rest)
     if rest:
-        with torch.no_grad():  # all at once: one call for each would take as long as the copying
-            torch._foreach_copy_([pair.place for pair in rest], [pair.tensor for pair in rest], non_blocking=on_gpu)
+        # One call for all: a call per tensor would take as long as the copying. Only CUDA synchronizes below, so only
+        # its copies may be non-blocking.
+        with torch.no_grad():
+            torch._foreach_copy_([copy.target for copy in rest], [copy.source for copy in rest], non_blocking=on_gpu)
     if on_gpu:
         torch.cuda.current_stream().synchronize()
 
 
-def _is_block(pair: _Pair) -> bool:
-    """Return whether a tensor is worth a memmove, and its memory, byte for byte, is what belongs into its place."""
-    _, place, tensor = pair
-    if not tensor.is_cpu or tensor.nbytes < _LARGE or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+def _fits_memmove(copy: _Copy) -> bool:
+    """Return whether a tensor is large enough for a memmove, and its bytes are those that the target needs."""
+    _, target, source = copy
+    if not source.is_cpu or source.nbytes < _LARGE or type(source) not in _PLAIN or source.layout is not torch.strided:
         return False
-    return tensor.stride() == place.stride() and not tensor.is_conj() and not tensor.is_neg()
+    return source.stride() == target.stride() and not source.is_conj() and not source.is_neg()
 
 
 class Writer:
-    """Writes checkpoints on a thread of its own, one at a time, and prunes after each.
+    """Writes checkpoints on a background thread, one at a time, and prunes old ones after each.
 
-    A failed write is raised by the next `save` or by `wait`, whichever comes first; it never passes unnoticed.
+    A failed write is raised by the next `save` or `wait`, whichever comes first, so it never goes unnoticed.
 
     Args:
-        folder: where the checkpoints are.
-        settings: which are kept.
-        before: called before each write, on the thread.
+        folder: the folder of checkpoints.
+        settings: how many to keep.
+        before_write: called on the thread before each write.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, before: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, settings: CheckpointSettings, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self.folder = folder
-        self._before = before
-        clean(folder)
         self.settings = settings
-        self._memory: dict[str, Tensor] = {}  # of the last copy; free once that is written
-        self._waiting: queue.Queue[tuple[Contents, list[_Pair]] | None] = queue.Queue(maxsize=1)
-        self._copied = threading.Event()  # all that the last save was to copy
-        self._copied.set()
-        self._first: list[_Pair] | None = None  # the weights of the first copy, until they are compared
-        self._rest: bool | None = None  # whether the weights stand still until an optimizer's step; None: not known yet
+        self._before_write = before_write
+        clean(folder)
+        self._memory: dict[str, Tensor] = {}  # of the last copy; free to reuse once that is written
+        self._queue: queue.Queue[tuple[Contents, list[_Copy]] | None] = queue.Queue(maxsize=1)
+        self._staged = threading.Event()  # everything of the last save is copied
+        self._staged.set()
+        self._first: list[_Copy] | None = None  # weights of the first copy, until they are compared
+        self._weights_rest: bool | None = None  # only the optimizer changes weights; None: not known yet
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
         self._thread.start()
 
     def save(self, contents: Contents, *, training_continues: bool = False) -> None:
-        """Copy `contents` to memory and return; the disk is written behind the caller's back.
-
-        Args:
-            contents: what to save.
-            training_continues: the caller calls `settle` before it changes weights, averages or the optimizer's
-                state; so large tensors may be staged in the background, too.
+        """Stage `contents` in memory and return; see `Checkpointer.save`.
 
         Raises:
             RelayError: an earlier write failed.
         """
         self.wait()
-        copy, pairs = _laid_out(contents, self._memory)
-        weights = [pair for pair in pairs if _rests(pair.path, contents) and _is_block(pair)]
-        later = weights if training_continues and self._rest else []
-        chosen = set(map(id, later))
-        _copy([pair for pair in pairs if id(pair) not in chosen])
-        if self._rest is None:
+        staged, copies = _plan(contents, self._memory)
+        weights = [copy for copy in copies if _is_optimized(copy.path, contents) and _fits_memmove(copy)]
+        later = weights if training_continues and self._weights_rest else []
+        deferred = set(map(id, later))
+        _copy([copy for copy in copies if id(copy) not in deferred])
+        if self._weights_rest is None:
             self._first = weights
         if later:
-            self._copied.clear()
-        self._waiting.put((copy, later))
+            self._staged.clear()
+        self._queue.put((staged, later))
 
     def settle(self, *, trained: bool = False) -> None:
-        """Wait until everything is copied, as the weights are about to change.
+        """Wait until everything is staged, as the weights are about to change.
 
         Args:
-            trained: whether a training step's forward and backward pass went through the model since the last save.
+            trained: whether a training step's forward and backward pass ran since the last save.
         """
-        self._copied.wait()
-        if trained and self._first is not None:  # weights had a chance to change, and shouldn't have
-            self._rest = all(torch.equal(place, tensor) for _, place, tensor in self._first)
+        self._staged.wait()
+        # Only after a forward and backward pass can unchanged weights prove that the model doesn't change them itself.
+        if trained and self._first is not None:
+            self._weights_rest = all(torch.equal(target, source) for _, target, source in self._first)
             self._first = None
 
     def wait(self) -> None:
@@ -162,37 +163,37 @@ class Writer:
         Raises:
             RelayError: a write failed.
         """
-        self._waiting.join()
+        self._queue.join()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
 
     def close(self) -> None:
-        """Write what is left, end the thread, and raise what a write left behind."""
+        """Finish writing, end the thread, and raise a failure that is still pending."""
         if self._thread.is_alive():
-            self._waiting.put(None)
+            self._queue.put(None)
             self._thread.join()
         self.wait()
 
     def _work(self) -> None:
-        while (found := self._waiting.get()) is not None:
-            contents, later = found
+        while (item := self._queue.get()) is not None:
+            contents, later = item
             try:
                 try:
                     _copy(later)
                 finally:
-                    self._copied.set()
-                self._before()
+                    self._staged.set()
+                self._before_write()
                 contents.check_finite()  # here, where training doesn't wait for it
                 write(self.folder, contents)
                 prune(self.folder, self.settings.keep, self.settings.keep_best)
-            except BaseException as error:  # noqa: BLE001 - handed to the training's thread, which raises it
+            except BaseException as error:  # noqa: BLE001 - raised on the training thread instead
                 self._failure = error
             finally:
-                self._waiting.task_done()
-        self._waiting.task_done()
+                self._queue.task_done()
+        self._queue.task_done()
 
 
-def _rests(path: str, contents: Contents) -> bool:
-    """Return whether a tensor at this place of the tree belongs to what only an optimizer's step changes."""
+def _is_optimized(path: str, contents: Contents) -> bool:
+    """Return whether only an optimizer step should change this tensor: a weight, an average, optimizer state."""
     return path.startswith((".state.optimizer.", ".ema.")) or path.removeprefix(".model.") in contents.weights

@@ -1,1 +1,1 @@
-"""What people look at after a run: plots and tables, read from its folder."""
+"""Plots and tables of a run, read from its folder."""

@@ -1,7 +1,7 @@
-"""What a run is bound to: with the same of all of this it gives the same bits.
+"""Step 1: the run's identity: everything that its bits depend on.
 
-It stands in every checkpoint and is compared at a resume. What changes the result outright is refused; what may change
-only its last bits is a warning.
+It is part of every checkpoint and compared at a resume. A difference that changes the result is refused; one that may
+change only its last bits is a warning.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _MUST_AGREE = {
     "replicas": "parallel.replicas",
 }
 
-# Keys of a recipe that may change at a resume: how long, how often, from where, but not what is computed.
+# Recipe keys that may change at a resume: how long, how often, from where, but not what is computed.
 _MAY_CHANGE = {
     *("run.epochs", "run.max_steps", "run.patience", "run.evaluate_every", "run.log_every"),
     *("run.on_spike", "run.spike_threshold", "run.max_skipped"),
@@ -35,13 +35,13 @@ _MAY_CHANGE = {
 def compare(
     saved: dict[str, Any], now: Identity, accept_changes: bool, data_changes: Callable[[], str] = str
 ) -> list[str]:
-    """Compare a checkpoint's identity with the present one and return warnings.
+    """Compare a checkpoint's identity with the current one and return warnings.
 
     Args:
-        saved: the checkpoint's.
-        now: the present one.
-        accept_changes: whether what changes the result is only warned of.
-        data_changes: says what was done to the data's files, if that is known.
+        saved: the checkpoint's identity.
+        now: the current one.
+        accept_changes: whether a difference that changes the result is only a warning.
+        data_changes: returns how the data's files changed, or "" if that is unknown.
 
     Raises:
         RelayError: something differs that changes the result, and `accept_changes` is off.
@@ -55,14 +55,14 @@ def compare(
             change = f"{_MUST_AGREE[name]} changed: {files}"
         if name in _MUST_AGREE and not accept_changes:
             raise RelayError(
-                f"this run can't go on to the same result: {change}; put it back, or resume with --accept-changes"
+                f"this run can't continue to the same result: {change}; undo it, or resume with --accept-changes"
             )
-        warnings.append(f"{change}: the result may differ from the undisturbed run's")
+        warnings.append(f"{change}: the result may differ from an uninterrupted run's")
     return warnings
 
 
 def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: bool) -> list[str]:
-    """Compare the recipe that a run was started with and the present one, section by section, and return the changes.
+    """Compare the recipe that a run was started with and the current one by section, and return the changes.
 
     Raises:
         RelayError: a change would lead to another result, and `accept_changes` is off.
@@ -85,7 +85,7 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
                 refused.append(change)
     if refused and not accept_changes:
         raise RelayError(
-            f"this run can't go on to the same result: {', '.join(refused)}; put it back, or resume with "
+            f"this run can't continue to the same result: {', '.join(refused)}; undo it, or resume with "
             "--accept-changes"
         )
     return changes
