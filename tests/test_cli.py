@@ -15,6 +15,7 @@ from PIL import Image
 
 import torchrelay as tr
 from torchrelay import checkpoint, cli
+from torchrelay.recipe import shipped
 
 FAST = ("--set", "device.threads=1")
 
@@ -119,6 +120,31 @@ def test_wrong_usage_is_one_line_that_leaves_nothing_behind(command, says, capsy
     assert code == 2
     assert says in line
     assert list(tmp_path.iterdir()) == []
+
+
+def help_of(command: str, capsys) -> str:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([command, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_fits_80_columns_and_explains_each_option(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(command, capsys).partition("\nshipped recipes")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("  -"):
+            assert re.search(r"\S  +\S", line.strip()) or following.startswith("      "), line
+
+
+def test_help_of_train_names_the_recipes_and_evaluate_offers_nothing_of_training(capsys):
+    text = help_of("train", capsys)
+    assert all(name in text for name in shipped.headers())
+    assert "torchrelay train digits" in text
+    assert "--restarts" in text
+    assert "--restarts" not in help_of("evaluate", capsys)
+    assert "speed" in help_of("tune", capsys)
 
 
 def test_debug_shows_where_an_error_was_raised(tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ def loaded_by(statements: str) -> set[str]:
     return set(found.stdout.rpartition("loaded: ")[2].split())
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_needs_neither_torch_nor_pydantic_nor_rich(option):
-    command = f"from torchrelay.cli import main\ntry:\n    main([{option!r}])\nexcept SystemExit:\n    pass"
+@pytest.mark.parametrize("arguments", ["--help", "--version", "recipes", "train --help", "tune --help"])
+def test_help_and_the_list_of_recipes_need_neither_torch_nor_pydantic_nor_rich(arguments):
+    command = f"from torchrelay.cli import main\ntry:\n    main({arguments.split()})\nexcept SystemExit:\n    pass"
     assert loaded_by(command) & {"torch", "numpy", "pydantic", "rich", *OPTIONAL} == set()
 
 
