@@ -1,7 +1,7 @@
-"""Step 3: a convolution whose weights get their gradient as one matrix product, where that is faster.
+"""Step 3: a convolution that computes its weight gradient as one matrix product where that is faster.
 
-On a CPU with AMX, PyTorch's kernel for that gradient adds up a whole set of weights for each image. Where maps are
-small and channels many, as deep in a network, that takes several times as long as the arithmetic: 67 ms for 1,000 maps
+On a CPU with AMX, PyTorch's kernel for that gradient accumulates a whole weight tensor per image. For small feature
+maps with many channels, as deep in a network, that takes several times as long as the arithmetic: 67 ms for 1,000 maps
 of 4x4 with 256 channels, 20 ms as a product. Lowering a convolution to a product is after Chellapilla et al., "High
 Performance Convolutional Neural Networks for Document Processing" (IWFHR 2006).
 """
@@ -15,33 +15,33 @@ from torch.nn.grad import conv2d_input
 
 from torchrelay.device import processor
 
-_SMALL = 7 * 7  # pixels of a map up to which the product is faster, seen with 256 channels
-_MANY = 128  # channels of the input from which it is
+_SMALL = 7 * 7  # pixels of a feature map up to which the product is faster, measured with 256 channels
+_MANY = 128  # input channels from which it is faster
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d`, with a gradient of the weights that is faster for small maps of many channels.
+    """`torch.nn.Conv2d`, with a faster weight gradient for small feature maps with many channels.
 
-    It is so in bf16 by autocast on a CPU with AMX, for maps (batch, channels, height, width) in channels-last format, a
-    stride of 1 and no bias; all else is left to PyTorch. Outputs are the same; gradients differ in their last bits.
+    It applies to bf16 autocast on a CPU with AMX, for channels-last inputs (batch, channels, height, width), a
+    stride of 1 and no bias; otherwise PyTorch's kernel runs. Outputs are the same; gradients differ in their last bits.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002 - PyTorch's name
-        if bias is not None or not (self._is_plain and _pays(input)):
+        if bias is not None or not (self._is_plain and _is_faster_for(input)):
             outputs: Tensor = super()._conv_forward(input, weight, bias)
             return outputs
-        found: Tensor = _Convolution.apply(input.bfloat16(), weight.bfloat16(), self.padding)
-        return found
+        result: Tensor = _Convolution.apply(input.bfloat16(), weight.bfloat16(), self.padding)
+        return result
 
     @property
     def _is_plain(self) -> bool:
-        """Whether it is a convolution of stride 1 over all channels, padded with zeros."""
+        """Whether it has stride 1, one group and explicit zero padding."""
         plain = self.stride == self.dilation == (1, 1) and self.groups == 1
         return plain and self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
 
-def _pays(maps: Tensor) -> bool:
-    """Return whether the product is faster for such maps, as far as we have seen."""
+def _is_faster_for(maps: Tensor) -> bool:
+    """Return whether the product is faster for such feature maps, by our measurements."""
     if not torch.is_grad_enabled() or maps.shape[-2] * maps.shape[-1] > _SMALL or maps.shape[-3] < _MANY:
         return False
     if maps.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
@@ -75,10 +75,10 @@ def weight_gradient(maps: Tensor, gradient: Tensor, shape: torch.Size, padding: 
     """Return the gradient of a convolution's weights.
 
     Args:
-        maps: what went in, (batch, channels, height, width).
-        gradient: of what came out, (batch, outputs, rows, columns).
+        maps: the input, (batch, channels, height, width).
+        gradient: of the output, (batch, outputs, rows, columns).
         shape: of the weights, (outputs, channels, kernel height, kernel width).
-        padding: zeros above and below, and at both sides.
+        padding: zeros above and below, and on both sides.
     """
     outputs, channels, height, width = shape
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
@@ -87,11 +87,11 @@ def weight_gradient(maps: Tensor, gradient: Tensor, shape: torch.Size, padding: 
 
 
 def _patches(maps: Tensor, height: int, width: int, padding: tuple[int, int]) -> Tensor:
-    """Return what each output saw of the maps: (batch · rows · columns, height · width · channels)."""
+    """Return the receptive field of each output: (batch · rows · columns, height · width · channels)."""
     above, aside = padding
     padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, aside, aside, above, above)).contiguous()
     batch, rows, columns, channels = padded.shape
-    windows = padded.as_strided(  # a row of a patch lies in memory as it is
+    windows = padded.as_strided(  # a row of a patch is contiguous in memory
         (batch, rows - height + 1, columns - width + 1, height, width * channels),
         (rows * columns * channels, columns * channels, channels, columns * channels, 1),
     )

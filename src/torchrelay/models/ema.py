@@ -1,4 +1,4 @@
-"""Step 3: an exponential moving average of the weights, to evaluate in their place."""
+"""Step 3: an exponential moving average of the weights, used for evaluation in their place."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,15 +13,15 @@ class EMA:
     """The moving average of a model's parameters; buffers, such as BatchNorm's statistics, are the model's latest.
 
     After each optimizer step, average += (1 - d) · (weights - average) with d = min(decay, (1 + step) / (10 + step)).
-    This warm-up, known from TensorFlow's ExponentialMovingAverage, keeps the initial weights from lingering. It
-    depends on the step alone: the average keeps no counter.
+    This warm-up, that of TensorFlow's ExponentialMovingAverage, lets the initial weights fade quickly. It
+    depends on the step alone, so the average keeps no counter.
 
-    Make it when the model stands on its device, with its initial weights. Half-precision weights would not average well
-    (a small change rounds away); torchrelay keeps weights in float32 and lowers the precision by autocast.
+    Create it when the model is on its device with its initial weights. Half-precision weights would average
+    badly (small changes round away); torchrelay keeps weights in float32 and lowers the precision by autocast.
 
     Args:
-        model: whose weights are averaged.
-        decay: in [0, 1): how much of the average stays at each step, such as 0.999.
+        model: the model whose weights are averaged.
+        decay: in [0, 1), the factor of the previous average, such as 0.999.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -29,28 +29,28 @@ class EMA:
         self._parameters = [value.detach().clone() for value in model.parameters()]
         self._buffers = [value.detach().clone() for value in model.buffers()]
         sources = [*model.parameters(), *model.buffers()]
-        mine = dict(zip(map(id, sources), [*self._parameters, *self._buffers], strict=True))
+        averages = dict(zip(map(id, sources), [*self._parameters, *self._buffers], strict=True))
         state = model.state_dict(keep_vars=True)
-        self._by_name = {name: mine[id(value)] for name, value in state.items() if id(value) in mine}
+        self._by_name = {name: averages[id(value)] for name, value in state.items() if id(value) in averages}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights of `model` after optimizer step `step`, counted from 0."""
+        """Update the average with the weights of `model` after optimizer step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._parameters, list(model.parameters()), 1 - decay)
         if self._buffers:
             torch._foreach_copy_(self._buffers, list(model.buffers()))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averaged weights and the buffers under the model's own names: its `load_state_dict` takes them."""
+        """Return the averaged weights and the buffers under the model's names, as its `load_state_dict` takes them."""
         return dict(self._by_name)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Set the averages.
+        """Load the averages.
 
         Raises:
-            RelayError: the names or shapes are another model's; nothing was set.
+            RelayError: names or shapes differ from the model's; nothing was loaded.
         """
         wrong = sorted(self._by_name.keys() ^ state.keys())
         wrong += [name for name, value in self._by_name.items() if name in state and state[name].shape != value.shape]
@@ -61,18 +61,18 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Put the averages into `model` while the block runs, then its own weights back, to the bit."""
-        theirs = [*model.parameters(), *model.buffers()]
-        kept = [value.detach().clone() for value in theirs]
+        """Put the averages into `model` for the block, then restore its own weights bit for bit."""
+        values = [*model.parameters(), *model.buffers()]
+        saved = [value.detach().clone() for value in values]
         try:
-            _copy(theirs, [*self._parameters, *self._buffers])
+            _copy(values, [*self._parameters, *self._buffers])
             yield
         finally:
-            _copy(theirs, kept)
+            _copy(values, saved)
 
 
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    # One by one: PyTorch's call for all of them takes no sharded ones.
+    # One by one: torch._foreach_copy_ doesn't accept sharded tensors.
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)

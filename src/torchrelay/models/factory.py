@@ -1,7 +1,7 @@
 """Step 3: the model: built by name, its weights loaded, its frozen parameters set.
 
-A name is looked up in the user's own file (`--code`), among our own networks (`small`), in torchvision and in timm, in
-this order; "timm/NAME" asks timm alone. Importing this package imports neither library.
+A name is looked up in the user's file (`--code`), among our own networks (`small`), in torchvision and in timm, in this
+order; "timm/NAME" looks in timm only. Importing this package imports neither library.
 """
 
 import fnmatch
@@ -23,16 +23,16 @@ from torchrelay.settings import Settings
 
 
 class ModelSettings(Settings):
-    """Which model, from which weights, and what of it is trained."""
+    """The model, its initial weights, and the parameters to train."""
 
     name: str = "resnet18-small"
     """Ours (mlp, small-cnn, resnet18-small, fast-cnn, char-lm), one of torchvision's, timm/NAME, or one in --code."""
     pretrained: bool | str = False
     """true: the library's own weights; their name, such as "IMAGENET1K_V2"; or a .safetensors, .pt or .pth file."""
     new_head: bool = False
-    """Start with a new last layer, whatever the weights hold for it; a file of other classes needs it said."""
+    """Start with a new last layer and ignore its weights in the file; required for a file with other classes."""
     freeze: list[str] = Field(default_factory=list)
-    """Patterns of parameter names to hold fixed: ["layer1.*"]; "!" lets go again: ["*", "!fc.*"] trains the head."""
+    """Patterns of parameter names to freeze: ["layer1.*"]; "!" unfreezes: ["*", "!fc.*"] trains only the head."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model, such as options.widths = [32, 64, 64]."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -41,7 +41,7 @@ class ModelSettings(Settings):
 
 @runtime_checkable
 class InitFromData(Protocol):
-    """A model that wants to see training images before the first step of a run."""
+    """A model that is initialized from training images before the first step of a run."""
 
     def init_from(self, images: Tensor) -> None:
         """Set initial weights from normalized training images (samples, channels, height, width)."""
@@ -59,22 +59,22 @@ def build(
     """Build the model of a recipe, on the CPU. Initial weights come from PyTorch's global generator: seed it first.
 
     Args:
-        settings: what the recipe asks for.
-        classes: outputs: classes, labels, numbers, or the size of the vocabulary.
+        settings: the recipe's section.
+        classes: the number of outputs: classes, labels, values, or the size of the vocabulary.
         channels: of the images, or the number of features.
-        image_size: height and width of the images; None if the data are none or have no one size.
-        code: the user's own file, imported; its model classes, and functions that build a model, may be named.
-        log: is told what was loaded, replaced and frozen.
+        image_size: height and width of the images; None if the data has no images or no single size.
+        code: the user's file, imported; its model classes and functions that return a model are found by name.
+        log: receives a line for everything loaded, replaced or frozen.
 
     Raises:
         UsageError: no such model, option or pattern.
-        RelayError: the weights can't be had or don't fit.
+        RelayError: the weights can't be fetched or don't fit.
     """
     pretrained = settings.pretrained
     file = pretrained if isinstance(pretrained, str) and (pretrained.endswith(SUFFIXES) or "/" in pretrained) else None
     facts = {"classes": classes, "channels": channels, "image_size": image_size}
-    if own := _from_code(settings.name, code):
-        model = _call(settings, own, facts | {"num_classes": classes})
+    if builder := _from_code(settings.name, code):
+        model = _call(settings, builder, facts | {"num_classes": classes})
     elif settings.name in NETWORKS:
         model = _call(settings, pydantic.validate_call(NETWORKS[settings.name]), facts)
     else:
@@ -89,7 +89,7 @@ def build(
             options=settings.options,
             log=log,
         )
-        pretrained = file or False  # what the library itself has is loaded
+        pretrained = file or False  # the library has loaded its own weights
     if file:
         load_weights(model, file, settings.new_head, log)
     elif pretrained:
@@ -105,13 +105,13 @@ def names() -> dict[str, list[str]]:
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> str:
-    """Hold the parameters fixed whose names match, and return a line for the log.
+    """Freeze the parameters whose names match, and return a line for the log.
 
-    A frozen layer's BatchNorm statistics still follow the data; only what is learnt by gradient is held.
+    BatchNorm statistics of frozen layers still follow the data; only training by gradient stops.
 
     Args:
         model: it is changed in place.
-        patterns: shell patterns, applied in their order; one that begins with "!" lets its parameters go again.
+        patterns: shell patterns, applied in order; one that begins with "!" unfreezes its parameters.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
@@ -130,18 +130,18 @@ def freeze(model: nn.Module, patterns: list[str]) -> str:
 def _from_code(name: str, code: ModuleType | None) -> Callable[..., Any] | None:
     """Return the model class or builder function of that name in the user's file.
 
-    A function must be written there: a recipe may not reach what the file merely imports, such as `os.system`.
+    A function must be defined in the file: a recipe must not reach what it imports, such as `os.system`.
     """
-    found = vars(code).get(name) if code else None
-    if inspect.isclass(found) and issubclass(found, nn.Module):
-        return found
-    if code and inspect.isfunction(found) and found.__module__ == code.__name__:
-        return found
+    value = vars(code).get(name) if code else None
+    if inspect.isclass(value) and issubclass(value, nn.Module):
+        return value
+    if code and inspect.isfunction(value) and value.__module__ == code.__name__:
+        return value
     return None
 
 
 def _from_library(name: str, code: ModuleType | None) -> tuple[Callable[..., nn.Module], str]:
-    """Return the builder that knows a name, and the name as it knows it."""
+    """Return the builder of the library that has a model, and the model's name there."""
     plain = name.removeprefix("timm/")
     if plain == name and name in torchvision_names():
         return build_torchvision, name
@@ -159,10 +159,10 @@ def _from_library(name: str, code: ModuleType | None) -> tuple[Callable[..., nn.
 
 
 def _call(settings: ModelSettings, builder: Callable[..., Any], facts: dict[str, Any]) -> nn.Module:
-    """Call a builder with those facts about the data that it takes, and with the recipe's options."""
+    """Call a builder with the facts about the data that it accepts, and with the recipe's options."""
     name, options = settings.name, settings.options
     if inspect.isclass(builder) and builder.__init__ is nn.Module.__init__:
-        signature = inspect.Signature()  # its own says that it takes anything, and it takes nothing
+        signature = inspect.Signature()  # nn.Module's signature accepts anything, but such a class takes no argument
     else:
         signature = inspect.signature(builder)
     anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())

@@ -1,8 +1,7 @@
 """Step 3: models from the libraries: torchvision's classification models by name, and timm's.
 
-Both are imported only here and only when asked for. Pretrained weights come from the library's own address or its
-cache; where the class count or the channels differ from theirs, the last or first layer is replaced, and the log says
-so.
+Both are imported only here and only when needed. Pretrained weights come from the library's URL or its cache; if the
+number of classes or channels differs from theirs, the last or first layer is replaced, and the log says so.
 """
 
 import http.client
@@ -19,8 +18,8 @@ from torch import nn
 from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.weights import Log, find_head, read_weights
 
-_SILENCE = 30.0  # seconds without an answer after which a download has failed
-_WITH_SIDE_HEADS = ("googlenet", "inception_v3")
+_SILENCE = 30.0  # seconds without data after which a download has failed
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _OWN_KEYWORDS = ("num_classes", "weights", "progress", "in_chans", "pretrained")  # which model.options can't hold
 
 
@@ -62,9 +61,9 @@ def build_torchvision(
         channels: of the images; if not 3, the first convolution is replaced.
         image_size: used by the transformers (vit, maxvit), which are built for one size.
         pretrained: True for the library's default weights, or their name, such as "IMAGENET1K_V2".
-        new_head: replace the last layer even if its class count is right.
+        new_head: replace the last layer even if its number of classes fits.
         options: further keywords of the model's class.
-        log: is told what was loaded and replaced.
+        log: receives a line for everything loaded or replaced.
     """
     from torchvision import models
 
@@ -78,7 +77,7 @@ def build_torchvision(
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"model '{name}' can't be built with these model.options and data: {error}") from error
     if "aux_logits" not in options:
-        _drop_side_heads(model)
+        _drop_auxiliary_heads(model)
     if weights is not None:
         log(f"loaded {name}'s weights {weights.name}")
         trained = len(weights.meta["categories"])
@@ -90,10 +89,10 @@ def build_torchvision(
 
 
 def _torchvision_defaults(name: str, image_size: int | None, pretrained: bool) -> dict[str, Any]:
-    """Return the keywords that some models need to fit the image, and not to warn."""
+    """Return the keywords by which some models fit the image size and don't warn."""
     keywords: dict[str, Any] = {}
-    if name in _WITH_SIDE_HEADS and not pretrained:
-        keywords["init_weights"] = True  # they warn if it isn't said
+    if name in _WITH_AUXILIARY_HEADS and not pretrained:
+        keywords["init_weights"] = True  # they warn if it isn't set
     if image_size is not None and name.startswith("vit_"):
         keywords["image_size"] = image_size
     if image_size is not None and name.startswith("maxvit"):
@@ -101,8 +100,8 @@ def _torchvision_defaults(name: str, image_size: int | None, pretrained: bool) -
     return keywords
 
 
-def _drop_side_heads(model: nn.Module) -> None:
-    """Take away GoogLeNet's and Inception's side heads, with which they answer with a tuple in training."""
+def _drop_auxiliary_heads(model: nn.Module) -> None:
+    """Remove the auxiliary heads of GoogLeNet and Inception, which make them return a tuple in training."""
     for name in ("aux1", "aux2", "AuxLogits"):
         if hasattr(model, name):
             setattr(model, name, None)
@@ -110,7 +109,7 @@ def _drop_side_heads(model: nn.Module) -> None:
 
 
 def _torchvision_weights(name: str, pretrained: bool | str) -> Any:
-    """Return the entry in the library's list of weights, after its file is in the cache and known to hold no code."""
+    """Return the library's entry for the weights, once their file is cached and known to hold no code."""
     if not pretrained:
         return None
     from torchvision import models
@@ -128,13 +127,13 @@ def _torchvision_weights(name: str, pretrained: bool | str) -> Any:
 
 
 def _download(name: str, url: str) -> Path:
-    """Return the file of a web address in PyTorch's cache, fetching it if it isn't there."""
+    """Return the cached file of a URL in PyTorch's cache, downloading it if needed."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if path.exists():
         return path
     hash_prefix = re.search(r"-([a-f0-9]{8,})\.", path.name)
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_SILENCE)  # the library sets none and would wait for ever
+    socket.setdefaulttimeout(_SILENCE)  # the library sets none and would wait forever
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix and hash_prefix[1], progress=sys.stderr.isatty())
@@ -174,7 +173,7 @@ def _replace_stem(name: str, model: nn.Module, channels: int, keep: bool) -> str
         name: the model's, for messages.
         model: it is changed in place.
         channels: of the images.
-        keep: give every channel the mean of the old channels' filters, scaled so that a grey image's answer stays.
+        keep: give every channel the mean of the old filters, scaled so that the output for a gray image stays the same.
     """
     stem, old = next((where, part) for where, part in model.named_modules() if isinstance(part, nn.Conv2d))
     if getattr(model, "transform_input", False):
@@ -235,7 +234,7 @@ def build_timm(
         return model
     try:
         model = timm.create_model(name, pretrained=True, **keywords)
-    except Exception as error:  # its download fails in as many ways as it has backends
+    except Exception as error:  # each of its download backends raises its own errors
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RelayError(
             f"the pretrained weights of 'timm/{name}' can't be had ({cause}): "

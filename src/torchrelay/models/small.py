@@ -1,8 +1,8 @@
 """Step 3: our own networks, each short enough to read: `mlp`, `small-cnn`, `resnet18-small`, `fast-cnn`, `char-lm`.
 
-Each builder takes what the data says (`classes`, `channels`, `image_size`) and its options by keyword. Initial weights
-come from PyTorch's global generator, which the caller seeds. A network of your own is added to `NETWORKS` below, or
-left in a file of your own and named with `--code`.
+Each builder takes the facts about the data (`classes`, `channels`, `image_size`) and its options by keyword.
+Initial weights come from PyTorch's global generator, which the caller seeds. Add a network to `NETWORKS` below, or
+keep it in a file of your own and pass that with `--code`.
 """
 
 from collections import OrderedDict
@@ -42,15 +42,15 @@ def mlp(
 def small_cnn(
     classes: int, channels: int = 1, image_size: int | None = None, widths: tuple[int, ...] = (32, 64, 64)
 ) -> nn.Module:
-    """Build a little convolutional network, good for images of 8 to 32 pixels; some 60,000 parameters as it stands.
+    """Build a small convolutional network for images of 8 to 32 pixels; about 60,000 parameters by default.
 
-    Each block is a 3x3 convolution, BatchNorm and ReLU; a 2x2 max-pool stands between blocks, so the image's side must
-    be at least 2 to the number of blocks less one.
+    Each block is a 3x3 convolution, BatchNorm and ReLU; blocks are separated by 2x2 max-pools, so the image's side must
+    be at least 2 ** (blocks - 1).
 
     Args:
         classes: outputs.
         channels: of an image.
-        image_size: height and width; used only to refuse images that are too small.
+        image_size: height and width; used only to reject images that are too small.
         widths: the channels of each block.
     """
     _require_size("small-cnn", image_size, 2 ** (len(widths) - 1))
@@ -88,18 +88,18 @@ class FastCNN(nn.Module):
     """A whitened three-block convolutional network for 32x32 photographs, made to train in few epochs.
 
     After Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498): a 2x2 convolution that whitens
-    the input's patches and isn't trained but for its bias; three groups; a max over what is left; a scaled linear head.
+    the input's patches, of which only the bias is trained; three groups; a global max-pool; a scaled linear head.
 
     Args:
         classes: outputs.
         channels: of an image.
         widths: the channels of each group.
-        scale: what the logits are multiplied by; small, so that the first steps don't overshoot.
+        scale: factor of the logits; small, so that the first steps don't overshoot.
     """
 
     def __init__(self, classes: int, channels: int, widths: tuple[int, ...], scale: float) -> None:
         super().__init__()
-        filters = 2 * channels * _PATCH**2  # each whitening direction and its negative, since a GELU keeps one side
+        filters = 2 * channels * _PATCH**2  # each direction and its negative, since GELU keeps one side
         self.whiten = nn.Conv2d(channels, filters, _PATCH)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]  # this convolution has one
@@ -125,11 +125,11 @@ class FastCNN(nn.Module):
 
 
 _PATCH = 2  # side of the whitened patches, in pixels
-_VARIANCE_FLOOR = 5e-4  # added to each variance, so that directions of hardly any variance aren't blown up to noise
+_VARIANCE_FLOOR = 5e-4  # added to each variance, so that directions with almost none don't amplify noise
 
 
 def _whitening(images: Tensor) -> Tensor:
-    """Return (directions, channels, patch, patch): filters whose answers to the images' patches have covariance one."""
+    """Return (directions, channels, patch, patch): filters whose responses to image patches have covariance one."""
     size = images.shape[1] * _PATCH**2
     total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
     count = 0
@@ -164,7 +164,7 @@ class _Group(nn.Sequential):
 
 
 def _identity_conv(inputs: int, outputs: int) -> Conv2d:
-    """Build a 3x3 convolution whose first filters hand their input channels through."""
+    """Build a 3x3 convolution whose first filters pass their input channels through."""
     conv = Conv2d(inputs, outputs, 3, padding=1, bias=False)
     with torch.no_grad():
         nn.init.dirac_(conv.weight[:inputs])
@@ -172,7 +172,7 @@ def _identity_conv(inputs: int, outputs: int) -> Conv2d:
 
 
 def _shift_norm(channels: int) -> nn.BatchNorm2d:
-    """Build a BatchNorm that learns a shift and no scale, and whose running statistics follow fast."""
+    """Build a BatchNorm that learns only a shift and updates its running statistics quickly."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=1 - 0.6)
     norm.weight.requires_grad_(False)
     return norm
@@ -185,7 +185,7 @@ def fast_cnn(
     widths: tuple[int, ...] = (64, 256, 256),
     scale: float = 1 / 9,
 ) -> nn.Module:
-    """Build a `FastCNN`; its `init_from` wants training images before the first step."""
+    """Build a `FastCNN`; call its `init_from` with training images before the first step."""
     _require_size("fast-cnn", image_size, 2 ** len(widths) + _PATCH - 1)
     return FastCNN(classes, channels, widths, scale)
 
@@ -208,8 +208,8 @@ class CharLM(nn.Module):
         width: of the residual stream.
         layers: how many blocks.
         heads: of each block's attention; must divide `width`.
-        context: the greatest length.
-        dropout: share of each block's answer that is dropped in training.
+        context: the maximum length.
+        dropout: probability of dropout on each block's output.
     """
 
     def __init__(self, vocabulary: int, width: int, layers: int, heads: int, context: int, dropout: float) -> None:
@@ -221,10 +221,10 @@ class CharLM(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         for embedding in (self.token, self.place):
-            nn.init.normal_(embedding.weight, std=0.02)  # PyTorch's own 1.0 would drown the blocks' answers
+            nn.init.normal_(embedding.weight, std=0.02)  # PyTorch's default of 1.0 would swamp the blocks' outputs
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map (batch, length) to (batch, length, vocabulary); the logits at place i have seen tokens 0 to i."""
+        """Map (batch, length) to (batch, length, vocabulary); the logits at position i depend on tokens 0 to i."""
         length = tokens.shape[1]
         if length > self.context:
             raise RelayError(
@@ -252,8 +252,8 @@ class _Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
             for part in self.query_key_value(self.norm1(x)).chunk(3, dim=-1)
         )
-        heard = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.drop(self.mix(heard.transpose(1, 2).flatten(2)))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.drop(self.mix(attended.transpose(1, 2).flatten(2)))
         out: Tensor = x + self.drop(self.perceptron(self.norm2(x)))
         return out
 

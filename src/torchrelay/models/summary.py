@@ -1,4 +1,4 @@
-"""Step 3: what a model costs: its parameters, arithmetic and memory, layer by layer."""
+"""Step 3: the parameters, FLOPs and activation memory of a model, layer by layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ class Row:
     kind: str  # its class
     output: str  # the shape of its last output
     parameters: int
-    flops: int  # of one forward pass over the whole batch; a multiplication and an addition are two
+    flops: int  # of one forward pass over the whole batch; a multiply-add counts as two
     activation_bytes: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The costs of a model on one batch; printed, it is a table."""
+    """The costs of a model on one batch; `str` returns them as a table."""
 
     rows: tuple[Row, ...]
     batch: int
@@ -41,11 +41,11 @@ class Summary:
         ]
         total = ("total", "", "", f"{self.parameters:,}", _short(self.flops), _bytes(self.activation_bytes))
         table = [header, *cells, total]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        widths = [max(map(len, cells_below)) for cells_below in zip(*table, strict=True)]
         lines = [
             "  ".join(
-                cell.ljust(width) if place < 3 else cell.rjust(width)
-                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.ljust(width) if column < 3 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in table
         ]
@@ -54,7 +54,7 @@ class Summary:
 
 
 def summarize(model: nn.Module, inputs: Tensor) -> Summary:
-    """Run `inputs` through the model once and count. Its weights, buffers, modes and the random state stay as they are.
+    """Count the costs of one forward pass of `inputs`. Weights, buffers, modes and random state don't change.
 
     Args:
         model: on any device.
@@ -70,7 +70,7 @@ def summarize(model: nn.Module, inputs: Tensor) -> Summary:
     shapes = dict.fromkeys(layers, "not used")
     activations = dict.fromkeys(layers, 0)
     counter = FlopCounterMode(display=False)
-    with _undisturbed(model, inputs.device), _measured(layers, shapes, activations), torch.no_grad(), counter:
+    with _unchanged(model, inputs.device), _measured(layers, shapes, activations), torch.no_grad(), counter:
         model(inputs)
     flops = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
     root = type(model).__name__
@@ -98,8 +98,8 @@ def summarize(model: nn.Module, inputs: Tensor) -> Summary:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the block in evaluation mode; afterwards modes, buffers and random generators are what they were."""
+def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run the block in evaluation mode, then restore modes, buffers and random generators."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(value, value.clone()) for value in model.buffers()]
     devices = [device.index or 0] if device.type == "cuda" else []
@@ -116,7 +116,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _measured(layers: dict[str, nn.Module], shapes: dict[str, str], activations: dict[str, int]) -> Iterator[None]:
-    """Write down each layer's output shape, and the bytes of the outputs of the modules within it."""
+    """Record each layer's output shape and the bytes of the outputs of its submodules."""
     hooks = []
     for name, layer in layers.items():
 
@@ -124,9 +124,10 @@ def _measured(layers: dict[str, nn.Module], shapes: dict[str, str], activations:
             shapes[name] = " ".join("×".join(map(str, tensor.shape)) for tensor in _tensors(outputs))
 
         def add_bytes(_module: nn.Module, inputs: Any, outputs: Any, name: str = name) -> None:
+            # Views of the inputs and results of in-place operations take no memory.
             held = {tensor.untyped_storage().data_ptr() for tensor in _tensors(inputs)}
             new = [tensor for tensor in _tensors(outputs) if tensor.untyped_storage().data_ptr() not in held]
-            activations[name] += sum(tensor.nbytes for tensor in new)  # not a view, nor what was done in place
+            activations[name] += sum(tensor.nbytes for tensor in new)
 
         hooks.append(layer.register_forward_hook(note_shape))
         leaves = [module for module in layer.modules() if not list(module.children())]

@@ -1,7 +1,7 @@
-"""Step 3: weights from a file, checked whole before any of them touches the model.
+"""Step 3: weights from a file, checked completely before any is copied into the model.
 
-A safetensors file holds nothing but tensors. A `.pt` or `.pth` file is a pickle, which could run code: it is read by
-PyTorch's restricted reader only, and one that asks for more than tensors is refused.
+A safetensors file holds nothing but tensors. A `.pt` or `.pth` file is a pickle, which could run code: only
+PyTorch's restricted unpickler reads it, and a file with more than tensors is refused.
 """
 
 import pickle
@@ -26,16 +26,16 @@ Log = Callable[[str], None]
 
 
 def load_weights(model: nn.Module, source: str | Path, new_head: bool = False, log: Log = lambda _: None) -> None:
-    """Load weights from a file into a model: all that fit, or, if any doesn't, none.
+    """Load weights from a file into a model: all of them, or none if any doesn't fit.
 
     Args:
-        model: it is changed in place; tensors are converted to its types.
+        model: changed in place; tensors are converted to its dtypes.
         source: a `.safetensors`, `.pt` or `.pth` file of named tensors, on their own or below "state_dict" or "model".
-        new_head: leave the model's last layer as it is, whatever the file has for it.
-        log: is told what was loaded.
+        new_head: keep the model's last layer and ignore its weights in the file.
+        log: receives a line about what was loaded.
 
     Raises:
-        RelayError: the file can't be read or doesn't fit; the text lists the keys and shapes, the model is untouched.
+        RelayError: the file can't be read or doesn't fit; the message lists keys and shapes, the model is unchanged.
     """
     expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     found = _plain_names(read_weights(Path(source).expanduser()), expected)
@@ -78,18 +78,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # what matters of them is raised
+        with warnings.catch_warnings(action="ignore"):  # errors are raised below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks to run {wanted[1]}" if wanted else "holds more than tensors, or is damaged"
         raise RelayError(f"{path} {what}: refused; save its state_dict as safetensors where you trust it") from error
-    except Exception as error:  # damaged bytes break the reader in any way
+    except Exception as error:  # damaged bytes can raise anything
         raise RelayError(f"{path} can't be read ({_first_line(error)}): fetch or save it again") from error
 
 
 def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    """Return the named tensors in what a pickle held: a state dict, or one below a usual key."""
+    """Return the tensors of an unpickled state dict, or of one under a usual key."""
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -102,7 +102,7 @@ def _only_tensors(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _plain_names(found: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
-    """Strip what torch.compile ("_orig_mod.") and the parallel wrappers ("module.") put before the names."""
+    """Strip the prefixes of torch.compile ("_orig_mod.") and of the parallel wrappers ("module.") from the names."""
     found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
     own = any(name.startswith("module.") for name in expected)
     while found and not own and all(name.startswith("module.") for name in found):
@@ -145,10 +145,11 @@ def _first_line(error: Exception) -> str:
 
 
 def find_head(model: nn.Module) -> str | None:
-    """Return the name of the layer that gives the outputs, or None if the model has none within it.
+    """Return the name of the output layer, or None if the model has no such submodule.
 
-    It is what timm's `get_classifier` returns if the model has that; else the last linear layer (or convolution, as in
-    SqueezeNet) in `head`, `heads`, `fc` or `classifier`, if there is one; else the last linear layer of the model.
+    It is the result of timm's `get_classifier` if the model has that method; else the last linear layer (or
+    convolution, as in SqueezeNet) in `head`, `heads`, `fc` or `classifier`, if there is one; else the
+    last linear layer of the model.
     """
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     get_classifier: Any = getattr(model, "get_classifier", None)

@@ -1,4 +1,4 @@
-"""Step 6: one class a sample."""
+"""Step 6: one class per sample."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ from torchrelay.tasks.metrics import AccuracyByClass, ConfusionMatrix, TopAccura
 from torchrelay.tasks.targets import REFUSALS, refused_classes
 from torchrelay.tasks.task import Task
 
-_NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch leaves out -100 unasked; where no label is to be ignored, none is
+_NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch ignores -100 by default; no label is ignored here
 
 
 class Classification(Task):
-    """One class a sample: cross entropy, top-1 and top-5 accuracy, accuracy by class.
+    """One class per sample: cross entropy, top-1 and top-5 accuracy, accuracy by class.
 
     Args:
-        label_smoothing: share of the target spread evenly over all classes (Szegedy et al., CVPR 2016).
-        class_weights: (classes,) how much a sample of each class counts.
-        classes: how many there are; needed for the metrics by class and set by the trainer where it knows them.
+        label_smoothing: fraction of the target that is spread evenly over all classes (Szegedy et al., CVPR 2016).
+        class_weights: (classes,), the weight of a sample of each class.
+        classes: their number, needed for the metrics by class; the trainer sets it if the data knows it.
     """
 
     headline = "accuracy"
@@ -37,7 +37,7 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.classes = classes if class_weights is None else len(class_weights)
-        self._highest, self._where = -1, ""  # of the labels that `check` has seen, and which sample has it
+        self._highest, self._where = -1, ""  # the highest label in `check`, and its sample
 
     def check(self, targets: Tensor, name: str) -> None:
         """Refuse labels out of range, and numbers that are neither classes nor probabilities of classes."""
@@ -53,7 +53,7 @@ class Classification(Task):
             self._where = f"sample {int((targets == highest).nonzero()[0, 0])} of {name}"
 
     def _check_outputs(self, classes: int) -> None:
-        """Refuse a model that doesn't have an output for each class: a GPU would stop without saying why."""
+        """Refuse a model without an output for each class: a GPU would stop without saying why."""
         if self.classes is not None and classes != self.classes:
             raise RelayError(
                 f"the model gives {classes} outputs for {self.classes} classes: build it with {self.classes} "
@@ -85,7 +85,7 @@ class Classification(Task):
             raise out_of_range(label, len(weights)) from error
 
     def weight_of(self, samples: int) -> float | None:
-        """Return the number of samples where classes have no weights."""
+        """Return the number of samples if the classes have no weights."""
         counted = self.class_weights is None and type(self).weight is Classification.weight
         return float(samples) if counted else None
 
@@ -108,7 +108,7 @@ class Classification(Task):
             raise fault from error
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return how many were right; with mixed targets, by the class that has the larger part."""
+        """Return the number of correct predictions; a mixed target counts as its most probable class."""
         if targets.is_floating_point():
             targets = targets.argmax(1)
         return {"accuracy": (outputs.argmax(1) == targets).count_nonzero()}
@@ -129,6 +129,6 @@ class Classification(Task):
 
 
 def balanced_weights(targets: Tensor, classes: int) -> Tensor:
-    """Return (classes,) float32 weights inverse to how often each class stands in `targets`, one on average."""
+    """Return (classes,) float32 weights inverse to the frequency of each class in `targets`, one on average."""
     counts = torch.bincount(targets, minlength=classes).clamp(min=1)
     return (len(targets) / (classes * counts)).float()

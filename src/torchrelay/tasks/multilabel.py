@@ -1,4 +1,4 @@
-"""Step 6: any number of labels a sample."""
+"""Step 6: any number of labels per sample."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from torchrelay.tasks.task import Task
 
 
 class MultiLabel(Task):
-    """Any number of labels a sample: binary cross entropy, meant over samples and labels.
+    """Any number of labels per sample: the mean binary cross entropy over samples and labels.
 
     Args:
-        positive_weights: (labels,) how much a positive of each label counts against its negatives.
-        labels: how many there are; needed for the F1 score and set by the trainer where it knows them.
+        positive_weights: (labels,), the weight of each label's positives relative to its negatives.
+        labels: their number, needed for the F1 score; the trainer sets it if the data knows it.
     """
 
     headline = "f1"
@@ -26,7 +26,7 @@ class MultiLabel(Task):
 
     def __init__(self, positive_weights: Tensor | None = None, labels: int | None = None) -> None:
         self.positive_weights = positive_weights
-        self.classes = labels  # the name by which the trainer sets it
+        self.classes = labels  # the attribute that the trainer sets
 
     def check(self, targets: Tensor, name: str) -> None:  # noqa: ARG002 - as in `Task`
         """Refuse targets that don't lie between 0 and 1."""
@@ -50,15 +50,15 @@ class MultiLabel(Task):
         )
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return how many labels were right."""
+        """Return the number of correct labels."""
         return {"accuracy": ((outputs > 0) == (targets > 0.5)).sum()}
 
     def count(self, targets: Tensor) -> int:
-        """Return the number of labels judged."""
+        """Return the number of labels."""
         return targets.numel()
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return the F1 score over all labels and each label's."""
+        """Return the F1 score over all labels and that of each label."""
         if self.classes is None:
             raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
         return {"f1": F1(self.classes), "f1_by_label": F1ByLabel(self.classes)}

@@ -1,4 +1,4 @@
-"""Step 6: sequences, of which each next token is predicted."""
+"""Step 6: next-token prediction."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,11 +10,11 @@ from torchrelay.tasks.task import Task
 
 
 class NextToken(Task):
-    """Sequences: cross entropy of each next token.
+    """Sequences: the cross entropy of each next token.
 
     Args:
         label_smoothing: as in `Classification`.
-        ignore: the target of places that don't count, such as padding.
+        ignore: the target of positions that don't count, such as padding.
     """
 
     headline = "loss"
@@ -22,10 +22,10 @@ class NextToken(Task):
     def __init__(self, label_smoothing: float = 0.0, ignore: int = -100) -> None:
         self.label_smoothing = label_smoothing
         self.ignore = ignore
-        self._highest, self._where = -1, ""  # of the tokens that `check` has seen, and which sample has it
+        self._highest, self._where = -1, ""  # the highest token in `check`, and its sample
 
     def check(self, targets: Tensor, name: str) -> None:
-        """Refuse tokens below 0, but for those to be ignored."""
+        """Refuse negative tokens, except ignored ones."""
         label = wrong_label(targets, None, self.ignore)
         if label is not None:
             raise out_of_range(label, None)
@@ -53,7 +53,7 @@ class NextToken(Task):
             raise fault from error
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return how many tokens were right."""
+        """Return the number of correct tokens."""
         return {"accuracy": ((outputs.argmax(-1) == targets) & (targets != self.ignore)).sum()}
 
     def count(self, targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Step 6: numbers."""
+"""Step 6: regression."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,16 +8,16 @@ from torchrelay.tasks.task import Task
 
 
 class Regression(Task):
-    """Numbers: the mean squared error, over samples and outputs."""
+    """Regression: the mean squared error over samples and outputs."""
 
     headline = "mean_squared_error"
 
     def weight(self, targets: Tensor) -> float:
-        """Return the number of samples times the numbers of each."""
+        """Return the number of samples times the values per sample."""
         return float(targets.numel())
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed squared error; outputs of (batch, 1) meet targets of (batch,)."""
+        """Return the summed squared error; outputs of (batch, 1) are compared with targets of (batch,)."""
         outputs = outputs.view_as(targets) if outputs.numel() == targets.numel() else outputs
         if outputs.shape != targets.shape:
             raise TargetError(
@@ -31,5 +31,5 @@ class Regression(Task):
         return {"mean_squared_error": error.square().sum(), "mean_absolute_error": error.abs().sum()}
 
     def count(self, targets: Tensor) -> int:
-        """Return the number of numbers."""
+        """Return the number of values."""
         return targets.numel()

@@ -1,8 +1,8 @@
-"""Step 6: which sample is to blame where a batch can't be learnt from.
+"""Step 6: find the sample to blame when a loss can't be computed.
 
-A loss would refuse it in PyTorch's words, which name no sample, and a GPU stops at a label out of range without saying
-which. Targets in memory are looked at once, before the first step; those of a dataset where a loss has refused them. So
-a step in which all is well pays nothing.
+PyTorch's errors name no sample, and a label out of range stops a GPU without saying which. Targets in memory are
+checked once, before the first step; targets of a dataset are checked only after the loss has failed. So a step without
+an error costs nothing extra.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torchrelay.data.batches import Batches
 from torchrelay.data.labels import TargetError, describe, dtype_name, out_of_range, wrong_label
 from torchrelay.errors import RelayError
 
-REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # what PyTorch raises at a wrong argument
+REFUSALS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)  # what PyTorch raises for a wrong argument
 
 
 def check_targets(check: Callable[[Tensor, str], None], batches: Batches) -> None:
@@ -42,12 +42,12 @@ def explain(error: Exception, batch: Batch, model: nn.Module) -> None:
     """Raise an error that names a sample of the batch, if that is what failed; otherwise return.
 
     Args:
-        error: what was raised.
-        batch: on which.
-        model: by which model.
+        error: the exception of the forward pass or the loss.
+        batch: the batch.
+        model: the model.
 
     Raises:
-        RelayError: the text names the sample.
+        RelayError: the message names the sample.
     """
     if isinstance(error, TargetError):
         raise error.of(batch.name, batch.targets, batch.indices) from error
@@ -61,12 +61,12 @@ def explain(error: Exception, batch: Batch, model: nn.Module) -> None:
 
 
 def refused_classes(outputs: Any, targets: Any, ignore: int | None = None) -> RelayError | None:
-    """Return why a cross entropy can't be had, or None if neither outputs nor targets are the reason.
+    """Return why the cross entropy can't be computed, or None if neither outputs nor targets are the cause.
 
     Args:
-        outputs: (batch, classes, …) logits, as it should be.
-        targets: (batch, …) class indices or (batch, classes, …) probabilities, as it should be.
-        ignore: the label that stands for none, if there is one.
+        outputs: should be (batch, classes, …) logits.
+        targets: should be (batch, …) class indices or (batch, classes, …) probabilities.
+        ignore: the label of positions without a class, if there is one.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
         return RelayError(f"the model gives {describe(outputs)}, but the loss wants (batch, classes): mend its output")

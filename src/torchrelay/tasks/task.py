@@ -1,7 +1,7 @@
-"""Step 6: what a batch means: its loss, and how well the network did.
+"""Step 6: the contract of a task: what a batch means, its loss and its metrics.
 
-The trainer knows nothing of classes, pixels or tokens; a task tells it. A task of your own needs a `headline` and a
-`loss`, some ten lines in all; see `examples/own_task.py`.
+The trainer knows nothing about classes, pixels or tokens; the task does. A task of your own needs a `headline` and a
+`loss`, about ten lines; see `examples/own_task.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -15,66 +15,66 @@ from torchrelay.settings import Settings
 
 
 class LossSettings(Settings):
-    """What is minimized; it also says what the targets are."""
+    """The loss, which also decides what the targets mean."""
 
     name: str = "cross_entropy"
     """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (texts), or a task in --code."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the target spread evenly over all classes (cross_entropy, next_token)."""
+    """Fraction of the target that is spread evenly over all classes (cross_entropy, next_token)."""
     class_weights: list[float] | Literal["balanced"] | None = None
-    """A weight for each class, or "balanced": inversely to how often the training data has it (cross_entropy, bce)."""
+    """A weight per class, or "balanced": inverse to its frequency in the data (cross_entropy, bce)."""
 
 
 class Task(ABC):
     """What a batch means. The trainer calls the methods in this order: `weight`, `loss`, `measure`, `metrics`.
 
-    The trainer divides the summed loss by the weight of the whole global batch before it goes backward, so a loss is a
-    mean over the global batch however it is divided, an uneven last batch included.
+    Before the backward pass the trainer divides the summed loss by the weight of the global batch. So the loss is a
+    mean over the global batch however that is divided, including an uneven last batch.
     """
 
     headline: str = "loss"
-    """The metric that "best" and early stopping go by."""
+    """The metric that decides on the best checkpoint and on early stopping."""
     higher_is_better: bool = False
     percent: bool = False
-    """Whether the headline metric is a share that people read as a percentage."""
+    """Whether the headline metric is a fraction to be shown as a percentage."""
 
     def check(self, targets: Tensor, name: str) -> None:  # noqa: B027 - an overridable default
-        """Look at all targets (samples, …) of data in memory, once before the first step; `name` is the data's.
+        """Check all targets (samples, …) of a source in memory, once before the first step; `name` is the source's.
 
         Raises:
-            TargetError: one can't be learnt.
+            TargetError: a target can't be learned.
         """
 
     def weight(self, targets: Tensor) -> Tensor | float:
-        """Return what the summed loss is divided by, from the targets alone; as it stands: the number of samples."""
+        """Return the divisor of the summed loss, computed from the targets alone; by default the number of samples."""
         return float(len(targets))
 
     def weight_of(self, samples: int) -> float | None:
-        """Return the weight of so many samples if their number alone decides it; None if the targets do.
+        """Return the weight of a number of samples; None if it depends on the targets.
 
-        Then several processes needn't ask each other before each step.
+        If it isn't None, processes needn't communicate it before each step.
         """
         return float(samples) if type(self).weight is Task.weight else None
 
     @abstractmethod
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Return the loss summed over a part of the batch, a tensor without dimensions."""
+        """Return the loss summed over a part of the batch, a scalar tensor."""
 
     def measure(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - an overridable default
-        """Return cheap measures summed over a part of the batch, kept on the device; the trainer divides by `count`."""
+        """Return cheap metrics summed over a part of the batch, on the device; the trainer divides them by `count`."""
         return {}
 
     def count(self, targets: Tensor) -> Tensor | int:
-        """Return over how many things `measure` has summed, on the device if counted there; by default samples."""
+        """Return the number of items that `measure` sums over, on the device if counted there; by default samples."""
         return len(targets)
 
     def metrics(self) -> Mapping[str, Any]:
-        """Return fresh metrics for an evaluation, by name: of torchmetrics, or `Count`s of your own.
+        """Return new metrics for an evaluation, by name: subclasses of `Count`, or metrics of torchmetrics.
 
-        Each is updated with (predictions, targets).
+        Each is updated with (what `predict` returns, targets).
         """
         return {}
 
     def predict(self, outputs: Any) -> Any:
-        """Return what a person would want to see of the outputs; as it stands: the outputs."""
+        """Return the outputs in the form that users want, such as probabilities; by default unchanged."""
         return outputs
