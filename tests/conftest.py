@@ -11,9 +11,21 @@ import torchrelay as tr
 from processes import _namespace, _server, cli, namespace, one_line, server, start, terminal  # noqa: F401 - fixtures
 from torchrelay import checkpoint
 from torchrelay.checkpoint.format import Manifest
+from torchrelay.run.plots import PlotProcess
 from torchrelay.run.terminal import Terminal
 
 CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that the wall clock decides
+
+
+_start_plots = PlotProcess.start
+PlotProcess.start = lambda *_, **__: None  # from here on, so that shared fixtures draw none either
+
+
+@pytest.fixture(autouse=True)
+def _plots(request, monkeypatch):
+    """Only tests marked `plots` draw a run's plots, which take more than a second of another process."""
+    if "plots" in request.keywords:
+        monkeypatch.setattr(PlotProcess, "start", _start_plots)
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,10 @@ def become(request: dict[str, Any]) -> None:
     if request["forks"]:
         fork_children()
     sys.path[0] = request["folder"]
+    if not request["plots"]:
+        from torchrelay.run.plots import PlotProcess
+
+        PlotProcess.start = lambda *_, **__: None
     try:
         if request["script"]:
             runpy.run_path(request["script"], run_name="__main__")

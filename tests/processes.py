@@ -141,6 +141,7 @@ class Server:
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
         forks: bool = True,
+        plots: bool = False,
     ) -> Process:
         """Start `python -m torchrelay …`, or a script.
 
@@ -152,6 +153,7 @@ class Server:
             terminal: the device of a terminal to run in, as `pty.openpty` gives it.
             environment: variables beside those of every test.
             forks: whether the processes that it starts through PyTorch's launcher are forked, too.
+            plots: whether runs draw their plots, which takes more than a second of another process.
         """
         self._count += 1
         streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
@@ -166,6 +168,7 @@ class Server:
             stderr=str(streams[1]),
             terminal=terminal,
             environment=clean_environment(self.folder) | (environment or {}),
+            plots=plots,
             forks=forks and any(str(argument).startswith("--devices") for argument in arguments),
         )
         self.started.append(Process(self, pid, None if terminal else streams))

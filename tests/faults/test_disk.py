@@ -60,7 +60,7 @@ def test_a_disk_that_fills_up_at_another_moment_is_a_one_line_error(namespace, d
     assert checkpoint.complete(namespace.seen(run / "checkpoints")) == [] or size == 270
 
 
-def test_plots_that_cannot_be_written_do_not_end_a_run(namespace, cli, tmp_path):
+def test_tensorboard_events_that_cannot_be_written_do_not_end_a_run(namespace, cli, tmp_path):
     """TensorBoard's folder is on a full disk of its own; a resume with room draws all charts."""
     sets = ("run.epochs=2", "run.max_steps=23")
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)

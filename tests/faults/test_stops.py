@@ -280,7 +280,7 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(start, cl
     settings = (*WORKERS, "run.max_steps=24", "checkpoint.keep=1", "checkpoint.keep_best=0")
     name = "my first run"
     command = ("train", "digits", "--code", code, "--run", name)
-    process = start(*command, sets=settings)
+    process = start(*command, sets=settings, plots=True)
     process.until(lambda: len(process.family()) == 2 and len(lines(tmp_path / name)) > 1)
     time.sleep(0.2)
     asked = time.monotonic()
@@ -314,7 +314,7 @@ def test_ctrl_c_in_a_terminal_with_a_progress_bar_saves_a_checkpoint(start, tmp_
     """A person presses the keys; the terminal makes a signal of them."""
     person, device = terminal
     run = tmp_path / "run"
-    process = start("train", "digits", "--run", "run", sets=("run.epochs=100",), terminal=device)
+    process = start("train", "digits", "--run", "run", sets=("run.epochs=100",), terminal=device, plots=True)
     process.until(lambda: any("epoch   2" in line for line in lines(run)))
     os.write(person, b"\x03")
     os.set_blocking(person, False)

@@ -120,6 +120,7 @@ def test_weighted_classes_change_what_is_learnt(quiet):
     assert said["balanced"] == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.plots
 @pytest.mark.parametrize("named", [True, False])
 def test_classification_needs_no_names_of_classes(digits, quiet, tmp_path, named):
     train, test = digits

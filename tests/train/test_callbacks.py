@@ -210,6 +210,7 @@ def test_the_first_step_of_a_run_logs_at_most_what_it_was_asked(digits, quiet, t
     assert '"split": "step"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.plots
 def test_the_pictures_of_a_run_show_something(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run).fit()

@@ -78,6 +78,7 @@ def test_digits_are_learnt(digits, quiet, tmp_path):
     assert found["top5_accuracy"] >= found["accuracy"]
 
 
+@pytest.mark.plots
 def test_a_run_is_a_folder(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run).fit()

@@ -14,6 +14,8 @@ from PIL import Image
 from torchrelay.run.metrics import Headline
 from torchrelay.run.plots import PlotProcess
 
+pytestmark = pytest.mark.plots
+
 HEADLINE = Headline("accuracy", percent=True, higher_is_better=True)
 LINES = [
     {"step": 10 * epoch, "epoch": epoch, "split": split, "loss": 1 / epoch, "accuracy": 1 - 1 / (epoch + 1)}
