@@ -11,6 +11,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,3 +163,14 @@ def test_what_the_pages_take_from_the_code_is_up_to_date():
     assert len(pages) > 10
     for page, text in pages.items():
         assert page.read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+def test_the_readme_as_an_index_shows_it_has_no_dead_link_or_picture():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = "".join((ROOT / fragment["path"]).read_text(encoding="utf-8") for fragment in hook["fragments"])
+    for step in hook["substitutions"]:
+        text = re.sub(step["pattern"], step["replacement"], text)
+    assert "make train" in text
+    assert [target for target, _ in LINK.findall(text) if "://" not in target] == []
+    assert "<!--" not in text
