@@ -53,4 +53,4 @@ docs: install
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs build/docs
 
 clean:
-	rm -rf .venv build docs/reference/api .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build docs/reference/api docs/root .pytest_cache .mypy_cache .ruff_cache

@@ -1,15 +1,19 @@
-"""The documentation's site: `make docs` builds it into build/docs, with warnings as errors and nothing from elsewhere.
+"""The documentation's site, which `make docs` builds into build/docs, offline and with warnings as errors.
 
-The pages are Markdown that also reads well on a code host: links are relative, to files of the repository. Here those
-to our modules become links to their reference.
+The pages are Markdown that also reads well on a code host, where links lead to files of the repository. In the site,
+links to modules lead to their reference instead, and links to the pages in the repository's root to copies of these.
 """
 
+import re
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 import torchrelay
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "src" / "torchrelay"
+ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 project = "torchrelay"
 author = "The torchrelay authors"
@@ -43,7 +47,8 @@ add_module_names = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!torchrelay\.).*")]  # what PyTorch and others document isn't at hand offline
+# What other libraries document isn't at hand offline; private names and aliases have no page.
+nitpick_ignore_regex = [("py:.*", r"(?!torchrelay\.).*"), ("py:.*", r".*(\._|Annotated|\.Words$).*")]
 
 
 def reference() -> None:
@@ -61,4 +66,26 @@ def reference() -> None:
         (DOCS / "reference" / "api" / f"{folder}.rst").write_text("\n".join(parts), encoding="utf-8")
 
 
-reference()
+def root_pages() -> None:
+    """Write root/NAME.md for each page in the repository's root."""
+    (DOCS / "root").mkdir(exist_ok=True)
+    for name in ROOT_PAGES:
+        text = (DOCS.parent / name).read_text(encoding="utf-8").replace("](docs/", "](../")
+        text = re.sub(r"\[([^]]*)\]\((?:LICENSE|README\.zh-CN\.md)\)", r"\1", text)
+        front = "---\norphan: true\n---\n\n" if name == "README.md" else ""
+        (DOCS / "root" / name).write_text(front + text, encoding="utf-8")
+
+
+def lead_into_the_site(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Let a page's links to modules and to the root's pages lead to what the site has of them."""
+    up = "../" * page.count("/")
+    modules = r"\]\((?:\.\./)+src/torchrelay/(?:(\w+)/[\w/]+|\w+)\.py\)"
+    source[0] = re.sub(modules, lambda m: f"]({up}reference/api/{m[1] or 'torchrelay'}.rst)", source[0])
+    source[0] = re.sub(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, ROOT_PAGES))})", rf"]({up}root/\1", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Connect to Sphinx."""
+    reference()
+    root_pages()
+    app.connect("source-read", lead_into_the_site)

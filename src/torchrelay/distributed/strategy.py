@@ -1,6 +1,6 @@
 """Step 4: the contract of a strategy, by which a model's replicas share a step; `Strategy` itself is for one process.
 
-A step runs this process's replicas, the first one last, and then sums over all processes:
+A step runs this process's replicas, the first one last, and then sums over all processes::
 
     losses = []
     for replica in reversed(replicas):

@@ -1,6 +1,6 @@
 """Pixels as bytes and as floats, and means that don't depend on the rest of the batch.
 
-A transform of an image must give the same bits in a batch of one and of a thousand. Elementwise +, -, *, / and square
+A transform of an image must give the same bits in a batch of one and of a thousand. Elementwise `+ - * /` and square
 roots are rounded identically everywhere, so transforms use only these. They avoid powers, exponentials and trigonometry
 (the last elements of a tensor take another code path), matrix products, fused multiply-adds, and floating-point sums,
 whose order depends on the shape.
