@@ -62,11 +62,12 @@ class WriteDown(tr.Callback):
         save_file({"inputs": batch.inputs.contiguous(), "targets": batch.targets}, path)
 
 
-def compare(case: Case, data: Path | None) -> str:
+def compare(case: Case, data: Path | None, epochs: int | None = None) -> str:
     """Train both ways and return a row of the table."""
     folder = Path(tempfile.mkdtemp(prefix="agreement-"))
     where = (f"data.root={data}", "data.name=image-folder") if case.photographs else ()
-    loaded = recipe.load(case.recipe, (*where, *case.overrides))
+    shorter = () if epochs is None else (f"run.epochs={epochs}",)
+    loaded = recipe.load(case.recipe, (*where, *case.overrides, *shorter))
     written = WriteDown(folder)
     trainer = build_trainer(loaded, callbacks=[written], terminal=Terminal(quiet=True))
     started = time.perf_counter()
@@ -108,9 +109,10 @@ def parameters(loaded: recipe.Recipe, trainer: tr.Trainer) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an image folder with CIFAR-10's photographs")
+    parser.add_argument("--epochs", type=int, help="train fewer: to see that it runs, not to quote")
     parser.add_argument("--out", type=Path, help="where to write the table")
     options = parser.parse_args()
-    rows = [compare(case, options.data) for case in CASES if options.data or not case.photographs]
+    rows = [compare(case, options.data, options.epochs) for case in CASES if options.data or not case.photographs]
     heading = "| recipe | what ran | steps | last loss | losses | weights |\n| --- | --- | ---: | ---: | --- | --- |\n"
     note = (
         f"float32 on the CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "

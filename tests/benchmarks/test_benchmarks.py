@@ -83,7 +83,7 @@ def test_the_page_is_made(tmp_path):
 
 def test_the_tables_of_the_long_ones_are_there():
     for long in all_of_them.LONG:
-        assert (ROOT / "docs" / long.table).is_file(), long
+        assert (ROOT / "docs" / "evidence" / long.table).is_file(), long
 
 
 def test_the_benchmark_of_starts_names_its_reference():
