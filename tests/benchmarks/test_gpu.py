@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 from benchmarks.page import Goal, Spread
 from benchmarks.speed import gpu, peers, records
@@ -22,6 +23,18 @@ SMALL = gpu.Size(batch=2, images=8, warm=1, steps=2, traced=1, tiny=peers.WARM +
 ON_CPU = ("device.name=cpu", "device.graph=false", "device.precision=float32", "data.batch_size=8")
 
 # ------------------------------------------------------------------------------------------------ a step
+
+
+@pytest.fixture
+def tiny_network(monkeypatch):
+    """ResNet-18 in bf16 takes a processor half a minute where a GPU is the point; its table is made as well by this."""
+
+    def network(classes):
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+        )
+
+    monkeypatch.setattr(gpu, "resnet18_small", network)
 
 
 def test_what_spans_cover_counts_once():
@@ -40,6 +53,7 @@ def test_a_trace_is_read_by_kinds(tmp_path):
     assert gpu.spans_of(tmp_path / "trace.json", gpu.KERNELS) == [(1.0, 3.5), (9.0, 10.0)]
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_how_busy_a_device_is():
     began = time.perf_counter()
     found = gpu.busy_table("cpu", SMALL)
@@ -78,6 +92,7 @@ def test_what_is_added_to_a_tiny_step(monkeypatch, ignite):
     assert graph.found == pytest.approx(rows[gpu.GRAPH][0].median / by_hand)
 
 
+@pytest.mark.usefixtures("tiny_network")
 def test_what_exactness_costs():
     found = gpu.exactness_table("cpu", SMALL)
     ((name, exact, without, _),) = found.rows

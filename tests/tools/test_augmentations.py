@@ -1,6 +1,5 @@
 """The picture of all transforms: it is written, and every row shows a change."""
 
-
 import numpy as np
 import pytest
 from PIL import Image
