@@ -229,9 +229,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_tra
     finally:
         process.kill()
     assert process.returncode == 75
-    assert re.fullmatch(r"stopped by SIGINT after step \d+, saved; go on with: torchrelay resume '?a run'?\n", err)
+    assert re.fullmatch(r"stopped by SIGINT after step \d+, saved; resume with: torchrelay resume '?a run'?\n", err)
     out = say(["resume", "a run"], capsys)
-    assert "going on after step" in out
+    assert "resuming after step" in out
     assert "epoch 20: " in out
 
 

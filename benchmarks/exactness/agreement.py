@@ -56,7 +56,7 @@ class WriteDown(tr.Callback):
         self.losses: list[Tensor] = []
         self.seconds = 0.0
 
-    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:
+    def on_step(self, trainer: Any, batch: Batch, loss: Tensor) -> None:
         self.losses.append(loss.clone())
         path = self.folder / f"batch-{trainer.step:06d}.safetensors"
         save_file({"inputs": batch.inputs.contiguous(), "targets": batch.targets}, path)

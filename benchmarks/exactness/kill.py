@@ -56,10 +56,10 @@ def train(root: Path, run: Path, epochs: int) -> None:
         def __init__(self) -> None:
             self.file = os.open(run.with_suffix(".place"), os.O_RDWR | os.O_CREAT)
 
-        def on_start(self, trainer: tr.Trainer) -> None:
+        def on_start(self, trainer: Any) -> None:
             os.pwrite(self.file, struct.pack("qq", trainer.step, os.getpid()), 0)
 
-        def on_step(self, trainer: tr.Trainer, batch: Any, loss: Tensor) -> None:  # noqa: ARG002
+        def on_step(self, trainer: Any, batch: Any, loss: Tensor) -> None:  # noqa: ARG002
             os.pwrite(self.file, struct.pack("q", trainer.step), 0)
 
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from torchrelay.distributed.all_reduce import Levels, all_reduce, host_levels
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup, init_process_group
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.run.terminal import Terminal
-from torchrelay.train.evaluation import RunningSums
+from torchrelay.train.progress import RunningSums
 
 ELEMENTS = 2**20 + 4  # of a vector, four bytes each: no multiple of 8
 BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
@@ -96,8 +96,8 @@ class Carried(tr.Callback):
     def __init__(self) -> None:
         self.at: list[int] = []
 
-    def on_step(self, trainer: tr.Trainer, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
-        trainer.group.barrier("a look")
+    def on_step(self, trainer: Any, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
+        trainer.strategy.group.barrier("a look")
         self.at.append(_totals()[0])
 
 
@@ -127,10 +127,10 @@ def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
         terminal=Terminal(quiet=True),
     )
     trainer.fit()
-    trainer.group.barrier("a look")
+    trainer.strategy.group.barrier("a look")
     _, before = _totals()
     trainer.evaluate()
-    trainer.group.barrier("a look")
+    trainer.strategy.group.barrier("a look")
     each = [after - earlier for earlier, after in zip(carried.at, carried.at[1:], strict=False)]
     return {
         "step": median(each),
@@ -194,7 +194,7 @@ def measures_seconds(replicas: int, steps: int) -> float:
         sums = RunningSums(Many(0, replicas, torch.device("cpu")))
         for _ in range(steps):
             sums.add_measures({"accuracy": torch.ones(())}, 32)
-        sums.fetch()
+        sums.read()
 
     return _seconds(work, 3)
 

@@ -91,7 +91,7 @@ def with_torchrelay(name: str, size: int, device: torch.device, exact: bool) -> 
         def __init__(self) -> None:
             self.at: list[float] = []
 
-        def on_step(self, trainer: tr.Trainer, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
+        def on_step(self, trainer: Any, batch: Any, loss: Tensor) -> None:  # noqa: ARG002 - a callback's
             if device.type == "cuda":
                 torch.cuda.synchronize()
             self.at.append(time.perf_counter())

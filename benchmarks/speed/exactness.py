@@ -57,8 +57,8 @@ def steps(device: str, precision: str, rounds: int) -> Sequence[str | Spread]:
         def run() -> None:
             torch.use_deterministic_algorithms(exact)
             torch.backends.cudnn.deterministic = exact
-            for batch in made.batches.epoch(0):  # of four
-                made.train_step(batch)
+            for step, batch in enumerate(made.batches.epoch(0)):
+                made.train_step.step(batch, step)
             if device == "cuda":
                 torch.cuda.synchronize()
 
@@ -81,9 +81,9 @@ class Pauses(tr.Callback):
         self._saved = False
         self._left = 0.0
 
-    def on_start(self, trainer: tr.Trainer) -> None:
+    def on_start(self, trainer: Any) -> None:
         """Count the time in which an optimizer's step waits for the copy, too."""
-        checkpointer = trainer.checkpointer
+        checkpointer = trainer.session.checkpoints
         settle = checkpointer.settle
 
         def timed(*, trained: bool = False) -> None:
@@ -92,9 +92,9 @@ class Pauses(tr.Callback):
             if self._saved:
                 self.save[-1] += time.perf_counter() - began
 
-        checkpointer.settle = timed  # type: ignore[method-assign]
+        checkpointer.settle = timed
 
-    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+    def on_step(self, trainer: Any, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
         if trainer.step > 2:
             self.step[self._saved].append(time.perf_counter() - self._left)
         self._saved = not self._saved
@@ -102,13 +102,13 @@ class Pauses(tr.Callback):
             self._save(trainer)
         self._left = time.perf_counter()
 
-    def _save(self, trainer: tr.Trainer) -> None:
+    def _save(self, trainer: Any) -> None:
         state = trainer.optimizer.state_dict()["state"].values()
         tensors = [*trainer.model.state_dict().values(), *(entry["momentum_buffer"] for entry in state)]
         self.bytes = sum(tensor.nbytes for tensor in tensors)
         self.memory = self.memory or (np.ones(self.bytes, np.uint8), np.ones(self.bytes, np.uint8))
         target, source = self.memory
-        trainer.checkpointer.wait()  # whoever saves so often that the disk can't follow waits for the disk
+        trainer.session.checkpoints.wait()  # whoever saves so often that the disk can't follow waits for the disk
         began = time.perf_counter()
         ctypes.memmove(target.ctypes.data, source.ctypes.data, self.bytes)
         copied = time.perf_counter()

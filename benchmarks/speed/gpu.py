@@ -118,7 +118,7 @@ class Busy(tr.Callback):
             settle(device)
         self.wall = self.device = 0.0  # seconds a step
 
-    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+    def on_step(self, trainer: Any, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
         size, done = self._size, trainer.step - self._size.warm
         if done == 0:
             settle(self._device)
@@ -280,8 +280,8 @@ def steps(device: str, size: Size, exact: bool) -> Callable[[], None]:
 
     def run() -> None:
         torch.use_deterministic_algorithms(exact)
-        for batch in islice(made.batches.epoch(0), size.steps):
-            made.train_step(batch)
+        for step, batch in enumerate(islice(made.batches.epoch(0), size.steps)):
+            made.train_step.step(batch, step)
         settle(device)
 
     return run

@@ -135,7 +135,7 @@ class Ticks(tr.Callback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
-    def on_step(self, trainer: tr.Trainer, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
+    def on_step(self, trainer: Any, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
         self.clock.tick()
 
 

@@ -207,8 +207,8 @@ def test_more_processes_and_hosts_write_the_same_files_as_one(runs, same_runs, p
 def test_a_run_moves_within_an_epoch_from_four_processes_to_one_to_two(runs, same_runs):
     same_runs(runs / "4 to 1 to 2", runs / "1" / "adamw")
     log = (runs / "4 to 1 to 2" / "log.txt").read_text()
-    assert f"going on after step {STEPS + 3}" in log, "all have agreed on the step after the signal's"
-    assert f"going on after step {STEPS + 4}" in log
+    assert f"resuming after step {STEPS + 3}" in log, "all have agreed on the step after the signal's"
+    assert f"resuming after step {STEPS + 4}" in log
 
 
 def test_predictions_are_those_of_one_process(runs):

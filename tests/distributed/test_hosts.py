@@ -72,7 +72,7 @@ def test_a_run_resumes_on_the_remaining_host_to_the_same_bytes_after_the_other_d
         second.kill()
         assert left.wait(150) == 0, logs[0].read_text()
     same_runs(run, undisturbed)
-    assert "going on after step" in (run / "log.txt").read_text()
+    assert "resuming after step" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_the_others_write_to_files_and_one_goes_on_and_evaluates(cli, tmp_path, 
 
     done = cli("resume", "run", *command, sets=["run.max_steps=46"])
     assert done.returncode == 0, done.stderr
-    assert "going on after step 30 of 46" in done.stdout
+    assert "resuming after step 30 of 46" in done.stdout
     weights = [checkpoint.find(run / "checkpoints", "last") / "model.safetensors" for run in (tmp_path / "run", alone)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

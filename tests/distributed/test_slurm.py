@@ -141,7 +141,7 @@ def test_a_job_that_is_requeued_goes_on_to_the_same_bytes(start, cli, tmp_path, 
     one_line(refused[0], f"{run} holds a run already", code=2)
     second = [task.done() for task in tasks(SLURM_RESTART_COUNT="1")]
     assert [task.returncode for task in second] == [0, 0], second[0].stderr + second[1].stderr
-    assert f"going on after step {stopped} of 138" in second[0].stdout
+    assert f"resuming after step {stopped} of 138" in second[0].stdout
     assert second[1].stdout == ""
     assert cli("train", "digits", "--run", "undisturbed", sets=SETTINGS).returncode == 0
     same_runs(run, tmp_path / "undisturbed")
@@ -190,7 +190,7 @@ def test_the_scripts_stop_requeue_and_go_on(cluster, cli, tmp_path, same_runs, s
     again = cluster | {"SLURM_RESTART_COUNT": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=again, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"going on after step {stopped[1]} of 138" in done.stdout
+    assert f"resuming after step {stopped[1]} of 138" in done.stdout
     assert cli("train", "digits", "--run", "undisturbed", sets=SETTINGS).returncode == 0
     same_runs(run, tmp_path / "undisturbed")
 

@@ -134,7 +134,7 @@ def test_a_truncated_checkpoint_is_skipped_with_a_warning_for_the_one_before(cli
     done = going_on(cli, run)
     assert done.returncode == 0, done.stderr
     assert f"skipped a damaged checkpoint: {newest}/model.safetensors has " in done.stdout
-    assert "going on after step 40 of 92" in done.stdout
+    assert "resuming after step 40 of 92" in done.stdout
     same_runs(run, runs[1])
 
 
@@ -175,7 +175,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint_and_is_replaced(cli, run, 
     done = going_on(cli, run)
     assert done.returncode == 0, done.stderr
     assert "damaged" not in done.stdout
-    assert "going on after step 40 of 92" in done.stdout
+    assert "resuming after step 40 of 92" in done.stdout
     same_runs(run, runs[1])
     for step in (50, 60, 70):
         assert not (checkpoints / f".step-{step:08d}.partial").exists()
@@ -201,7 +201,7 @@ def test_the_highest_step_is_resumed_even_if_the_clock_was_set_back(start, run, 
     script.write_text(YESTERDAY)
     done = start("resume", run, script=script, sets=("run.max_steps=92",)).done()
     assert done.returncode == 0, done.stderr
-    assert "going on after step 46 of 92" in done.stdout
+    assert "resuming after step 46 of 92" in done.stdout
     same_runs(run, runs[1])
 
 

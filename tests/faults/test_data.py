@@ -193,7 +193,7 @@ def test_recipe_changes_are_shown_and_break_exactness_only_if_accepted(cli, one_
     done = cli("resume", digits_run, "--accept-changes", sets=["run.max_steps=7", "optimizer.lr=0.5"])
     assert done.returncode == 0, done.stderr
     assert "changed: optimizer.lr was 0.05 and is 0.5" in done.stdout
-    assert "going on after step 5" in done.stdout
+    assert "resuming after step 5" in done.stdout
     done = cli("resume", digits_run, sets=["run.max_steps=8"])
     assert done.returncode == 0, "the accepted recipe is the run's own now"
 

@@ -120,7 +120,7 @@ def goes_on(cli, run, undisturbed, same_runs) -> Callable[[], None]:
 
 # ------------------------------------------------------------------------------------------------ 11: signals
 
-STOPPED = r"stopped by (?:SIGTERM|SIGINT|a signal) after step (\d+), saved; go on with: torchrelay resume {}\n"
+STOPPED = r"stopped by (?:SIGTERM|SIGINT|a signal) after step (\d+), saved; resume with: torchrelay resume {}\n"
 
 
 def check_stopped(done, run: Path, code: int = 75) -> None:
@@ -196,7 +196,7 @@ def test_ctrl_c_in_a_terminal_stops_all_processes(launch, run, terminal):
         shown += os.read(person, 65536)
     assert launcher.done().returncode == 75
     assert ended(found)
-    assert re.findall(r"stopped by SIGINT after step (\d+), saved; go on with: torchrelay resume", shown.decode()) == [
+    assert re.findall(r"stopped by SIGINT after step (\d+), saved; resume with: torchrelay resume", shown.decode()) == [
         str(steps(run)[-1])
     ]
     assert b"epoch 1/4" in shown  # the bar
@@ -212,7 +212,7 @@ def test_with_restarts_a_run_resumes_after_one_process_is_killed(launch, run, un
     os.kill(found[killed], signal.SIGKILL)
     done = launcher.done()
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("going on after step") == 1
+    assert done.stdout.count("resuming after step") == 1
     same_runs(run, undisturbed)
 
 
@@ -289,7 +289,7 @@ def test_torchrun_restarts_all_processes_and_the_run_resumes(torchrun, run, undi
     os.kill(found[killed], signal.SIGKILL)
     output, errors = agent.communicate(timeout=120)
     assert agent.returncode == 0, errors
-    assert output.count("going on after step") == 1
+    assert output.count("resuming after step") == 1
     same_runs(run, undisturbed)
 
 

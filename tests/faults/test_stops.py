@@ -86,7 +86,7 @@ def killed_often(start, run: Path, kills: int, settings: tuple[str, ...] = SETTI
         resuming = (run / "recipe.toml").exists()
         process = start("resume", run) if resuming else start("train", "digits", "--run", run, sets=settings)
         if killed % 3:  # let it come as far as to train and save; the others may hit the start
-            process.until(lambda: any("going on after" in line for line in lines(run)[-1:]) or steps(run) == [0])
+            process.until(lambda: any("resuming after" in line for line in lines(run)[-1:]) or steps(run) == [0])
         time.sleep(draw.uniform(0, 0.15))
         assert process.runs(), "it is too fast for this test: make it longer"
         process.end()
@@ -122,13 +122,13 @@ def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(start, cli, tmp_path,
     assert time.monotonic() - asked < 10
     assert done.returncode == 75
     found = re.fullmatch(
-        rf"stopped by {number.name} after step (\d+), saved; go on with: torchrelay resume {run}\n", done.stderr
+        rf"stopped by {number.name} after step (\d+), saved; resume with: torchrelay resume {run}\n", done.stderr
     )
     assert found is not None, done.stderr
     assert steps(run)[-1] == int(found[1])
     if number == signal.SIGTERM:
         done = cli("resume", run)
-        assert f"going on after step {found[1]} of 138" in done.stdout
+        assert f"resuming after step {found[1]} of 138" in done.stdout
         same_runs(run, undisturbed)
 
 
@@ -173,7 +173,7 @@ def test_a_second_signal_exits_at_once_and_leaves_the_earlier_checkpoint_intact(
     assert steps(run) == [0]
     done = cli("resume", run, sets=("run.max_steps=5",))
     assert done.returncode == 0, done.stderr
-    assert "going on after step 0" in done.stdout
+    assert "resuming after step 0" in done.stdout
     assert steps(run)[-1] == 5
 
 
@@ -270,7 +270,7 @@ def test_a_single_process_needs_no_rendezvous(cli, tmp_path):
 
 def command_of(text: str) -> list[str]:
     """The arguments of the command that goes on, as a shell would read the line."""
-    found = re.search(r"stopped by SIGINT after step \d+, saved; go on with: torchrelay (.*)", text)
+    found = re.search(r"stopped by SIGINT after step \d+, saved; resume with: torchrelay (.*)", text)
     assert found is not None, text
     return shlex.split(found[1])
 

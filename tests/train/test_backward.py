@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrelay.train.backward import backward_from_mean, mean_loss
+from torchrelay.train.step import backward_from_mean, mean_loss
 
 
 @pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])

@@ -136,8 +136,8 @@ def stopped_after(digits, quiet, values, stopping, name="accuracy", **changes) -
     script = Script(values, name)
     trainer = build(digits, quiet, epochs=8, callbacks=[script, stopping], **changes)
     trainer.fit()
-    assert trainer.stop_reason is None or "has not improved for" in trainer.stop_reason
-    return trainer.epochs_done
+    assert trainer.progress.stop_reason is None or "has not improved for" in trainer.progress.stop_reason
+    return trainer.progress.epochs_done
 
 
 def test_early_stopping_waits_for_its_patience(digits, quiet):
@@ -160,7 +160,7 @@ def test_a_loss_or_an_error_is_better_lower(digits, quiet, name):
 
 
 def test_early_stopping_on_an_unknown_metric_lists_those_there_are(digits, quiet):
-    with pytest.raises(UsageError, match="watches 'acuracy', but an evaluation gives: loss, accuracy"):
+    with pytest.raises(UsageError, match="watches 'acuracy', but an evaluation has only loss, accuracy"):
         build(digits, quiet, callbacks=[tr.EarlyStopping(1, metric="acuracy")]).fit()
 
 
@@ -176,7 +176,7 @@ def test_a_stopped_run_is_done_saved_and_stays_stopped(digits, quiet, tmp_path):
 
     first = trainer()
     first.fit()
-    assert first.epochs_done == 3
+    assert first.progress.epochs_done == 3
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "stopped: early stopping: accuracy has not improved for 2 evaluations" in log
     second = trainer()

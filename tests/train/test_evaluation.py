@@ -14,7 +14,18 @@ from torchrelay.errors import UsageError
 from torchrelay.run.metrics import read_metrics
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.classification import Classification
-from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
+from torchrelay.train.evaluation import Evaluation, Evaluator
+from torchrelay.train.progress import RunningSums
+
+
+def evaluate(model, data, task, device) -> Evaluation:
+    evaluation = Evaluator(model, task, device, {"test": data}).evaluate("test")
+    assert evaluation is not None
+    return evaluation
+
+
+def predict(model, data, task, device) -> torch.Tensor:
+    return Evaluator(model, task, device).predict(data)
 
 
 @pytest.fixture
@@ -52,7 +63,7 @@ def test_a_batch_that_counts_nothing_leaves_the_loss_a_number(digits, device):
     places = digits[1].targets.argsort(stable=True)  # the first batch holds one class alone
     source, model = digits[1].take(places), Seen()
     weights = torch.tensor([0.0, *[1.0] * 9])
-    found = evaluate(model, batches(source, 10, device), Classification(class_weights=weights), device, model)
+    found = evaluate(model, batches(source, 10, device), Classification(class_weights=weights), device)
     expected = nn.functional.cross_entropy(by_hand(model, source).double(), source.targets, weights.double())
     assert found.values["loss"] == pytest.approx(float(expected))
 
@@ -61,7 +72,7 @@ def test_a_batch_that_counts_nothing_leaves_the_loss_a_number(digits, device):
 def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
     model, source = Seen(), digits[1]
     model.train()
-    found = evaluate(model, batches(source, size, device), Classification(classes=10), device, model)
+    found = evaluate(model, batches(source, size, device), Classification(classes=10), device)
     assert model.training
     assert sum(model.sizes) == found.samples == 359
     logits = by_hand(model, source)
@@ -72,22 +83,22 @@ def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
 
 def test_an_evaluation_leaves_an_evaluating_model_evaluating(digits, device):
     model = Seen().eval()
-    evaluate(model, batches(digits[1], 100, device), Classification(), device, model)
-    predict(model, batches(digits[1], 100, device), Classification(), device, model)
+    evaluate(model, batches(digits[1], 100, device), Classification(), device)
+    predict(model, batches(digits[1], 100, device), Classification(), device)
     assert not model.training
 
 
 def test_class_weights_weigh_an_evaluation_too(digits, device):
     model, source, weights = Seen(), digits[1], torch.linspace(0.5, 2, 10)
     task = Classification(class_weights=weights)
-    found = evaluate(model, batches(source, 100, device), task, device, model)
+    found = evaluate(model, batches(source, 100, device), task, device)
     expected = float(nn.functional.cross_entropy(by_hand(model, source), source.targets, weights))
     assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_stand_in_the_order_of_the_data(digits, device):
     model, source = Seen(), digits[1]
-    found = predict(model, batches(source, 50, device), Classification(), device, model)
+    found = predict(model, batches(source, 50, device), Classification(), device)
     torch.testing.assert_close(found, by_hand(model, source).softmax(1))
 
 

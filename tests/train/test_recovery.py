@@ -14,7 +14,7 @@ import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.errors import Interrupted, RelayError
-from torchrelay.train.recovery import SpikeDetector, SpikeError
+from torchrelay.train.spikes import Spike, SpikeDetector
 
 ROLLBACK = {"on_spike": "rollback", "log_every": 3}
 
@@ -70,17 +70,19 @@ def test_a_batch_that_gives_nan_is_left_out_in_each_epoch(quiet, tmp_path):
     found = trainer.fit()
     assert math.isfinite(found["loss"])
     assert trainer.step == 30
-    assert len(trainer.skipped) == 3
-    for epoch, (step, samples) in enumerate(sorted(trainer.skipped.items())):
+    assert len(trainer.progress.skipped) == 3
+    for epoch, (step, samples) in enumerate(sorted(trainer.progress.skipped.items())):
         assert epoch * 10 < step <= epoch * 10 + 10
         assert 77 in samples
         assert len(samples) == 12
         assert json.loads((run / f"spike-step-{step:08d}.json").read_text())["samples"] == samples
-    assert skipped_of(run) == trainer.skipped
+    assert skipped_of(run) == trainer.progress.skipped
     log = (run / "log.txt").read_text()
-    step = min(trainer.skipped)
+    step = min(trainer.progress.skipped)
     back = (step - 1) // 4 * 4
-    assert f"the loss of step {step} is nan: going back to step {back} and leaving out the batch of step {step}" in log
+    assert (
+        f"the loss of step {step} is nan: rolling back to step {back} and leaving out the batch of step {step}" in log
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     places = [(line["step"], line["split"]) for line in lines]
     assert len(places) == len(set(places)), "what was taken back stands no more in the metrics"
@@ -92,7 +94,7 @@ def test_what_is_left_out_counts_as_if_it_had_never_been_there(quiet, tmp_path):
     trainer = build(quiet, tmp_path / "run", bad={77: math.nan})
     trainer.fit()
     told = build(quiet, tmp_path / "told", bad={77: math.nan})
-    told.skipped = dict(trainer.skipped)
+    told.progress.skipped = dict(trainer.progress.skipped)
     told.fit()
     for mine, theirs in zip(trainer.model.state_dict().values(), told.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -106,7 +108,7 @@ def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
     for stop in (*stops, -1):
         trainer = build(quiet, run, bad=bad, callbacks=[StopAt(stop)])
         go = trainer.resume if run.exists() else trainer.fit
-        if stop in trainer.skipped or stop == -1:
+        if stop in trainer.progress.skipped or stop == -1:
             go()
             continue
         with contextlib.suppress(Interrupted):
@@ -139,7 +141,7 @@ def test_harm_done_by_the_step_before_is_undone_as_well(quiet, tmp_path):
     settings = ROLLBACK | {"spike_threshold": 5.0}
     trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)])
     trainer.fit()
-    assert sorted(trainer.skipped) == [14, 15, 16]
+    assert sorted(trainer.progress.skipped) == [14, 15, 16]
     assert newest(tmp_path / "run").step == 30
     assert trainer.best is not None
 
@@ -148,14 +150,14 @@ def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
     bad = {33: 500.0}
     trainer = build(quiet, tmp_path / "run", bad=bad, norm=False, settings=ROLLBACK | {"spike_threshold": 4.0})
     trainer.fit()
-    assert trainer.skipped
-    assert all(33 in samples for samples in trainer.skipped.values())
+    assert trainer.progress.skipped
+    assert all(33 in samples for samples in trainer.progress.skipped.values())
     stopping = build(quiet, tmp_path / "stop", bad=bad, norm=False, settings={"spike_threshold": 4.0})
-    with pytest.raises(RelayError, match=r"the loss of step \d+ is .*, where .* was usual before; try a lower .*lr"):
+    with pytest.raises(RelayError, match=r"the loss of step \d+ is .*; the median before was .*; try a lower .*lr"):
         stopping.fit()
     untold = build(quiet, tmp_path / "untold", bad=bad, norm=False, settings={})
     untold.fit()
-    assert untold.skipped == {}
+    assert untold.progress.skipped == {}
 
 
 def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(quiet, tmp_path, monkeypatch):
@@ -164,11 +166,11 @@ def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(q
     sample = int(build(quiet, None, settings=settings).batches.indices(*divmod(17 - 1, 10))[0])
     at_once = build(quiet, tmp_path / "at-once", bad={sample: math.nan}, settings=settings)
     at_once.fit()
-    monkeypatch.setattr(SpikeDetector, "watch", lambda self, *seen: self._unread.append(seen))
+    monkeypatch.setattr(SpikeDetector, "check", lambda self, *seen: self._unread.append(seen))
     later = build(quiet, tmp_path / "later", bad={sample: math.nan}, settings=settings)
     later.fit()
     assert 17 in later.skipped
-    assert later.skipped == at_once.skipped
+    assert later.skipped == at_once.progress.skipped
     assert later.step == at_once.step == 17
     for mine, theirs in zip(later.model.state_dict().values(), at_once.model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -190,8 +192,8 @@ def test_a_gradient_that_is_not_finite_is_a_spike_of_its_own_step(quiet, tmp_pat
 
     trainer = build(quiet, tmp_path / "run", task=Lost(), saving=CheckpointSettings(every="1 steps", keep=100))
     trainer.fit()
-    assert trainer.skipped
-    for samples in trainer.skipped.values():
+    assert trainer.progress.skipped
+    for samples in trainer.progress.skipped.values():
         assert samples[0] % 3 == samples[1] % 3 == 1
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "the norm of the gradient of step" in log
@@ -201,7 +203,7 @@ def test_no_checkpoint_before_the_harm_is_an_error(quiet, tmp_path):
     settings = ROLLBACK | {"spike_threshold": 5.0}
     saving = CheckpointSettings(every="1 steps", keep=1, keep_best=0)
     trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)], saving=saving)
-    with pytest.raises(RelayError, match=r"no checkpoint before step 14 is kept to go back to: raise checkpoint\.keep"):
+    with pytest.raises(RelayError, match=r"no checkpoint before step 14 is kept: raise checkpoint\.keep"):
         trainer.fit()
 
 
@@ -213,30 +215,29 @@ def test_without_a_folder_a_spike_stops(quiet):
 def test_the_limit_of_steps_holds_where_its_step_is_left_out(quiet, tmp_path):
     probe = build(quiet, tmp_path / "probe", bad={77: math.nan})
     probe.fit()
-    step = min(probe.skipped)
+    step = min(probe.progress.skipped)
     trainer = build(quiet, tmp_path / "run", bad={77: math.nan}, settings=ROLLBACK | {"max_steps": step})
     trainer.fit()
     assert trainer.step == step
 
 
-def test_the_guard_reads_in_order_and_forgets_what_comes_after():
-    guard = SpikeDetector()
+def test_the_detector_reads_in_order_and_forgets_what_comes_after():
+    detector = SpikeDetector()
     losses = [torch.tensor(value) for value in (1.0, math.nan, math.inf)]
-    guard.watch(1, losses[0])
-    with pytest.raises(SpikeError, match="the loss of step 2 is nan") as caught:
-        guard.watch(2, losses[1])
-    assert caught.value.step == 2
-    guard.read()
-    with pytest.raises(SpikeError, match="the norm of the gradient of step 3 is inf"):
-        guard.watch(3, losses[0], losses[2])
+    assert detector.check(1, losses[0]) is None
+    assert detector.check(2, losses[1]) == Spike(2, "the loss of step 2 is nan")
+    assert detector.read() is None
+    assert detector.check(3, losses[0], losses[2]) == Spike(3, "the norm of the gradient of step 3 is inf")
 
 
-def test_the_guard_goes_on_from_recent_losses():
-    guard, again = SpikeDetector(3.0), SpikeDetector(3.0)
+def test_the_detector_resumes_from_recent_losses():
+    detector, again = SpikeDetector(3.0), SpikeDetector(3.0)
     for step in range(20):
-        guard.watch(step, torch.tensor(1.0))
-    again.load_state_dict(guard.state_dict())
-    for each in (guard, again):
-        with pytest.raises(SpikeError, match="where 1 was usual"):
-            each.watch(21, torch.tensor(3.5))
-    SpikeDetector(3.0).watch(1, torch.tensor(1e9))  # nothing is usual yet
+        detector.check(step, torch.tensor(1.0))
+    again.load_state_dict(detector.state_dict())
+    for each in (detector, again):
+        spike = each.check(21, torch.tensor(3.5))
+        assert spike is not None
+        assert spike.finite
+        assert "the loss of step 21 is 3.5; the median before was 1" in spike.what
+    assert SpikeDetector(3.0).check(1, torch.tensor(1e9)) is None  # there is no median yet

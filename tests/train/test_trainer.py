@@ -18,12 +18,14 @@ from torch import nn
 import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings, writer
+from torchrelay.checkpoint.format import read_manifest
 from torchrelay.data.augment import CutMix, Mixup, PaddedCrop
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.recipe import recipe
 from torchrelay.recipe.build import build_trainer
+from torchrelay.train.progress import Best
 
 
 class Net(nn.Module):
@@ -240,7 +242,7 @@ def test_a_run_stopped_in_an_evaluation_training_continues_to_the_same_bytes(
     stopped = made("stopped", at)
     with pytest.raises(Interrupted, match=f"after step {step}, saved"):
         stopped.fit()
-    assert stopped.phase == ""  # or the bar of what comes next would say that it tests
+    assert stopped.progress.phase == ""  # or the bar of what comes next would say that it tests
     assert made("stopped", -1).resume() == undisturbed
     same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
 
@@ -249,13 +251,13 @@ def test_a_finished_run_stopped_in_its_evaluation_keeps_its_best(digits, quiet, 
     build(digits, quiet, tmp_path / "run").fit()
     best = checkpoint.best(tmp_path / "run" / "checkpoints")
     assert best is not None
-    manifest = checkpoint.read_manifest(best)
+    manifest = read_manifest(best)
     assert manifest.score is not None
     with pytest.raises(Interrupted):
         build(digits, quiet, tmp_path / "run", task=StoppedInTest(1)).resume()
     assert checkpoint.best(tmp_path / "run" / "checkpoints") == best
     last = checkpoint.find(tmp_path / "run" / "checkpoints", "last")
-    assert checkpoint.read_manifest(last).score is not None
+    assert read_manifest(last).score is not None
 
 
 def test_after_a_signal_the_trainer_can_still_test(digits, quiet, tmp_path):
@@ -296,7 +298,7 @@ def test_a_metric_that_is_not_finite_spoils_no_checkpoint_and_is_never_the_best(
         digits, quiet, tmp_path / "run", task=Judged(), callbacks=callbacks, checkpoint=CheckpointSettings(keep=9)
     )
     trainer.fit()
-    assert trainer.best == tr.trainer.Best(0.25, 2)
+    assert trainer.best == Best(0.25, 2)
     saved = checkpoint.complete(tmp_path / "run" / "checkpoints")
     assert [checkpoint.read(path).step for path in saved] == [0, 15, 30, 45]  # each can be read
     assert math.isnan(checkpoint.read(saved[1]).metrics["broken"])
@@ -363,7 +365,7 @@ def test_replicas_add_up_to_the_mean_over_the_batch(digits, quiet):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         trainer = tr.Trainer(model, train, batch_size=50, terminal=quiet, parallel=ParallelSettings(replicas=replicas))
-        trainer.backward(next(trainer.batches.epoch()))
+        trainer.train_step.backward(next(trainer.batches.epoch()), 0)
         gradients.append(model[1].weight.grad.clone())
     assert torch.allclose(*gradients, atol=1e-6)
 
@@ -384,7 +386,7 @@ def test_the_loss_is_the_mean_over_an_uneven_batch(digits, quiet):
     trainer = tr.Trainer(model, train, batch_size=7, terminal=quiet)
     batch = next(trainer.batches.epoch())
     expected = nn.functional.cross_entropy(model(batch.inputs), batch.targets)
-    assert torch.equal(trainer.backward(batch), expected.detach())
+    assert torch.equal(trainer.train_step.backward(batch, 0).loss, expected.detach())
 
 
 def test_a_batch_of_one_process_is_trained_like_a_hand_written_step(digits, quiet):
@@ -397,8 +399,8 @@ def test_a_batch_of_one_process_is_trained_like_a_hand_written_step(digits, quie
     by_hand.layers[5].p = 0.0
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     trainer.model.train()
-    for batch in trainer.batches.epoch(0):
-        loss = trainer.train_step(batch)
+    for step, batch in enumerate(trainer.batches.epoch(0)):
+        loss = trainer.train_step.step(batch, step).loss
         expected = nn.functional.cross_entropy(by_hand(batch.inputs), batch.targets)
         optimizer.zero_grad()
         expected.backward()
@@ -431,12 +433,12 @@ def test_early_stopping_ends_a_run_and_a_resume_keeps_it_ended(digits, quiet, tm
 
     trainer = make()
     trainer.fit()
-    stopped_at = trainer.epochs_done
+    stopped_at = trainer.progress.epochs_done
     assert stopped_at < 20
     assert "stopped: early stopping: accuracy has not improved for 2 evaluations" in (run / "log.txt").read_text()
     again = make()
     again.resume()
-    assert again.epochs_done == stopped_at
+    assert again.progress.epochs_done == stopped_at
 
 
 def test_max_steps_ends_a_run_where_it_says(digits, quiet, tmp_path, same_runs):
@@ -511,7 +513,7 @@ def test_a_resume_keeps_the_number_of_threads(digits, quiet, tmp_path):
     build(digits, quiet, run, epochs=3).resume()
     assert torch.get_num_threads() == 1
     log = (run / "log.txt").read_text()
-    assert "going on with 1 thread an operation, as it began (see device.threads)" in log
+    assert "resuming with 1 thread per operation, as the run began (see device.threads)" in log
     assert "threads was" not in log
 
 
@@ -531,7 +533,7 @@ def test_evaluation_counts_every_sample_once(digits, quiet):
     assert int(found.confusion.sum()) == len(test)
     with torch.no_grad():
         trainer.model.eval()
-        outputs = torch.cat([trainer.model(batch.inputs) for batch in trainer.evaluated["test"].epoch()])
+        outputs = torch.cat([trainer.model(batch.inputs) for batch in trainer.evaluator.parts["test"].epoch()])
     assert found.values["accuracy"] == (outputs.argmax(1) == test.targets).double().mean().item()
     assert found.confusion.diagonal().sum().item() / len(test) == pytest.approx(found.values["accuracy"])
 

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         return
     trainer = trainer_of_run(options, recipe)
     checkpoint = trainer.load(options.checkpoint)
-    evaluations = {split: trainer.evaluate(split) for split in trainer.evaluated}
+    evaluations = {split: trainer.evaluate(split) for split in trainer.evaluator.parts}
     if process.rank() > 0:
         return
     if options.json:

@@ -1,13 +1,12 @@
 """Where a training step's time goes: a table, a picture, and a trace for Perfetto.
 
-A `Clock` is marked at the seams of a step; the time since the last mark goes to a phase, so the phases add up to the
-step. Nothing in the loop knows of it: hooks and wrapped methods mark it from outside.
+A `Clock` is marked at the end of each phase of a step; the time since the last mark goes to that phase, so the
+phases add up to the step. `TrainStep.step` marks its own phases; hooks of PyTorch mark the ends of the others.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import wraps
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,7 @@ PHASES = {
     "input": "wait for a batch: gather, augment, copy",
     "forward": "the model, and the loss",
     "backward": "the gradients",
-    "metrics": "measure the training batch",
+    "measure": "measure the training batch",
     "optimizer": "the update",
     "rest": "the loop's own: schedule, clipping, sums",
 }
@@ -129,11 +128,13 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     Raises:
         UsageError: the trainer has a run folder, or several processes.
     """
-    if trainer.folder is not None or trainer.group.size > 1:
+    if trainer.folder is not None or trainer.strategy.group.size > 1:
         raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
-    trainer.graph = None  # a replayed step has no parts: what is timed is the step that it was recorded from
     clock = Clock(trainer.device.device)
-    _watch(trainer, clock)
+    optimizer = trainer.optimizer
+    trainer.model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
+    optimizer.register_step_pre_hook(lambda *_: clock.mark("rest"))
+    optimizer.register_step_post_hook(lambda *_: clock.mark("optimizer"))
     trainer.model.train()
     batches, size = _forever(trainer), 0
     clock.mark("rest")
@@ -171,30 +172,7 @@ def _forever(trainer: Trainer) -> Iterator[Batch]:
 def _step(trainer: Trainer, batches: Iterator[Batch], clock: Clock) -> int:
     batch = next(batches)
     clock.mark("input")
-    trainer._after_step(batch, trainer.train_step(batch))
+    trainer.after_step(batch, trainer.train_step.step(batch, trainer.step, clock.mark))
     clock.mark("rest")
     clock.end_step()
     return batch.size
-
-
-def _watch(trainer: Trainer, clock: Clock) -> None:
-    """Mark the clock at the seams of a step."""
-
-    def around(owner: Any, name: str, before: str, after: str) -> None:
-        method: Callable[..., Any] = getattr(owner, name)
-
-        @wraps(method)
-        def watched(*arguments: Any, **named: Any) -> Any:
-            clock.mark(before)
-            result = method(*arguments, **named)
-            clock.mark(after)
-            return result
-
-        setattr(owner, name, watched)
-
-    trainer.model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
-    around(trainer.task, "loss", "forward", "forward")
-    # Between the loss and what follows it, there is nothing but the backward pass.
-    around(trainer.task, "measure", "backward", "metrics")
-    around(trainer.sums, "add_loss", "rest" if trainer.measures else "backward", "rest")
-    around(trainer.optimizer, "step", "rest", "optimizer")

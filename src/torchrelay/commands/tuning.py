@@ -178,7 +178,7 @@ class _Place:
         self.trainer = build_trainer(recipe, code=code, terminal=Terminal(quiet=True))
         torch.set_num_threads(self._threads)
         self.trainer.model.train()
-        self._batches = _forever(self.trainer)
+        self._batches, self._steps = _forever(self.trainer), 0
         began = time.perf_counter()
         self.samples = self._step()
         self._step()
@@ -186,7 +186,8 @@ class _Place:
 
     def _step(self) -> int:
         batch = next(self._batches)
-        self.trainer.train_step(batch)
+        self.trainer.train_step.step(batch, self._steps)
+        self._steps += 1
         return batch.size
 
     def time(self) -> float:

@@ -41,6 +41,11 @@ class EMA:
         if self._buffers:
             torch._foreach_copy_(self._buffers, list(model.buffers()))
 
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Start again from the weights and buffers of `model`."""
+        _copy([*self._parameters, *self._buffers], [*model.parameters(), *model.buffers()])
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averaged weights and the buffers under the model's names, as its `load_state_dict` takes them."""
         return dict(self._by_name)

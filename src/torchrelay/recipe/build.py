@@ -10,6 +10,7 @@ from torch import nn
 
 from torchrelay import data
 from torchrelay.data.sources import ArraySource, Source
+from torchrelay.device.device import set_up
 from torchrelay.errors import UsageError, nearest
 from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.code import environment
@@ -20,7 +21,7 @@ from torchrelay.tasks.multilabel import MultiLabel
 from torchrelay.tasks.next_token import NextToken
 from torchrelay.tasks.regression import Regression
 from torchrelay.tasks.task import LossSettings, Task
-from torchrelay.train.callbacks import Callback, EarlyStopping
+from torchrelay.train.callbacks import Callback
 from torchrelay.train.trainer import Trainer
 
 
@@ -47,15 +48,14 @@ def build_trainer(
         UsageError: the recipe names something that doesn't exist.
         RelayError: the data or the weights can't be loaded.
     """
-    # 1. Prepare
+    # 1. Prepare, 4. device: before the data, which it may decode
     terminal, notes = terminal or Terminal(), list[str]()
 
     def say(text: str) -> None:
         terminal.say(text)
         notes.append(text)
 
-    if recipe.device.threads is not None:
-        torch.set_num_threads(recipe.device.threads)
+    device = set_up(recipe.device, recipe.run.exact)
 
     # 2. Data
     parts = data.load(recipe.data, recipe.run.seed, code=code, log=say)
@@ -63,13 +63,13 @@ def build_trainer(
     # 3. Model
     model = _initial_model(recipe, parts.train, code, fresh, say)
 
-    # 4. Device, 5. optimizer and schedule, 6. loss, 7. train and test
-    trainer = Trainer(
+    # 5. Optimizer and schedule, 6. loss, 7. train and test
+    return Trainer(
         model,
         parts.train,
         parts.test,
         validation=parts.validation,
-        device=recipe.device,
+        device=device,
         parallel=recipe.parallel,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
@@ -85,12 +85,11 @@ def build_trainer(
         workers=recipe.data.workers,
         ema=recipe.model.ema,
         checkpoint=recipe.checkpoint,
-        callbacks=[*([EarlyStopping(recipe.run.patience)] if recipe.run.patience else []), *callbacks],
+        callbacks=callbacks,
         terminal=terminal,
         record={**recipe.model_dump(mode="json", exclude_none=True), "environment": environment(code)},
+        notes=notes,
     )
-    trainer.notes = [*notes, *trainer.notes]
-    return trainer
 
 
 def build_task(settings: LossSettings, train: Source, code: ModuleType | None = None) -> Task:

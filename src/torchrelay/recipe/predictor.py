@@ -18,8 +18,7 @@ from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.build import custom_task, image_size
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.tasks.classification import Classification
-from torchrelay.train.evaluation import predict
-from torchrelay.train.views import with_tta
+from torchrelay.train.evaluation import Evaluator
 
 
 class Predictor:
@@ -67,7 +66,8 @@ class Predictor:
         inputs = decode_images(paths, self.shape)
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
-        return predict(self.model, batches, Classification(), self.device, with_tta(self.model, self.test_views))
+        evaluator = Evaluator(self.model, Classification(), self.device, views=self.test_views)
+        return evaluator.predict(batches)
 
 
 def load_predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:

@@ -1,82 +1,92 @@
-"""Step 7: losses that went wrong: not a number, or far above those before. What happens then, `recovery` decides.
+"""Step 7: the rollback to the checkpoint before a loss spike."""
 
-A decision depends on the losses alone, never on when somebody read them: a resumed run decides the same again.
-"""
+import json
+from collections.abc import Callable
+from pathlib import Path
 
-import math
-from collections import deque
-from statistics import median
-from typing import Any
-
-from torch import Tensor
-
+from torchrelay.checkpoint.checkpointer import Checkpointer
+from torchrelay.checkpoint.format import Contents, read
+from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.errors import RelayError
-
-_WINDOW = 50  # losses before a step of which the median is what is usual
-_FEWEST = 10  # losses that make a median worth something
-
-
-class SpikeError(RelayError):
-    """A step's loss or gradient isn't finite, or its loss is far above those before."""
-
-    def __init__(self, step: int, what: str, *, finite: bool = False) -> None:
-        super().__init__(f"{what}; try a lower optimizer.lr, optimizer.clip_norm=1, or run.on_spike=rollback")
-        self.step = step  # counted from 1
-        self.what = what
-        self.finite = finite  # then the step before may have done the harm; otherwise it is this step's own
+from torchrelay.run.settings import RunSettings
+from torchrelay.train.spikes import Spike
+from torchrelay.train.state import TrainingState
 
 
-class SpikeDetector:
-    """Reads each step's loss: at once on the CPU, where that is free, and elsewhere when the device has come to it.
+def newest(
+    checkpoints: Checkpointer, group: ProcessGroup, say: Callable[[str], None], before: int | None = None
+) -> Contents | None:
+    """Return the newest whole checkpoint (of fewer steps than `before`): rank 0 chooses it, all ranks read it."""
+    if group.size == 1:
+        return checkpoints.newest(say, before)
+    if group.main:
+        contents = checkpoints.newest(say, before)
+        group.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
+        return contents
+    step = group.broadcast_bytes(None).decode()
+    return read(checkpoints.find(step)) if step else None
 
-    Args:
-        threshold: a loss above this many times the median of the 50 before is a spike; None: only one that isn't
-            finite.
+
+def stop_at_spike(spike: Spike, folder: Path | None) -> RelayError:
+    """Return the error with which a run stops at a spike."""
+    where = f"; its sample indices are in {_file(folder, spike)}" if folder is not None else ""
+    return RelayError(
+        f"{spike.what}; try a lower optimizer.lr, optimizer.clip_norm=1, or run.on_spike=rollback; no checkpoint "
+        f"contains this step{where}"
+    )
+
+
+def write_down(spike: Spike, folder: Path, samples: list[int]) -> None:
+    """Write a spike and its batch's sample indices into the run folder, for people to look at."""
+    content = {"step": spike.step, "what": spike.what, "samples": samples}
+    _file(folder, spike).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _file(folder: Path, spike: Spike) -> Path:
+    return folder / f"spike-step-{spike.step:08d}.json"
+
+
+def roll_back(
+    spike: Spike,
+    state: TrainingState,
+    checkpoints: Checkpointer,
+    settings: RunSettings,
+    say: Callable[[str], None],
+) -> int:
+    """Restore the checkpoint before a spike, and leave out the batch that shows it from then on.
+
+    If the loss is merely high and the batch before is left out already, an earlier step did the harm: the last batch
+    that was trained on is left out as well. A resumed run decides the same again.
+
+    Returns:
+        How many lines of metrics.jsonl the restored checkpoint knows of.
+
+    Raises:
+        RelayError: too many batches would be left out, or no checkpoint from before the spike is kept.
     """
-
-    def __init__(self, threshold: float | None = None) -> None:
-        self.threshold = threshold
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._unread: list[tuple[int, Tensor, Tensor | None]] = []
-
-    def watch(self, step: int, loss: Tensor, norm: Tensor | None = None) -> None:
-        """Take note of a step's mean loss and of its gradient's norm, before the update.
-
-        Raises:
-            SpikeError: on the CPU, if something is wrong with them.
-        """
-        if loss.is_cpu:
-            self._judge(step, loss.item(), 0.0 if norm is None else norm.item())
-        else:
-            self._unread.append((step, loss, norm))
-
-    def read(self) -> None:
-        """Read what was noted, which waits for the device.
-
-        Raises:
-            SpikeError: of the first step with which something is wrong; what was noted after it is forgotten.
-        """
-        unread, self._unread = self._unread, []
-        for step, loss, norm in unread:
-            self._judge(step, loss.item(), 0.0 if norm is None else norm.item())
-
-    def _judge(self, step: int, loss: float, norm: float) -> None:
-        if not math.isfinite(loss):
-            raise SpikeError(step, f"the loss of step {step} is {loss}")
-        if not math.isfinite(norm):
-            raise SpikeError(step, f"the norm of the gradient of step {step} is {norm}")
-        if self.threshold is not None and len(self._recent) >= _FEWEST:
-            usual = median(self._recent)
-            if loss > self.threshold * usual:
-                what = f"the loss of step {step} is {loss:.4g}, where {usual:.4g} was usual before"
-                raise SpikeError(step, what, finite=True)
-        self._recent.append(loss)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the recent losses."""
-        return {"recent": list(self._recent)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from recent losses; what is unread belongs to steps that are taken back."""
-        self._recent = deque(state["recent"], maxlen=_WINDOW)
-        self._unread.clear()
+    skipped = state.progress.skipped
+    steps = [spike.step]
+    if spike.finite and spike.step - 1 in skipped:
+        earlier = next((step for step in range(spike.step - 1, 0, -1) if step not in skipped), None)
+        steps += [] if earlier is None else [earlier]
+    if len(skipped) + len(steps) > settings.max_skipped:
+        raise RelayError(
+            f"{spike.what}, and {len(skipped)} batches are left out already: look at the data, lower optimizer.lr, or "
+            "raise run.max_skipped, then resume"
+        )
+    checkpoints.wait()
+    contents = newest(checkpoints, state.strategy.group, say, before=min(steps))
+    if contents is None:
+        raise RelayError(
+            f"{spike.what}, and no checkpoint before step {min(steps)} is kept: raise checkpoint.keep and start again"
+        )
+    skipped = skipped | {step: state.samples_of(step) for step in steps}
+    state.restore(contents)
+    state.progress.skipped = skipped
+    state.progress.stop_reason = None  # the steps that follow decide again whether the run ends
+    left_out = " and ".join(f"step {step}" for step in sorted(steps))
+    say(f"{spike.what}: rolling back to step {contents.step:,} and leaving out the batch of {left_out}")
+    if state.strategy.group.main:
+        checkpoints.remove_after(contents.step)  # the later ones contain what the left-out batch led to
+    lines: int = contents.state["metrics_lines"]
+    return lines

@@ -1,298 +1,334 @@
-"""Step 7: what surrounds the loop: opening or resuming a run before its first step, closing it after its last."""
+"""Step 7: what surrounds the loop: the run's folder, its log, checkpoints and signals."""
 
-import json
 import shlex
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchrelay.checkpoint.checkpointer import Checkpointer
 from torchrelay.checkpoint.format import Contents, read
-from torchrelay.data.files import Marks, differences, together
+from torchrelay.checkpoint.schedule import CheckpointSettings
+from torchrelay.data.batches import Batches
+from torchrelay.data.files import differences
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
-from torchrelay.errors import Interrupted, RelayError, UsageError
-from torchrelay.models.ema import EMA
+from torchrelay.errors import Interrupted, UsageError
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
-from torchrelay.run.terminal import Counters, metric
-from torchrelay.train.recovery import SpikeError
-from torchrelay.train.signals import StopNow, StopSignal
+from torchrelay.run.settings import RunSettings
+from torchrelay.run.terminal import Counters
+from torchrelay.train import recovery
+from torchrelay.train.assemble import EarlyLog
+from torchrelay.train.progress import Progress
+from torchrelay.train.signals import StopSignal
+from torchrelay.train.spikes import Spike
+from torchrelay.train.state import TrainingState
 
-if TYPE_CHECKING:
-    from torchrelay.train.trainer import Trainer
+# Training images from which a model may initialize itself.
+_INITIAL_SAMPLES = 5_000
+# What any process may ask of all of them.
+_STOP, _SAVE = 1, 2
 
-_INITIAL_SAMPLES = 5_000  # training images from which a model may initialize itself
 
+class Session:
+    """Holds a run's folder, log, checkpoints and signals while the loop runs; begins a run or resumes it.
 
-@contextmanager
-def session(trainer: "Trainer", resume: bool, accept_changes: bool) -> Iterator[None]:
-    """Hold the run's folder, log and signals while the loop runs; go on from a checkpoint if asked to.
+    Without a folder, nothing is written and nothing can be resumed. Only rank 0 writes.
 
-    Raises:
-        Interrupted: a signal came, and a checkpoint is saved.
+    Args:
+        state: what a checkpoint saves and restores.
+        settings: what to do on a loss spike.
+        folder: the run's.
+        saving: when to save and what to keep.
+        log: where people read along, and what was said before the run's log is open.
+        record: what goes into recipe.toml.
+
+    Attributes:
+        run: the open run folder; on rank 0, while `hold` lasts.
+        checkpoints: of the folder.
+        save_due: whether a checkpoint is due, which at an epoch's end waits for the evaluation.
     """
-    if resume and trainer.folder is None:
-        raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
-    with ExitStack() as stack:
-        stack.enter_context(trainer.device.explain_errors(trainer.batches.batch_size))
-        trainer.signal = stack.enter_context(StopSignal())
-        stack.callback(_close, trainer)
-        if trainer.folder is not None and trainer.group.main:
-            trainer.run = RunFolder(trainer.folder, trainer.terminal, resume=resume)
-            for note in trainer.notes:
-                trainer.run.note(note)
-        trainer.say(_introduction(trainer))
-        if resume:
-            _go_on(trainer, accept_changes)
-        else:
-            _begin(trainer)
-        for callback in trainer.callbacks:
-            callback.on_start(trainer)
-        trainer.stopwatch.start()
+
+    def __init__(
+        self,
+        state: TrainingState,
+        settings: RunSettings,
+        folder: str | Path | None,
+        saving: CheckpointSettings | None,
+        log: EarlyLog,
+        record: dict[str, Any],
+    ) -> None:
+        self.folder, self.terminal, self.record = None if folder is None else Path(folder), log.terminal, record
+        self.run: RunFolder | None = None
+        self.checkpoints: Checkpointer | None = None
+        self.save_due = False
+        self._state, self._settings, self._group = state, settings, state.strategy.group
+        self._signal, self._log = StopSignal(), log
+        if self.folder is not None:
+            self.checkpoints = Checkpointer(
+                self.folder / "checkpoints",
+                saving or CheckpointSettings(),
+                steps_per_epoch=state.progress.steps_per_epoch,
+                total_steps=state.progress.total_steps,
+                before_write=lambda: self.run.flush() if self.run is not None else None,
+            )
+
+    @contextmanager
+    def hold(self, resume: bool) -> Iterator[None]:
+        """Open the run's folder and catch signals; close both at the end.
+
+        Args:
+            resume: whether the folder must hold a run, or must not.
+
+        Raises:
+            UsageError: there is no folder to resume, or it holds a run already.
+        """
+        if resume and self.folder is None:
+            raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
+        with ExitStack() as stack:
+            stack.enter_context(self._state.train_step.device.explain_errors(self._state.batches.batch_size))
+            stack.enter_context(self._signal)
+            stack.callback(self._close)
+            if self.folder is not None and self._group.main:
+                self.run = RunFolder(self.folder, self.terminal, resume=resume)
+                for note in self._log.notes:
+                    self.run.note(note)
+            yield
+
+    def _close(self) -> None:
+        self._state.progress.interrupted, self._state.progress.phase = False, ""
+        for batches in (self._state.batches, *self._state.evaluated.values()):
+            batches.close()
+        run, self.run = self.run, None
         try:
-            with trainer.terminal.progress(lambda: _counters(trainer), trainer.unit):
-                yield
-            _finish(trainer)
-        except StopNow:
-            raise _interrupted(trainer) from None
+            if self.checkpoints is not None:
+                self.checkpoints.close()
+        finally:
+            if run is not None:
+                run.close()
 
+    def start(self, resume: bool, accept_changes: bool) -> None:
+        """Restore the newest checkpoint, or begin, and save what the run starts from.
 
-@contextmanager
-def recovery(trainer: "Trainer") -> Iterator[None]:
-    """Go back to the last checkpoint before a step whose loss went wrong, and leave its batch out, if asked to.
+        Raises:
+            RelayError: the data or the recipe changed such that another result would follow.
+        """
+        contents = None
+        if resume and self.checkpoints is not None:
+            contents = recovery.newest(self.checkpoints, self._group, self.say)
+            if contents is None:
+                self.say("no checkpoint was saved yet: starting from the beginning")
+                self._rewind(0)
+        if contents is not None:
+            self._restore(contents, accept_changes)
+        else:
+            self._begin()
+        if self.run is not None:
+            self.run.write_files(self._state.files())
+            self.run.write_recipe(self.record)  # which may now ask for more epochs
+        if contents is None:
+            self.save()
 
-    Raises:
-        SpikeError: a loss went wrong and the run shall stop, or too many batches would be left out.
-    """
-    try:
-        yield
-    except SpikeError as spike:
-        path = _write_down(trainer, spike)
-        if trainer.folder is None or trainer.settings.on_spike == "stop":
-            where = f"; its sample indices are in {path}" if path is not None else ""
-            raise RelayError(f"{spike}; no checkpoint holds anything of it{where}") from None
-        _roll_back(trainer, trainer.run, spike)
+    def _begin(self) -> None:
+        """Initialize from the data, and give all ranks the weights of rank 0."""
+        state = self._state
+        if isinstance(state.model, InitFromData):
+            state.model.init_from(_initial_images(state))
+        state.strategy.broadcast_weights()
+        if state.ema is not None:
+            state.ema.restart(state.model)
 
+    def _restore(self, contents: Contents, accept_changes: bool) -> None:
+        state = self._state
+        threads = contents.state["identity"]["threads"]
+        if state.train_step.device.keep_threads(threads):
+            plural = "s" * (threads > 1)
+            self.say(f"resuming with {threads} thread{plural} per operation, as the run began (see device.threads)")
+        if self.run is not None:
+            self._compare(self.run, contents, accept_changes)
+        groups = state.train_step.optimizer.param_groups
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        state.restore(contents)
+        if accept_changes:  # then the recipe's rates and decays count, not the saved ones
+            for group, fresh in zip(state.train_step.optimizer.param_groups, options, strict=True):
+                group.update(fresh)
+        self._rewind(contents.state["metrics_lines"])
+        progress = state.progress
+        if progress.epochs_done >= progress.epochs:
+            self.say(f"the run is done: {progress.step:,} steps")
+        else:
+            self.say(f"resuming after step {progress.step:,} of {progress.total_steps:,}")
 
-def _write_down(trainer: "Trainer", spike: SpikeError) -> Path | None:
-    """Write which samples a step's batch had, for people to look at."""
-    if trainer.folder is None:
-        return None
-    path = trainer.folder / f"spike-step-{spike.step:08d}.json"
-    facts = {"step": spike.step, "what": spike.what, "samples": _samples(trainer, spike.step)}
-    path.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    return path
+    def _compare(self, run: RunFolder, contents: Contents, accept_changes: bool) -> None:
+        """Compare what the run was started with and what it is resumed with."""
+        # The recipe first: another seed also changes which samples are set apart for validation.
+        for change in identity.compare_recipes(run.read_recipe(), self.record, accept_changes):
+            self.say(f"changed: {change}")
+        files = self._state.files()
+        for warning in identity.compare(
+            contents.state["identity"],
+            self._state.identity(),
+            accept_changes,
+            data_changes=lambda: differences(run.read_files(), files),
+        ):
+            self.say(f"warning: {warning}")
 
-
-def _samples(trainer: "Trainer", step: int) -> list[int]:
-    """Return the indices of the samples of a step, counted from 1."""
-    found: list[int] = trainer.batches.indices(*divmod(step - 1, len(trainer.batches))).tolist()
-    return found
-
-
-def _roll_back(trainer: "Trainer", run: RunFolder | None, spike: SpikeError) -> None:
-    """Stand where the run stood before the batch to be left out.
-
-    That is the one that shows the spike. If the loss is high, and the batch before is left out already, then the harm
-    was done earlier, and the last batch that was trained on is left out as well. A resumed run decides the same again.
-    """
-    steps = [spike.step]
-    if spike.finite and spike.step - 1 in trainer.skipped:
-        earlier = next((s for s in range(spike.step - 1, 0, -1) if s not in trainer.skipped), None)
-        steps += [] if earlier is None else [earlier]
-    if len(trainer.skipped) + len(steps) > trainer.settings.max_skipped:
-        raise RelayError(
-            f"{spike.what}, and {len(trainer.skipped)} batches are left out already: the data or optimizer.lr may be "
-            "at fault; else raise run.max_skipped and resume"
+    def is_due(self) -> bool:
+        """Return whether a checkpoint is due after this step; set `progress.interrupted` if a signal came."""
+        by_clock = self._ask_all()
+        self.save_due = by_clock or (
+            self.checkpoints is not None and self.checkpoints.due_after(self._state.progress.step)
         )
-    trainer.checkpointer.wait()
-    contents = _newest(trainer, before=min(steps))
-    if contents is None:
-        raise RelayError(
-            f"{spike.what}, and no checkpoint before step {min(steps)} is kept to go back to: raise checkpoint.keep "
-            "and start again"
-        )
-    trainer.optimizer.zero_grad()
-    skipped = trainer.skipped | {step: _samples(trainer, step) for step in steps}
-    _stand_at(trainer, contents)
-    trainer.skipped = skipped
-    trainer.stop_reason = None  # the steps that follow decide anew whether the run ends
-    if run is not None:
-        trainer.checkpointer.remove_after(contents.step)  # they hold what the left-out batch led to
-        run.rewind(contents.state["metrics_lines"])
-    left_out = " and ".join(f"step {step}" for step in sorted(steps))
-    trainer.say(f"{spike.what}: going back to step {contents.step:,} and leaving out the batch of {left_out}")
+        return self.save_due
+
+    def is_interrupted(self) -> bool:
+        """Return whether a signal came, and set `progress.interrupted`: between the batches of an evaluation."""
+        self._ask_all()
+        return self._state.progress.interrupted
+
+    def _ask_all(self) -> bool:
+        """Learn whether a signal came to any process, and return whether any of them asks for a checkpoint.
+
+        Several processes learn it a step later, and all at the same step.
+        """
+        late = self._group.main and self.checkpoints is not None and self.checkpoints.due_by_clock()
+        asked = self._group.agree(_STOP * (self._signal.received is not None) | _SAVE * late)
+        self._state.progress.interrupted = bool(asked & _STOP)
+        return bool(asked & _SAVE)
+
+    def save(self, *, training_continues: bool = False) -> None:
+        """Save a checkpoint; only its staging in memory holds up the training.
+
+        Args:
+            training_continues: whether nothing but training steps changes the weights from here on; then most of the
+                staging holds up nothing, either.
+
+        Raises:
+            RelayError: an earlier one could not be written, or a loss so far was not finite.
+        """
+        if self.checkpoints is None:
+            return
+        spike = self._state.train_step.detector.read()
+        if spike is not None:
+            raise recovery.stop_at_spike(spike, None)
+        began = time.perf_counter()
+        contents = self._state.contents(self.run.metrics_lines if self.run is not None else 0)
+        self.save_due = False
+        if self.run is not None:
+            self.checkpoints.save(contents, training_continues=training_continues)
+            paused = 1000 * (time.perf_counter() - began)
+            self.run.note(f"saving after step {contents.step:,}; training paused for {paused:.1f} ms")
+
+    def wait(self) -> None:
+        """Wait until all checkpoints are on disk."""
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+
+    def settle(self, *, trained: bool = False) -> None:
+        """Wait until the weights are staged, as they are about to change; `trained`: by a training step."""
+        if self.checkpoints is not None:
+            self.checkpoints.settle(trained=trained)
+
+    def load_weights(self, which: str) -> Path:
+        """Load the weights of the checkpoint called "best", "last" or by its step, and return its folder."""
+        if self.checkpoints is None:
+            raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
+        path = self.checkpoints.find(which)
+        self.settle()
+        self._state.load_weights(read(path))
+        return path
+
+    def roll_back(self, spike: Spike) -> None:
+        """Restore the checkpoint before a spike and leave out its batch.
+
+        Raises:
+            RelayError: it can't be, or `run.on_spike` is "stop".
+        """
+        if self.folder is not None:
+            recovery.write_down(spike, self.folder, self._state.samples_of(spike.step))
+        if self.checkpoints is None or self._settings.on_spike == "stop":
+            raise recovery.stop_at_spike(spike, self.folder)
+        self._rewind(recovery.roll_back(spike, self._state, self.checkpoints, self._settings, self.say))
+
+    def interruption(self) -> Interrupted:
+        """Save after a signal, and return the error that says how to resume."""
+        signal = self._signal.received.name if self._signal.received is not None else "a signal"
+        done = f"stopped by {signal} after step {self._state.progress.step:,}"
+        if self.checkpoints is None:
+            return Interrupted(f"{done}; there is no run folder to resume from")
+        spike = self._state.train_step.detector.read()
+        if spike is None:
+            self.save()
+        elif self._settings.on_spike == "stop":
+            raise recovery.stop_at_spike(spike, None)
+        # A spike that is to be rolled back is met again by the resumed run.
+        self.checkpoints.wait()
+        # Whoever started the processes ends all of them when one ends.
+        self._group.barrier("the last checkpoint")
+        return Interrupted(f"{done}, saved; resume with: torchrelay resume {shlex.quote(str(self.folder))}")
+
+    def _rewind(self, lines: int) -> None:
+        if self.run is not None:
+            self.run.rewind(lines)
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal and to the run's log."""
+        (self.run or self.terminal).say(text)
+
+    def record_line(self, split: str, values: Mapping[str, Any]) -> None:
+        """Append a line to the run's metrics, if there is a run."""
+        progress, now = self._state.progress, round(time.time(), 3)
+        if split == "step":
+            progress.last_loss = values["loss"]
+        if self.run is not None:
+            line = {"step": progress.step, "epoch": -(-progress.step // progress.steps_per_epoch), "split": split}
+            self.run.record({**line, **values, "time": values.get("time", now)})
 
 
-def _stand_at(trainer: "Trainer", contents: Contents) -> None:
-    """Stand where a checkpoint stands; what it was judged by stays with it, should it be saved again."""
-    trainer.load_weights(contents)
-    trainer.load_state_dict(contents.state)
-    trainer.evaluated_at = (contents.step, contents.metrics)
+def _initial_images(state: TrainingState) -> Tensor:
+    """Return some training images, spread evenly and prepared as for an evaluation."""
+    batches, source = state.batches, state.batches.source
+    if not isinstance(source, ArraySource):
+        name = type(state.model).__name__
+        raise UsageError(f"{name} initializes itself from images in memory: use arrays or an image folder")
+    positions = np.arange(min(len(source), _INITIAL_SAMPLES))
+    chosen = torch.from_numpy(order(batches.seed, 0, positions, len(source)))
+    images = batches.pipeline.evaluate(batches.device.move(source.inputs[chosen]))
+    arranged: Tensor = batches.device.arrange(images)
+    return arranged
 
 
-def _close(trainer: "Trainer") -> None:
-    trainer.signal, trainer.phase = StopSignal(), ""  # a signal ended this session, not what comes after it
-    for batches in (trainer.batches, *trainer.evaluated.values()):
-        batches.close()
-    try:
-        trainer.checkpointer.close()
-    finally:
-        run, trainer.run = trainer.run, None
-        if run is not None:
-            run.close()
-
-
-def _begin(trainer: "Trainer") -> None:
-    """Initialize from the data, take the first process's weights, write down what runs, save what it starts from."""
-    if isinstance(trainer.model, InitFromData):
-        trainer.model.init_from(_initial_images(trainer))
-    trainer.strategy.broadcast_weights()
-    if trainer.ema is not None:
-        trainer.ema = EMA(trainer.model, trainer.ema.decay)  # which begins with the initial weights
-    if trainer.run is not None:
-        trainer.run.write_files(_files(trainer))
-        trainer.run.write_recipe(trainer.record)
-    trainer.save()
-
-
-def _files(trainer: "Trainer") -> Marks:
-    """Return all files that the run's data comes from."""
-    sources = [batches.source for batches in (trainer.batches, *trainer.evaluated.values())]
-    return together(source.files for source in sources if source.files is not None)
-
-
-def _newest(trainer: "Trainer", before: int | None = None) -> Contents | None:
-    """Return the newest whole checkpoint: the first process looks for it, and all read the same."""
-    if trainer.group.size == 1:
-        return trainer.checkpointer.newest(trainer.say, before)
-    if trainer.group.main:
-        contents = trainer.checkpointer.newest(trainer.say, before)
-        trainer.group.broadcast_bytes(b"" if contents is None else str(contents.step).encode())
-        return contents
-    step = trainer.group.broadcast_bytes(None).decode()
-    return read(trainer.checkpointer.find(step)) if step else None
-
-
-def _go_on(trainer: "Trainer", accept_changes: bool) -> None:
-    """Stand where the newest whole checkpoint stands."""
-    contents = _newest(trainer)
-    if contents is None:
-        trainer.say("no checkpoint was saved yet: starting from the beginning")
-        if trainer.run is not None:
-            trainer.run.rewind(0)
-        _begin(trainer)
-        return
-    _keep_threads(trainer, contents)
-    if trainer.run is not None:
-        _compare(trainer, trainer.run, contents, accept_changes)
-    options = [dict(group, params=None) for group in trainer.optimizer.param_groups]
-    _stand_at(trainer, contents)
-    if accept_changes:  # then the recipe's rates and decays count, not those that were saved
-        for group, fresh in zip(trainer.optimizer.param_groups, options, strict=True):
-            group.update({key: value for key, value in fresh.items() if key != "params"})
-    if trainer.run is not None:
-        trainer.run.rewind(contents.state["metrics_lines"])
-        trainer.run.write_recipe(trainer.record)  # which may now ask for more epochs
-        trainer.run.write_files(_files(trainer))
-    if trainer.epochs_done >= trainer.settings.epochs:
-        trainer.say(f"the run is done: {trainer.step:,} steps")
-    else:
-        trainer.say(f"going on after step {trainer.step:,} of {trainer.total_steps:,}")
-
-
-def _keep_threads(trainer: "Trainer", contents: Contents) -> None:
-    """Compute with as many threads as before, unless the settings say how many: others would give other bits."""
-    before = contents.state["identity"]["threads"]
-    if trainer.device.settings.threads is None and before != torch.get_num_threads():
-        torch.set_num_threads(before)
-        trainer.say(f"going on with {before} thread{'s' * (before > 1)} an operation, as it began (see device.threads)")
-
-
-def _compare(trainer: "Trainer", run: RunFolder, contents: Contents, accept_changes: bool) -> None:
-    """Compare what the run was started with and what there is now.
-
-    Raises:
-        RelayError: something would lead to another result, and that wasn't accepted.
-    """
-    # The recipe first: a seed that changed also changes which samples are set apart.
-    for change in identity.compare_recipes(run.read_recipe(), trainer.record, accept_changes):
-        trainer.say(f"changed: {change}")
-    files = _files(trainer)
-    for warning in identity.compare(
-        contents.state["identity"],
-        trainer.identity(),
-        accept_changes,
-        data_changes=lambda: differences(run.read_files(), files),
-    ):
-        trainer.say(f"warning: {warning}")
-
-
-def _interrupted(trainer: "Trainer") -> Interrupted:
-    """Save, and say how to go on."""
-    signal = trainer.signal.received.name if trainer.signal.received is not None else "a signal"
-    done = f"stopped by {signal} after step {trainer.step:,}"
-    if trainer.folder is None:
-        return Interrupted(f"{done}; there is no run folder to resume from")
-    try:
-        trainer.save()
-    except SpikeError:  # of a step that nobody had read yet; the resumed run meets it again
-        if trainer.settings.on_spike == "stop":
-            raise
-    trainer.checkpointer.wait()
-    trainer.group.barrier("the last checkpoint")  # whoever started us ends all when one ends
-    return Interrupted(f"{done}, saved; go on with: torchrelay resume {shlex.quote(str(trainer.folder))}")
-
-
-def _finish(trainer: "Trainer") -> None:
-    if trainer.stop_reason is not None:
-        trainer.say(f"stopped: {trainer.stop_reason}")
-    trainer.checkpointer.wait()
-    if trainer.last_evaluation is None and trainer.evaluated:  # the run had come to its end before
-        trainer.evaluate(trainer.selects_on)
-    for callback in trainer.callbacks:
-        callback.on_end(trainer)
-    if trainer.best is not None:
-        shown = metric(trainer.best.value, trainer.task.percent).strip()
-        name = trainer.task.headline.replace("_", " ")
-        trainer.say(f"best {trainer.selects_on} {name}: {shown} (epoch {trainer.best.epoch})")
-
-
-def _introduction(trainer: "Trainer") -> str:
-    data = trainer.batches.source
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+def introduction(state: TrainingState, name: str) -> str:
+    """Return the first line of a run: the model, the data, the device."""
+    source = state.batches.source
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
     return (
-        f"{trainer.record['model']['name']} ({parameters:,} parameters) on {data.name} ({len(data):,} samples), "
-        f"{trainer.total_steps:,} steps on {trainer.device.describe()}"
+        f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
+        f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
     )
 
 
-def _counters(trainer: "Trainer") -> Counters:
+def counters(progress: Progress) -> Counters:
     """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
     return Counters(
-        epoch=min(trainer.epochs_done + 1, trainer.settings.epochs),
-        epochs=trainer.settings.epochs,
-        step=trainer.step,
-        steps=trainer.total_steps,
-        samples=trainer.samples_seen,
-        loss=trainer.step_log.last,
-        phase=trainer.phase,
+        epoch=min(progress.epochs_done + 1, progress.epochs),
+        epochs=progress.epochs,
+        step=progress.step,
+        steps=progress.total_steps,
+        samples=progress.stopwatch.total,
+        loss=progress.last_loss,
+        phase=progress.phase,
     )
 
 
-def _initial_images(trainer: "Trainer") -> Tensor:
-    """Return some training images, evenly from all of them and as evaluation prepares them."""
-    source = trainer.batches.source
-    if not isinstance(source, ArraySource):
-        name = type(trainer.model).__name__
-        raise UsageError(f"{name} initializes itself from images in memory: use arrays or an image folder")
-    places = np.arange(min(len(source), _INITIAL_SAMPLES))
-    chosen = torch.from_numpy(order(trainer.settings.seed, 0, places, len(source)))
-    images: Tensor = trainer.device.arrange(trainer.pipeline.evaluate(trainer.device.move(source.inputs[chosen])))
-    return images
+def unit(batches: Batches) -> str:
+    """Return what people call the samples."""
+    source = batches.source
+    return "images" if not isinstance(source, ArraySource) or source.inputs.ndim == 4 else "samples"

@@ -1,74 +1,47 @@
-"""Step 7: the loop. `fit` calls `train_step`, which calls `optimizer.step`; there is nothing between them.
+"""Step 7: the trainer: the seven steps in their order, and the loop.
 
-open the run                                           # or go on from its newest checkpoint
-for each epoch:
-    for each global batch, from where the run stands:
-        set the learning rates of this step
-        loss and gradients of every replica, added in a fixed tree
-        update; average the weights
-        log, save, stop, where it is time to
-    evaluate, keep the best, save
+`Trainer.fit` in words::
+
+    open the run's folder, and restore the newest checkpoint if the run is resumed
+    for each epoch:
+        for each global batch, from where the run stands:
+            take a step: loss and gradients of every replica, added in a fixed tree; update the weights
+            call the callbacks; save, stop, where it is due
+        evaluate, keep the best, save
+        after a loss spike, roll back to the checkpoint before it
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import reduce
-from operator import add
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchrelay import rng
-from torchrelay.checkpoint.checkpointer import Checkpointer
-from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.schedule import CheckpointSettings
-from torchrelay.data.augment.pipeline import Augment, Pipeline
 from torchrelay.data.batch import Batch
-from torchrelay.data.batches import Batches, Sampling
-from torchrelay.data.sources import ArraySource, as_source, statistics
-from torchrelay.device import processor
-from torchrelay.device.device import DeviceSettings, set_up
+from torchrelay.data.batches import Batches
+from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.distributed.build import build_strategy
-from torchrelay.distributed.process_group import init_process_group
-from torchrelay.distributed.replicas import ParallelSettings, count_replicas
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.models.ema import EMA
-from torchrelay.optim.groups import clear_gradients
-from torchrelay.optim.optimizers import SGD
-from torchrelay.optim.schedules import Constant, Schedule, ScheduleSettings
-from torchrelay.run import identity
+from torchrelay.optim.optimizers import OptimizerBase
+from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.run.folder import RunFolder
-from torchrelay.run.metrics import Stopwatch
 from torchrelay.run.settings import RunSettings
-from torchrelay.run.terminal import Terminal
-from torchrelay.tasks.classification import Classification
-from torchrelay.tasks.targets import check_targets, explain
+from torchrelay.run.terminal import Terminal, epoch_line, metric
 from torchrelay.tasks.task import Task
-from torchrelay.train.backward import backward_from_mean, mean_loss
-from torchrelay.train.callbacks import Callback, Pictures, StepLog, epoch_text
-from torchrelay.train.evaluation import Evaluation, RunningSums, evaluate, predict
-from torchrelay.train.graph import graphed, set_rate
-from torchrelay.train.recovery import SpikeDetector
-from torchrelay.train.session import recovery, session
-from torchrelay.train.signals import StopNow, StopSignal
-from torchrelay.train.views import Forward, check_tta, with_tta
-
-_NO_GRAD = torch.no_grad()  # to make one takes longer than to use it
-_STOP, _SAVE = 1, 2  # what any process may ask of all
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best evaluation so far."""
-
-    value: float
-    epoch: int  # counted from 1
+from torchrelay.train import assemble
+from torchrelay.train.callbacks import Callback, EarlyStopping
+from torchrelay.train.evaluation import Evaluation, Evaluator, score
+from torchrelay.train.logs import Pictures, StepLog
+from torchrelay.train.progress import Best, Progress, RunningSums
+from torchrelay.train.session import Session, counters, introduction, unit
+from torchrelay.train.spikes import Spike, SpikeDetector
+from torchrelay.train.state import TrainingState
+from torchrelay.train.step import StepResult, TrainStep
 
 
 class Trainer:
@@ -77,30 +50,25 @@ class Trainer:
     Args:
         model: any module; its initial weights are the caller's.
         train: training data: a source of `torchrelay.data`, a map-style Dataset, or a pair (inputs, targets).
-        test: test data, likewise; evaluated once each sample.
-        validation: data by which "best" and early stopping go, if it shall not be the test data.
+        test: test data, likewise; each sample is evaluated once.
+        validation: data by which "best" and early stopping go instead of the test data.
         task: what a batch means; classification if not given.
         optimizer: settings such as `optim.SGD(lr=0.1)`, or any function from a model to a torch optimizer.
         schedule: how the learning rate changes by step, such as `optim.Cosine()`.
-        epochs: how many times to go through the training data.
-        batch_size: samples of a global batch.
+        epochs: passes over the training data; short for `settings.epochs`.
+        seed: of all randomness; short for `settings.seed`.
         run: the run's folder; without one nothing is written and nothing can be resumed.
-        settings: seed, exactness and intervals; `epochs` and `seed` stand beside it for short.
-        seed: see `RunSettings.seed`.
-        augment: batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`.
-        prepare: what training and test images alike go through first, such as `[augment.Resize(size=112)]`.
-        normalize: whether images are shifted and scaled by the data's channel means and deviations.
-        sampling: "shuffle", "balanced" (every class as often) or "sequential".
-        drop_last: leave out an epoch's last batch where it is smaller.
-        workers: processes that read a torch Dataset; arrays need none.
-        device: a name such as "cuda:1", or `DeviceSettings`.
-        parallel: into how many replicas a global batch is divided.
-        ema: decay of an exponential average of the weights, by which evaluations go; 0: none.
-        clip_norm: largest norm of the gradient; unset: as it is.
+        settings: seed, exactness, intervals, patience.
+        device: a name such as "cuda:1", `DeviceSettings`, or a device that is set up.
+        parallel: into how many replicas a global batch is divided, and how devices share them.
+        ema: decay of an exponential average of the weights, which is evaluated in their place; 0: none.
+        clip_norm: the largest norm of the gradient; the optimizer settings' if not given.
         checkpoint: when to save and what to keep.
-        callbacks: what else shall happen around a step.
+        callbacks: called around each step and epoch.
         terminal: where people read along.
         record: what goes into recipe.toml, if the trainer was built from a recipe.
+        notes: what was said before, for the run's log.
+        data: batch_size, augment, prepare, normalize, sampling, drop_last and workers; see `BatchOptions`.
 
     Raises:
         UsageError: an argument is wrong; nothing was started.
@@ -117,17 +85,10 @@ class Trainer:
         optimizer: Callable[[nn.Module], Optimizer] | None = None,
         schedule: ScheduleSettings | None = None,
         epochs: int | None = None,
-        batch_size: int = 256,
+        seed: int | None = None,
         run: str | Path | None = None,
         settings: RunSettings | None = None,
-        seed: int | None = None,
-        augment: Sequence[Augment] = (),
-        prepare: Sequence[Augment] = (),
-        normalize: bool = True,
-        sampling: Sampling = "shuffle",
-        drop_last: bool = False,
-        workers: int = 0,
-        device: str | DeviceSettings = "auto",
+        device: str | DeviceSettings | Device = "auto",
         parallel: ParallelSettings | None = None,
         ema: float = 0.0,
         clip_norm: float | None = None,
@@ -135,359 +96,228 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         terminal: Terminal | None = None,
         record: dict[str, Any] | None = None,
+        notes: Sequence[str] = (),
+        **data: Unpack[assemble.BatchOptions],
     ) -> None:
-        # 1. Prepare: parameters, and where people read along
-        changes = {name: value for name, value in (("epochs", epochs), ("seed", seed)) if value is not None}
-        self.settings = RunSettings(**((settings or RunSettings()).model_dump() | changes))
-        self.terminal = terminal or Terminal()
-        self.folder = Path(run) if run is not None else None
-        self.run: RunFolder | None = None
-        self.notes: list[str] = []  # what was said before there was a run, for its log
-
-        # 4. The device comes before the data, which is augmented there
-        chosen = device if isinstance(device, DeviceSettings) else DeviceSettings(name=device)
-        self.device = set_up(chosen, self.settings.exact)
-        sharing = parallel or ParallelSettings()
-        self.group = init_process_group(self.device.device, sharing.timeout)
-        self.replicas = count_replicas(sharing, self.group.size, self.settings.exact)
-        if not self.group.main:
-            self.terminal = Terminal(quiet=True)  # one speaks for all
-
-        # 2. Data: sources, and the iterators that make global batches of them
-        source = as_source(train)
-        self.classes = source.classes
-        self.pipeline = Pipeline(
-            transforms=tuple(augment),
-            prepare=tuple(prepare),
-            classes=len(source.classes),
-            **(statistics(source) if normalize else {}),
-        )
-
-        def batches(data: Any, training: bool) -> Batches:
-            return Batches(
-                as_source(data),
-                batch_size,
-                self.device,
-                self.pipeline,
-                seed=self.settings.seed,
-                train=training,
-                sampling=sampling if training else "sequential",
-                replicas=self.replicas if training else 1,
-                rank=self.group.rank,
-                world_size=self.group.size,
-                workers=workers,
-                drop_last=drop_last and training,
-            )
-
-        self.batches = batches(source, training=True)
-        parts = (("validation", validation), ("test", test))
-        self.evaluated = {name: batches(part, training=False) for name, part in parts if part is not None}
-        self.selects_on = next(iter(self.evaluated), "train")
-
+        # 1. Prepare
+        self.settings, parallel = assemble.run_settings(settings, epochs, seed), parallel or ParallelSettings()
+        # 4. Device: before the data, which is augmented on it
+        here, group, replicas = assemble.prepare_device(device, parallel, self.settings.exact)
+        log = assemble.EarlyLog((terminal or Terminal()) if group.main else Terminal(quiet=True), notes)
+        # 2. Data
+        parts = {"validation": validation, "test": test}
+        self.batches, evaluated = assemble.make_batches(train, parts, data, here, group, replicas, self.settings.seed)
         # 3. Model
-        self.model = model
+        self.model, exact = model, self.settings.exact
         self.strategy = build_strategy(
-            model,
-            sharing.kind,
-            self.group,
-            self.device,
-            exact=self.settings.exact,
-            dummy_loss=self._dummy_loss,
-            say=self._note,
+            model, parallel.kind, group, here, exact=exact, dummy_loss=self._dummy_loss, say=log.say
         )
-        self.ema = EMA(self.model, ema) if ema else None
+        # 5. Optimizer and schedule, 6. loss
+        made = assemble.make_optimizer(optimizer, self.strategy)
+        self.task = assemble.prepare_task(task, self.batches, evaluated)
+        # 7. Train and test
+        average = EMA(model, ema) if ema else None
+        if clip_norm is None and isinstance(optimizer, OptimizerBase):
+            clip_norm = optimizer.clip_norm
+        record = record or assemble.own_record(self.settings, self.batches, self.strategy.model_name, here)
+        record["parallel"] = parallel.model_dump() | {"replicas": replicas}
+        self._join_parts(made, here, schedule, clip_norm, average, evaluated, callbacks, record)
+        self.session = Session(self.state, self.settings, run, checkpoint, log, record)
 
-        # 5. Optimizer and schedule
-        self.optimizer = (optimizer or SGD())(self.model)
-        self.strategy.check_optimizer(self.optimizer)
-        for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.clip_norm = clip_norm if clip_norm is not None else getattr(optimizer, "clip_norm", None)
-        self.total_steps = self.settings.epochs * len(self.batches)
-        self.schedule: Schedule = (schedule or Constant()).bind(len(self.batches), self.total_steps)
-        self.scaler = self.device.scaler()
-        self.graph = graphed(self.device, self.optimizer, self.replicas, self.group.size)
-
-        # 6. Loss
-        self.task = task or Classification()
-        if getattr(self.task, "classes", 0) is None and self.classes:
-            self.task.classes = len(self.classes)  # type: ignore[attr-defined]
-        check_tta(self.settings.test_views, isinstance(self.task, Classification))
-        self.measures = self.settings.train_metrics and type(self.task).measure is not Task.measure
-        for part in (self.batches, *self.evaluated.values()):
-            check_targets(self.task.check, part)
-
-        if self.group.size > 1:  # a process without samples of a last batch must know what kind of thing a weight is
-            self._some_weight = self.task.weight(self.batches.dummy_batch().targets)
-
-        # 7. Where the run stands
-        self.record = record or _own_record(self)
-        self.record["parallel"] = sharing.model_dump() | {"replicas": self.replicas}
-        self.step = 0  # optimizer steps done; the place within the epoch follows from this
-        self.epochs_done = 0  # epochs trained and evaluated
-        self.best: Best | None = None
-        self.last_evaluation: Evaluation | None = None  # of the part that `selects_on` names
-        self.evaluated_at: tuple[int, dict[str, float]] = (-1, {})  # after which step, and what came out
-        self._ended = 0  # the step after which an epoch's end was last done
-        self.sums = self._new_sums()  # of the running epoch
-        self.checkpointer = Checkpointer(
-            (self.folder or Path()) / "checkpoints",
-            checkpoint or CheckpointSettings(),
-            steps_per_epoch=len(self.batches),
-            total_steps=self.total_steps,
-            before_write=lambda: self.run.flush() if self.run is not None else None,
+    def _join_parts(
+        self,
+        optimizer: Optimizer,
+        device: Device,
+        schedule: ScheduleSettings | None,
+        clip_norm: float | None,
+        ema: EMA | None,
+        evaluated: dict[str, Batches],
+        callbacks: Sequence[Callback],
+        record: dict[str, Any],
+    ) -> None:
+        """Build what the loop calls: the step, the evaluator, and the state that a checkpoint saves."""
+        settings, group, epoch = self.settings, self.strategy.group, len(self.batches)
+        sums = RunningSums(group, self.batches.replicas // group.size)
+        self.progress = Progress(settings.epochs, epoch, settings.max_steps, sums)
+        self.train_step = TrainStep(
+            self.strategy,
+            self.task,
+            optimizer,
+            device,
+            replicas=self.batches.replicas,
+            schedule=(schedule or Constant()).bind(epoch, self.progress.total_steps),
+            seed=settings.seed,
+            ema=ema,
+            detector=SpikeDetector(settings.spike_threshold),
+            clip_norm=clip_norm,
+            watch_norm=settings.on_spike == "rollback",
+            measure=settings.train_metrics,
+            dummy_batch=self.batches.dummy_batch,
+            before_update=lambda: self.session.settle(trained=True),
         )
-        self._save_is_due = False
-        self.step_log = StepLog()
-        self.stopwatch = Stopwatch()
-        self.callbacks = [self.step_log, Pictures(), *callbacks]
-        self.guard = SpikeDetector(self.settings.spike_threshold)
-        self.skipped: dict[int, list[int]] = {}  # steps left out for their loss, counted from 1, and their samples
-        self.signal = StopSignal()
-        self.stop_reason: str | None = None
-        self.samples_seen = 0  # since this process began; for people only
-        self.phase = ""
+        self.evaluator = Evaluator(
+            self.model,
+            self.task,
+            device,
+            evaluated,
+            forward=self.strategy,
+            views=settings.test_views,
+            group=group,
+            ema=ema,
+            collective_forward=self.strategy.collective_forward,
+            before=lambda: self.session.settle(),
+        )
+        summary = not self.strategy.collective_forward
+        pictures = Pictures(self.batches, self.evaluator, self.progress, self.task, record, summary=summary)
+        patience = [EarlyStopping(settings.patience)] if settings.patience else []
+        self.callbacks = [StepLog(), pictures, *patience, *callbacks]
+        self.state = TrainingState(self.model, self.train_step, self.progress, self.batches, evaluated, self.callbacks)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self) -> dict[str, float]:
+    # [loop]
+    def fit(self, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
         """Train until the end and return the last evaluation's metrics.
+
+        Args:
+            resume: whether to continue from the newest whole checkpoint, as `resume()` does.
+            accept_changes: whether to resume even if the data or the recipe changed, to another result.
 
         Raises:
             Interrupted: a signal stopped the run, and a checkpoint is saved.
-            RelayError: the run can't go on; the text says why and what to do.
+            RelayError: the run can't continue; the text says why and what to do.
         """
-        return self._fit(resume=False)
+        with self._around_loop(resume, accept_changes):
+            while self.progress.continues:
+                self.model.train()
+                spike = None
+                for batch in self._rest_of_epoch():
+                    result = self.train_step.step(batch, self.progress.step)
+                    spike = result.spike or self.after_step(batch, result)
+                    if spike is not None or self.progress.stop_reason is not None or self.progress.interrupted:
+                        break
+                if spike is None and not self.progress.interrupted:
+                    spike = self._end_epoch()
+                if spike is not None:
+                    self.session.roll_back(spike)
+        return self.evaluator.last.values if self.evaluator.last else {}
+
+    # [end of loop]
 
     def resume(self, *, accept_changes: bool = False) -> dict[str, float]:
-        """Go on from the newest whole checkpoint of the run's folder, to the bits of a run never stopped.
+        """Continue from the newest whole checkpoint of the run's folder, to the bits of a run never interrupted."""
+        return self.fit(resume=True, accept_changes=accept_changes)
 
-        Args:
-            accept_changes: go on even if the data or the recipe changed, to another result.
-        """
-        return self._fit(resume=True, accept_changes=accept_changes)
+    @contextmanager
+    def _around_loop(self, resume: bool, accept_changes: bool) -> Iterator[None]:
+        """Start or resume the run before the loop; finish it after, or save what a signal interrupted."""
+        session, progress = self.session, self.progress
+        with session.hold(resume):
+            session.say(introduction(self.state, session.record["model"]["name"]))
+            session.start(resume, accept_changes)
+            for callback in self.callbacks:
+                callback.on_start(self)
+            progress.stopwatch.start()
+            with session.terminal.progress(lambda: counters(progress), unit(self.batches)):
+                yield
+            if not progress.interrupted:
+                self._finish()
+            if progress.interrupted:
+                raise session.interruption()
 
-    def _fit(self, resume: bool, accept_changes: bool = False) -> dict[str, float]:
-        with session(self, resume, accept_changes):
-            while self._goes_on():
-                with recovery(self):  # from a step whose loss went wrong
-                    self.model.train()
-                    for batch in self._batches_from_here():
-                        loss = self.train_step(batch)
-                        self._after_step(batch, loss)
-                        if self.stop_reason is not None:
-                            break
-                    self._end_epoch()
-        return self.last_evaluation.values if self.last_evaluation else {}
-
-    def train_step(self, batch: Batch) -> Tensor:
-        """Take one optimizer step on a global batch.
-
-        Returns:
-            The mean loss over the batch, without dimensions, on the device: reading its value waits for the device.
-        """
-        for group in self.optimizer.param_groups:
-            set_rate(group, self.schedule.at(self.step, group["initial_lr"]))
-        if self.graph is not None:  # what follows, recorded and replayed
-            return self.graph.train_step(self, batch)
-        try:
-            loss = self.backward(batch)
-        except Exception as error:
-            explain(error, batch, self.model)  # raises what names the sample, if one is to blame
-            raise
-        self.guard.watch(self.step + 1, loss, self.clip())
-        self._settle(trained=True)  # a checkpoint may still be copied from the weights
-        self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
-        self.scaler.update()
-        clear_gradients(self.optimizer)
-        if self.ema is not None:
-            self.ema.update(self.model, self.step)
-        self.step += 1
-        return loss
-
-    def backward(self, batch: Batch) -> Tensor:
-        """Leave the gradient of the mean loss over a global batch in the parameters, and return that loss."""
-        total = self._weight(batch)
-        if self.replicas == 1:
-            loss = self._replica(0, batch.inputs, batch.targets, total)
-        else:
-            loss = self._own_replicas(batch, total)
-        self.sums.add_loss(loss, total)
-        return loss
-
-    def _own_replicas(self, batch: Batch, total: Tensor | float) -> Tensor:
-        """Compute this process's replicas one after another; all processes' gradients and losses are added."""
-        losses = []
-        for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
-            with self.strategy.replica(last=replica == batch.first_replica):
-                losses.append(self._replica(replica, inputs, targets, total) if len(targets) else self._nothing())
-        return self.strategy.reduce(losses)
-
-    def _nothing(self) -> Tensor:
-        """Return the loss of a replica without samples."""
-        if self.measures:
-            self.sums.add_measures({}, 0)
-        return torch.zeros((), device=self.device.device)
-
-    def _dummy_loss(self) -> Tensor:
-        """Go forward through any samples, where a process has none and the others wait for it."""
-        batch = self.batches.dummy_batch()
-        with self.device.autocast():
-            return self.task.loss(self.strategy(batch.inputs), batch.targets)
-
-    def _weight(self, batch: Batch) -> Tensor | float:
-        """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
-        counted = self.task.weight_of(batch.size)
-        if counted is not None:
-            return counted
-        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.replicas() if len(targets)]
-        if self.group.size > 1:
-            weights += [0.0 * self._some_weight] * (len(batch.replica_sizes) - len(weights))
-            on_device = isinstance(self._some_weight, Tensor)
-            own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
-            found = self.group.gather(own).flatten()
-            weights = list(found.unbind()) if on_device else found.tolist()
-        total: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else math.fsum(weights)
-        return total
-
-    def _replica(self, replica: int, inputs: Any, targets: Tensor, total: Tensor | float) -> Tensor:
-        """Go forward and backward through one replica's part; return its share of the mean loss."""
-        rng.reseed(rng.step_seed(self.settings.seed, "model", self.step, replica), self.device.device)
-        with self.device.autocast():
-            outputs = self.strategy(inputs)
-            loss = self.task.loss(outputs, targets)
-        backward_from_mean(loss, total, self.scaler.scale)
-        if self.measures:
-            with _NO_GRAD:
-                self.sums.add_measures(self.task.measure(outputs, targets), self.task.count(targets))
-        return mean_loss(loss, total)
-
-    def clip(self) -> Tensor | None:
-        """Scale the gradient down to `clip_norm`; return its norm where somebody asks for it."""
-        watched = self.settings.on_spike == "rollback" and not self.scaler.is_enabled()  # which overflows on purpose
-        if self.clip_norm is None:
-            return self.strategy.grad_norm(self.parameters) if watched else None
-        self.scaler.unscale_(self.optimizer)
-        norm = self.strategy.clip_grad_norm(self.parameters, self.clip_norm)
-        return norm if watched else None
-
-    # ------------------------------------------------------------------------------------------------ around a step
-
-    def _batches_from_here(self) -> Iterator[Batch]:
-        """Yield the batches of the running epoch from where the run stands, but for the skipped ones."""
-        self._stop_at_limit()
-        if self.stop_reason is not None:  # a run that a signal stopped in its last evaluation
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        """Yield the batches of the running epoch from where the run stands, without the skipped ones."""
+        progress = self.progress
+        if progress.stop_at_limit():  # the run was interrupted in its last evaluation
             return
-        for batch in self.batches.epoch(self.epochs_done, start=self.step - self.epochs_done * len(self.batches)):
-            if self.step + 1 not in self.skipped:
+        for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
+            if progress.step + 1 not in progress.skipped:
                 yield batch
                 continue
-            self.step += 1
-            self._stop_at_limit()
-            if self.stop_reason is not None:
+            progress.step += 1
+            if progress.stop_at_limit():
                 return
 
-    def _after_step(self, batch: Batch, loss: Tensor) -> None:
+    def after_step(self, batch: Batch, result: StepResult) -> Spike | None:
+        """Count a step, call the callbacks, save where it is due; return a spike that was read late."""
+        progress = self.progress
+        progress.record(result, batch.size)
         for callback in self.callbacks:
-            callback.on_step(self, batch, loss)
-        if self.step % self.settings.log_every == 0:
-            self.guard.read()
-        self._stop_at_limit()
-        self.stopwatch.samples += batch.size
-        self.samples_seen += batch.size
-        asked = self._asked()
-        if asked & _STOP:
-            raise StopNow
-        self._save_is_due = bool(asked & _SAVE) or self.checkpointer.due_after(self.step)
-        if self.step % len(self.batches) and self._save_is_due:  # at an epoch's end the evaluation comes first
+            callback.on_step(self, batch, result.loss)
+        progress.stop_at_limit()
+        is_due = self.session.is_due()
+        if progress.interrupted:
+            return None
+        # At an epoch's end the evaluation comes before the checkpoint.
+        save_now = is_due and progress.step % progress.steps_per_epoch > 0
+        spike = None
+        if save_now or progress.step % self.settings.log_every == 0:
+            spike = self.train_step.detector.read()
+        if save_now and spike is None:
             self.save(training_continues=True)
+        return spike
 
-    def _asked(self) -> int:
-        """Return what any process asks of all: several see it a step later, and all at the same step."""
-        late = self.group.main and self.checkpointer.due_by_clock()
-        return self.group.agree(_STOP * (self.signal.received is not None) | _SAVE * late)
-
-    def stop(self, reason: str) -> None:
-        """End the training after this step or this epoch, as early stopping does; the run counts as done."""
-        self.stop_reason = reason
-
-    def say(self, text: str) -> None:
-        """Write a line to the terminal and to the run's log."""
-        (self.run or self.terminal).say(text)
-
-    def _note(self, text: str) -> None:
-        """Say something before there is a run."""
-        self.terminal.say(text)
-        self.notes.append(text)
-
-    def record_line(self, split: str, values: dict[str, Any]) -> None:
-        """Append a line to the run's metrics, if there is a run."""
-        if self.run is not None:
-            epoch, now = -(-self.step // len(self.batches)), round(time.time(), 3)
-            line = {"step": self.step, "epoch": epoch, "split": split, **values}
-            self.run.record({**line, "time": values.get("time", now)})
-
-    def _goes_on(self) -> bool:
-        at_end = self._at_limit() and self._ended == self.step
-        return self.epochs_done < self.settings.epochs and self.stop_reason is None and not at_end
-
-    def _at_limit(self) -> bool:
-        return self.settings.max_steps is not None and self.step >= self.settings.max_steps
-
-    def _stop_at_limit(self) -> None:
-        if self._at_limit():
-            self.stop(f"run.max_steps is {self.settings.max_steps}")
-
-    def _end_epoch(self) -> None:
-        """Evaluate where it is time to, keep the best, tell people, save."""
-        self.guard.read()
-        epoch = self.epochs_done + 1
-        last = epoch == self.settings.epochs or self.stop_reason is not None
-        train, clock, now = self.sums.means(), self.stopwatch.lap(), {"time": round(time.time(), 3)}
-        found: dict[str, dict[str, float]] = {}
-        if last or epoch % self.settings.evaluate_every == 0:
-            found = self._evaluate_all()  # a signal ends it, and a resume repeats it: nothing is on record before
-        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **clock, **now})
+    def _end_epoch(self) -> Spike | None:
+        """Evaluate where it is due, keep the best, tell people, save; return a spike that was read late."""
+        spike = self.train_step.detector.read()
+        if spike is not None:
+            return spike
+        progress, settings, epoch = self.progress, self.settings, self.progress.epochs_done + 1
+        ends = epoch == settings.epochs or progress.stop_reason is not None
+        train, times, now = progress.sums.means(), progress.stopwatch.lap(), {"time": round(time.time(), 3)}
+        found = self._evaluate(self.evaluator.parts) if ends or epoch % settings.evaluate_every == 0 else {}
+        if progress.interrupted:  # nothing is recorded, since a resume repeats the evaluation
+            return None
+        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **times, **now})
         for split, values in found.items():
             self.record_line(split, values)
             for callback in self.callbacks:
                 callback.on_evaluate(self, split, values)
-        chosen = found.get(self.selects_on) or (None if self.evaluated else train)
-        improved = chosen is not None and self.task.headline in chosen and self._is_best(chosen, epoch)
-        self.say(epoch_text(self, epoch, {"train": train, **found}, clock))
+        chosen = found.get(self.selects_on) or (None if self.evaluator.parts else train)
+        improved = chosen is not None and self._is_best(chosen, epoch)
+        self.say(self._epoch_line(epoch, {"train": train, **found}, times))
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)
-        if self.step == epoch * len(self.batches):  # not where max_steps ends inside an epoch
-            self.epochs_done, self.sums = epoch, self._new_sums()
-        self._ended = self.step
-        if last or improved or self.stop_reason is not None or self._save_is_due:
+        progress.end_epoch()
+        if ends or improved or progress.stop_reason is not None or self.session.save_due:
             self.save(training_continues=True)
-        self.stopwatch.start()
-
-    def _evaluate_all(self) -> dict[str, dict[str, float]]:
-        self.phase = "evaluating"
-        found = {split: self.evaluate(split).values for split in self.evaluated}
-        self.phase = ""
-        return found
+        progress.stopwatch.start()
+        return None
 
     def _is_best(self, values: dict[str, float], epoch: int) -> bool:
-        value = values[self.task.headline]
-        self.schedule.update(self._score(values))
-        if not math.isfinite(value):
+        value = score(self.task, values)
+        if value is None:
             return False
-        if self.best is not None and self._score(values) <= self._score({self.task.headline: self.best.value}):
-            return False
-        self.best = Best(value, epoch)
-        return True
+        self.train_step.schedule.update(value)
+        return self.progress.is_best(values[self.task.headline], epoch, higher_is_better=self.task.higher_is_better)
 
-    def _score(self, values: dict[str, float]) -> float:
-        """Return the headline metric such that higher is better."""
-        value = values[self.task.headline]
-        return value if self.task.higher_is_better else -value
+    def _epoch_line(self, epoch: int, splits: dict[str, dict[str, float]], times: dict[str, float]) -> str:
+        return epoch_line(
+            epoch,
+            self.settings.epochs,
+            splits,
+            headline=self.task.headline,
+            percent=self.task.percent,
+            rate=times["samples_per_second"],
+            seconds=times["seconds"],
+            unit=unit(self.batches),
+        )
 
-    def _new_sums(self) -> RunningSums:
-        return RunningSums(self.group, self.replicas // self.group.size)
+    def _finish(self) -> None:
+        """Wait for the last checkpoint, evaluate a run that was done before, and say how well it did."""
+        if self.progress.stop_reason is not None:
+            self.say(f"stopped: {self.progress.stop_reason}")
+        self.session.wait()
+        if self.evaluator.last is None and self.evaluator.parts:
+            self._evaluate([self.selects_on])
+            if self.progress.interrupted:
+                return
+        for callback in self.callbacks:
+            callback.on_end(self)
+        best, task = self.progress.best, self.task
+        if best is not None:
+            value = metric(best.value, task.percent).strip()
+            self.say(f"best {self.selects_on} {task.headline.replace('_', ' ')}: {value} (epoch {best.epoch})")
 
     # ------------------------------------------------------------------------------------------------ the test
 
@@ -497,21 +327,22 @@ class Trainer:
         Raises:
             UsageError: the trainer was given no such data.
         """
-        if split not in self.evaluated:
-            raise UsageError(f"there is no {split} data to evaluate on: give Trainer(..., {split}=...)")
-        with self._averaged(), self.device.explain_errors(self.batches.batch_size):
-            found = evaluate(
-                self.model,
-                self.evaluated[split],
-                self.task,
-                self.device,
-                self._test_forward,
-                self.group,
-                check=self._stop_if_asked,
-                collective_forward=self.strategy.collective_forward,
-            )
-        if split == self.selects_on:
-            self.last_evaluation, self.evaluated_at = found, (self.step, found.values)
+        with self.device.explain_errors(self.batches.batch_size):
+            evaluation = self.evaluator.evaluate(split)
+        assert evaluation is not None  # noqa: S101 - nothing stops it
+        return evaluation
+
+    def _evaluate(self, splits: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Return the metrics of parts of the data; none, and `progress.interrupted` is set, if a signal came."""
+        self.progress.phase, found = "evaluating", {}
+        for split in splits:
+            evaluation = self.evaluator.evaluate(split, self.session.is_interrupted)
+            if evaluation is None:
+                return {}
+            found[split] = evaluation.values
+            if split == self.selects_on:
+                self.progress.evaluated(evaluation.values, score(self.task, evaluation.values))
+        self.progress.phase = ""
         return found
 
     def predict(self, data: Any) -> Tensor:
@@ -520,136 +351,14 @@ class Trainer:
         Args:
             data: a source, a Dataset, or a tensor of inputs (samples, …).
         """
-        source = ArraySource(data, torch.zeros(len(data), dtype=torch.int64)) if isinstance(data, Tensor) else data
-        batches = Batches(
-            as_source(source),
-            self.batches.batch_size,
-            self.device,
-            self.pipeline,
-            train=False,
-            rank=self.group.rank,
-            world_size=self.group.size,
-        )
-        with self._averaged(), self.device.explain_errors(self.batches.batch_size):
-            collective = self.strategy.collective_forward
-            return predict(self.model, batches, self.task, self.device, self._test_forward, self.group, collective)
+        with self.device.explain_errors(self.batches.batch_size):
+            return self.evaluator.predict(assemble.batches_like(self.batches, data))
 
-    @property
-    def _test_forward(self) -> Forward:
-        return with_tta(self.strategy, self.settings.test_views)
-
-    def _averaged(self) -> AbstractContextManager[Any]:
-        """Return a context in which the model has its averaged weights, if any are kept."""
-        self._settle()
-        return nullcontext() if self.ema is None else self.ema.swap(self.model)
-
-    @property
-    def unit(self) -> str:
-        """What people call the samples."""
-        shape = self.seen_data()["shape"]
-        return "images" if shape is None or len(shape) == 3 else "samples"
-
-    def _stop_if_asked(self) -> None:
-        """Let a signal end an evaluation, which is repeated after a resume."""
-        if self._asked() & _STOP:
-            raise StopNow
-
-    # ------------------------------------------------------------------------------------------------ save and go on
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the run needs to go on, beside the weights; there is no random state in it."""
-        return {
-            "step": self.step,
-            "epochs_done": self.epochs_done,
-            "ended": self._ended,
-            "best": None if self.best is None else asdict(self.best),
-            "sums": self.sums.state_dict(),
-            "guard": self.guard.state_dict(),
-            "skipped": self.skipped,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "callbacks": [callback.state_dict() for callback in self.callbacks],
-            "metrics_lines": self.run.metrics_lines if self.run is not None else 0,
-            "data": self.seen_data(),
-            "identity": self.identity(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand where `state_dict` stood."""
-        self.step, self.epochs_done = state["step"], state["epochs_done"]
-        self.best = None if state["best"] is None else Best(**state["best"])
-        self.sums.load_state_dict(state["sums"])
-        self.guard.load_state_dict(state["guard"])
-        self.skipped = dict(state["skipped"])
-        self._ended = state.get("ended", self.step)
-        self.evaluated_at = (-1, {})
-        self.strategy.load_state(self.optimizer, state["optimizer"])
-        if self.graph is not None:
-            self.graph.forget()
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
-            callback.load_state_dict(saved)
-
-    def seen_data(self) -> dict[str, Any]:
-        """Return what a prediction on new data must know of the data that was trained on."""
-        source = self.batches.source
-        return {
-            "classes": list(source.classes),
-            "shape": list(source.inputs.shape[1:]) if isinstance(source, ArraySource) else None,
-            "mean": None if self.pipeline.mean is None else list(self.pipeline.mean),
-            "std": None if self.pipeline.std is None else list(self.pipeline.std),
-        }
-
-    def identity(self) -> identity.Identity:
-        """Return what this run's bits depend on."""
-        source = self.batches.source
-        return processor.identity(self.device.device) | {
-            "data": source.fingerprint(),
-            **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
-            "samples": len(source),
-            "seed": self.settings.seed,
-            "batch_size": self.batches.batch_size,
-            "replicas": self.replicas,
-            "precision": self.device.settings.precision,
-        }
+    # ------------------------------------------------------------------------------------------------ save and load
 
     def save(self, *, training_continues: bool = False) -> None:
-        """Save a checkpoint; only the copy to memory holds training up.
-
-        Args:
-            training_continues: only training steps change the weights from here on; then most of the copying doesn't
-                hold training up, either.
-
-        Raises:
-            RelayError: an earlier one could not be written, or a loss up to here wasn't finite.
-        """
-        if self.folder is None:
-            return
-        self.guard.read()
-        began = time.perf_counter()
-        at, values = self.evaluated_at
-        values = values if at == self.step else {}
-        contents = Contents(
-            step=self.step,
-            model=self.strategy.full_state(self.model.state_dict()),
-            state=self.strategy.full_state(self.state_dict()),
-            ema=self.strategy.full_state(self.ema.state_dict()) if self.ema is not None else None,
-            score=self._score(values) if self.task.headline in values else None,
-            metrics=values,
-            weights=tuple(name for name, _ in self.model.named_parameters()),
-            trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
-        )
-        self._save_is_due = False
-        if self.run is not None:
-            self.checkpointer.save(contents, training_continues=training_continues)
-            stood_still = 1000 * (time.perf_counter() - began)
-            self.run.note(f"saving after step {self.step:,}; training stood still for {stood_still:.1f} ms")
-
-    def _settle(self, *, trained: bool = False) -> None:
-        """Let a checkpoint that is being copied have its weights before they change."""
-        self.checkpointer.settle(trained=trained)
+        """Save a checkpoint; see `Session.save`."""
+        self.session.save(training_continues=training_continues)
 
     def load(self, which: str = "best") -> Path:
         """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.
@@ -660,32 +369,74 @@ class Trainer:
         Returns:
             The checkpoint's folder.
         """
-        if self.folder is None:
-            raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
-        path = self.checkpointer.find(which)
-        self.load_weights(read(path))
-        return path
+        return self.session.load_weights(which)
 
-    def load_weights(self, contents: Contents) -> None:
-        """Take over a checkpoint's weights, the averaged ones included."""
-        self._settle()
-        try:
-            self.strategy.load_state(self.model, contents.model)
-        except RuntimeError as error:
-            name = self.strategy.model_name
-            raise RelayError(
-                f"the checkpoint's weights don't fit {name}: {str(error).splitlines()[-1].strip()}"
-            ) from error
-        if self.ema is not None and contents.ema is not None:
-            self.strategy.load_state(self.ema, contents.ema)
+    # ------------------------------------------------------------------------------------------------ for callbacks
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.progress.step
 
-def _own_record(trainer: Trainer) -> dict[str, Any]:
-    """Return what goes into recipe.toml where the trainer was built from Python."""
-    return {
-        "run": trainer.settings.model_dump(mode="json", exclude_none=True),
-        "data": {"name": trainer.batches.source.name, "batch_size": trainer.batches.batch_size},
-        "model": {"name": trainer.strategy.model_name},
-        "device": trainer.device.settings.model_dump(mode="json", exclude_none=True),
-        "environment": {"started_from": "python", "torch": torch.__version__},
-    }
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the model's parameters."""
+        return self.train_step.optimizer
+
+    @property
+    def device(self) -> Device:
+        """Where and in which precision the model computes."""
+        return self.train_step.device
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The open run folder: on rank 0, while the loop runs."""
+        return self.session.run
+
+    @property
+    def terminal(self) -> Terminal:
+        """Where people read along."""
+        return self.session.terminal
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder."""
+        return self.session.folder
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the training data's classes."""
+        return self.batches.source.classes
+
+    @property
+    def best(self) -> Best | None:
+        """The best evaluation so far."""
+        return self.progress.best
+
+    @property
+    def last_evaluation(self) -> Evaluation | None:
+        """The last evaluation of the part that `selects_on` names."""
+        return self.evaluator.last
+
+    @property
+    def selects_on(self) -> str:
+        """The part of the data by which the best model is selected: "validation", "test" or "train"."""
+        return self.evaluator.selects_on
+
+    def stop(self, reason: str) -> None:
+        """End the training after this step or epoch, as early stopping does; the run counts as done."""
+        self.progress.stop_reason = reason
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal and to the run's log."""
+        self.session.say(text)
+
+    def record_line(self, split: str, values: dict[str, Any]) -> None:
+        """Append a line to the run's metrics, if there is a run."""
+        self.session.record_line(split, values)
+
+    def _dummy_loss(self) -> Tensor:
+        """Go forward through a dummy batch: for a process without samples, whose forward pass the others wait for."""
+        batch = self.batches.dummy_batch()
+        with self.device.autocast():
+            return self.task.loss(self.strategy(batch.inputs), batch.targets)

@@ -13,7 +13,8 @@ from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.errors import UsageError
 from torchrelay.optim.muon import MuonOptimizer
 from torchrelay.train.callbacks import Callback
-from torchrelay.train.graph import GraphedStep, graphed, keep_rates_on, set_rate, step
+from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
+from torchrelay.train.step import set_learning_rate
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 OPTIMIZERS = {
@@ -61,21 +62,17 @@ def weights(made: tr.Trainer) -> dict[str, bytes]:
 @pytest.mark.parametrize("optimizer", ["sgd", "fused", "muon"])  # AdamW has its rates on the device on a GPU alone
 def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
     plain, other = (trainer(digits, quiet, optimizer, name="cpu") for _ in "12")
-    keep_rates_on(other.optimizer, torch.device("cpu"))
+    move_rates_to_device(other.optimizer, torch.device("cpu"))
     for made in (plain, other):
         made.model.train()
-    right = 0.0
-    for batch, _ in zip(plain.batches.epoch(0), range(4), strict=False):
+    for step, (batch, _) in enumerate(zip(plain.batches.epoch(0), range(4), strict=False)):
         for group in other.optimizer.param_groups:
-            set_rate(group, other.schedule.at(other.step, group["initial_lr"]))
-        torch.default_generator.manual_seed(rng.step_seed(0, "model", other.step, 0))
-        found = step(other, batch.inputs, batch.targets)
-        other.step += 1
-        loss = plain.train_step(batch)
-        torch.testing.assert_close(found["loss"], loss)
-        plain.sums.fetch()
-        assert right + found["measure.accuracy"] == plain.sums.measures["accuracy"]
-        right = plain.sums.measures["accuracy"]
+            set_learning_rate(group, other.train_step.schedule.at(step, group["initial_lr"]))
+        torch.default_generator.manual_seed(rng.step_seed(0, "model", step, 0))
+        recorded = other.train_step._take(batch)
+        taken = plain.train_step.step(batch, step)
+        torch.testing.assert_close(recorded.loss, taken.loss)
+        assert recorded.measures == taken.measures
     for name, value in other.model.state_dict().items():
         torch.testing.assert_close(value, plain.model.state_dict()[name], rtol=1e-4, atol=1e-6)
 
@@ -94,9 +91,9 @@ def test_what_is_recorded_reads_no_value(digits, quiet, optimizer):
     batch = next(made.batches.epoch(0))
     for taken in range(2):  # the first one makes the optimizer's state
         if taken:
-            keep_rates_on(made.optimizer, torch.device("cpu"))
+            move_rates_to_device(made.optimizer, torch.device("cpu"))
         with NothingIsRead():
-            step(made, batch.inputs, batch.targets)
+            made.train_step._take(batch)
     with pytest.raises(AssertionError, match="a value is read"), NothingIsRead():
         torch.zeros(1).add_(torch.ones(1), alpha=torch.ones(()))
 
@@ -104,13 +101,13 @@ def test_what_is_recorded_reads_no_value(digits, quiet, optimizer):
 def test_a_rate_on_the_device_is_written_in_place():
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    keep_rates_on(optimizer, torch.device("cpu"))
+    move_rates_to_device(optimizer, torch.device("cpu"))
     rate = optimizer.param_groups[0]["lr"]
-    set_rate(optimizer.param_groups[0], 0.25)
+    set_learning_rate(optimizer.param_groups[0], 0.25)
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == 0.25
     plain = {"lr": 0.1}
-    set_rate(plain, 0.25)
+    set_learning_rate(plain, 0.25)
     assert plain == {"lr": 0.25}
 
 
@@ -131,11 +128,11 @@ def test_what_cannot_be_recorded_is_refused(device, settings, optimizer, replica
     made = (OPTIMIZERS | {"muon-adamw": tr.optim.Muon()})[optimizer](Net())
     assert isinstance(made, MuonOptimizer) == optimizer.startswith("muon")
     with pytest.raises(UsageError, match=says):
-        graphed(Device(torch.device(device), DeviceSettings(graph=True, **settings)), made, replicas, 1)
+        check_recordable(Device(torch.device(device), DeviceSettings(graph=True, **settings)), made, replicas)
 
 
-def test_nothing_is_recorded_unasked():
-    assert graphed(Device(torch.device("cpu"), DeviceSettings()), OPTIMIZERS["sgd"](Net()), 8, 8) is None
+def test_nothing_is_recorded_unasked(digits, quiet):
+    assert trainer(digits, quiet, name="cpu").train_step._graph is None
 
 
 def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
@@ -157,14 +154,13 @@ def test_replayed_steps_give_the_bytes_of_steps_taken_one_by_one(digits, quiet, 
     settings = {"name": "cuda", "graph": True, "precision": precision}
     replayed = trainer(digits, quiet, optimizer, **settings)
     replayed.fit()
-    assert replayed.graph is not None
-    assert replayed.graph._graph is not None  # or nothing was recorded
-    monkeypatch.setattr(GraphedStep, "_take", GraphedStep._one_by_one)
+    assert replayed.train_step._graph is not None
+    assert replayed.train_step._graph._graph is not None  # or nothing was recorded
+    monkeypatch.setattr(CudaGraph, "__call__", CudaGraph._call)
     one_by_one = trainer(digits, quiet, optimizer, **settings)
-    keep_rates_on(one_by_one.optimizer, one_by_one.device.device)
     one_by_one.fit()
-    assert one_by_one.graph is not None
-    assert one_by_one.graph._graph is None
+    assert one_by_one.train_step._graph is not None
+    assert one_by_one.train_step._graph._graph is None
     assert weights(replayed) == weights(one_by_one)
     assert replayed.last_evaluation == one_by_one.last_evaluation
 
@@ -193,7 +189,7 @@ def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, in_pl
     with pytest.raises(KeyboardInterrupt):
         stopped.fit()
     resumed = stopped if in_place else trainer(digits, quiet, run=tmp_path / "stopped", **settings)
-    resumed.callbacks = [callback for callback in resumed.callbacks if not isinstance(callback, StopAt)]
+    resumed.callbacks[:] = [callback for callback in resumed.callbacks if not isinstance(callback, StopAt)]
     resumed.resume()
     last = [checkpoint.find(tmp_path / name / "checkpoints", "last") for name in ("through", "stopped")]
     for file in ("model.safetensors", "ema.safetensors"):

@@ -7,7 +7,7 @@ from torch import nn
 import torchrelay as tr
 from torchrelay.errors import UsageError
 from torchrelay.run.settings import RunSettings
-from torchrelay.train.views import with_tta
+from torchrelay.train.tta import with_tta
 
 
 class Column(nn.Module):
@@ -86,5 +86,5 @@ def test_views_of_what_is_no_image_are_refused(quiet, views):
 
 def test_six_views_of_a_regression_are_refused(quiet):
     data = torch.randn(20, 1, 4, 4), torch.randn(20, 2)
-    with pytest.raises(UsageError, match="take 2 or 1"):
+    with pytest.raises(UsageError, match="use 2 or 1"):
         tr.Trainer(nn.Conv2d(1, 2, 4), data, task=tr.Regression(), settings=RunSettings(test_views=6), terminal=quiet)

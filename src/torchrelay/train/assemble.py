@@ -1,0 +1,183 @@
+"""Step 7: what the trainer's constructor makes of its arguments, in the order in which it needs it."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchrelay.data.augment.pipeline import Augment, Pipeline
+from torchrelay.data.batches import Batches, Sampling
+from torchrelay.data.sources import ArraySource, as_source, statistics
+from torchrelay.device.device import Device, DeviceSettings, set_up
+from torchrelay.distributed.process_group import ProcessGroup, init_process_group
+from torchrelay.distributed.replicas import ParallelSettings, count_replicas
+from torchrelay.distributed.strategy import Strategy
+from torchrelay.errors import UsageError, nearest
+from torchrelay.optim.optimizers import SGD
+from torchrelay.run.settings import RunSettings
+from torchrelay.run.terminal import Terminal
+from torchrelay.tasks.classification import Classification
+from torchrelay.tasks.targets import check_targets
+from torchrelay.tasks.task import Task
+
+
+class BatchOptions(TypedDict, total=False):
+    """How `Trainer` makes batches of the data."""
+
+    batch_size: int
+    """Samples of a global batch; 256 if not given."""
+    augment: Sequence[Augment]
+    """Batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`."""
+    prepare: Sequence[Augment]
+    """What training and test images alike go through first, such as `[augment.Resize(size=112)]`."""
+    normalize: bool
+    """Whether images are normalized by the data's channel means and standard deviations; they are by default."""
+    sampling: Sampling
+    """"shuffle" (the default), "balanced" (every class equally often) or "sequential"."""
+    drop_last: bool
+    """Whether an epoch's last batch is left out if it is smaller; it isn't by default."""
+    workers: int
+    """Processes that read a Dataset; arrays need none."""
+    normalise: bool
+    """The former spelling of `normalize`."""
+
+
+class EarlyLog:
+    """Says what is said before a run's log is open, and keeps it for the log.
+
+    Args:
+        terminal: where people read along.
+        notes: what was said before.
+    """
+
+    def __init__(self, terminal: Terminal, notes: Sequence[str] = ()) -> None:
+        self.terminal, self.notes = terminal, list(notes)
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal, and keep it."""
+        self.terminal.say(text)
+        self.notes.append(text)
+
+
+def run_settings(settings: RunSettings | None, epochs: int | None, seed: int | None) -> RunSettings:
+    """Return the settings of a run with those that were given on their own."""
+    changes = {name: value for name, value in (("epochs", epochs), ("seed", seed)) if value is not None}
+    return RunSettings(**((settings or RunSettings()).model_dump() | changes))
+
+
+def prepare_device(
+    device: str | DeviceSettings | Device, parallel: ParallelSettings, exact: bool
+) -> tuple[Device, ProcessGroup, int]:
+    """Set up the device unless it is, join the process group, and count the replicas.
+
+    Raises:
+        UsageError: this machine has no such device, or so many processes can't share the replicas.
+        RelayError: the other processes can't be reached.
+    """
+    if not isinstance(device, Device):
+        device = set_up(device if isinstance(device, DeviceSettings) else DeviceSettings(name=device), exact)
+    group = init_process_group(device.device, parallel.timeout)
+    return device, group, count_replicas(parallel, group.size, exact)
+
+
+def make_batches(
+    train: Any,
+    evaluated: Mapping[str, Any],
+    options: BatchOptions,
+    device: Device,
+    group: ProcessGroup,
+    replicas: int,
+    seed: int,
+) -> tuple[Batches, dict[str, Batches]]:
+    """Return the batches of the training data, and of each other part that is given.
+
+    Raises:
+        UsageError: there is no such option.
+    """
+    if "normalise" in options:
+        warnings.warn("Trainer(normalise=…) is now Trainer(normalize=…)", FutureWarning, stacklevel=3)
+        options["normalize"] = options["normalise"]
+    for name in options:
+        if name not in BatchOptions.__annotations__:
+            raise UsageError(f"Trainer has no argument '{name}'{nearest(name, BatchOptions.__annotations__)}")
+    source = as_source(train)
+    pipeline = Pipeline(
+        transforms=tuple(options.get("augment", ())),
+        prepare=tuple(options.get("prepare", ())),
+        classes=len(source.classes),
+        **(statistics(source) if options.get("normalize", True) else {}),
+    )
+
+    def batches(data: Any, training: bool) -> Batches:
+        return Batches(
+            as_source(data),
+            options.get("batch_size", 256),
+            device,
+            pipeline,
+            seed=seed,
+            train=training,
+            sampling=options.get("sampling", "shuffle") if training else "sequential",
+            replicas=replicas if training else 1,
+            rank=group.rank,
+            world_size=group.size,
+            workers=options.get("workers", 0),
+            drop_last=options.get("drop_last", False) and training,
+        )
+
+    parts = {name: batches(data, training=False) for name, data in evaluated.items() if data is not None}
+    return batches(source, training=True), parts
+
+
+def batches_like(batches: Batches, data: Any) -> Batches:
+    """Return data to predict on in the batches of a trainer: a source, a Dataset, or a tensor of inputs."""
+    if isinstance(data, Tensor):
+        data = ArraySource(data, torch.zeros(len(data), dtype=torch.int64))
+    return Batches(
+        as_source(data),
+        batches.batch_size,
+        batches.device,
+        batches.pipeline,
+        train=False,
+        rank=batches.rank,
+        world_size=batches.world_size,
+    )
+
+
+def make_optimizer(optimizer: Callable[[nn.Module], Optimizer] | None, strategy: Strategy) -> Optimizer:
+    """Return the optimizer of a strategy's model.
+
+    Raises:
+        UsageError: it can't work on what the strategy has of the parameters.
+    """
+    made = (optimizer or SGD())(strategy.model)
+    strategy.check_optimizer(made)
+    return made
+
+
+def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Batches]) -> Task:
+    """Return the task, classification if none is given, told of the classes; it has looked at all targets in memory.
+
+    Raises:
+        RelayError: a target can't be learnt; the text names its sample.
+    """
+    task = task or Classification()
+    classes = batches.source.classes
+    if getattr(task, "classes", 0) is None and classes:
+        task.classes = len(classes)  # type: ignore[attr-defined]
+    for part in (batches, *evaluated.values()):
+        check_targets(task.check, part)
+    return task
+
+
+def own_record(settings: RunSettings, batches: Batches, model_name: str, device: Device) -> dict[str, Any]:
+    """Return what recipe.toml says of a run that was started from Python."""
+    return {
+        "run": settings.model_dump(mode="json", exclude_none=True),
+        "data": {"name": batches.source.name, "batch_size": batches.batch_size},
+        "model": {"name": model_name},
+        "device": device.settings.model_dump(mode="json", exclude_none=True),
+        "environment": {"started_from": "python", "torch": torch.__version__},
+    }

@@ -1,0 +1,153 @@
+"""Step 7: what a run writes into its folder as it trains: metrics of steps, TensorBoard's pictures, the plots."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchrelay.data.batch import Batch
+from torchrelay.data.batches import Batches
+from torchrelay.models.summary import summarize
+from torchrelay.run.folder import RunFolder
+from torchrelay.run.metrics import Headline
+from torchrelay.tasks.task import Task
+from torchrelay.train.callbacks import Callback, Training
+from torchrelay.train.evaluation import Evaluator
+from torchrelay.train.progress import Progress
+
+# Seconds between two drawings of the curves, which take a second or two of a core.
+_REDRAW = 120.0
+
+
+class StepLog(Callback):
+    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, and the rates."""
+
+    def __init__(self) -> None:
+        self.last: float | None = None
+        self._losses: list[Tensor | float] = []
+        self._samples = 0
+        self._since = 0.0
+
+    def on_start(self, trainer: Training) -> None:  # noqa: ARG002
+        """Start the clock."""
+        self._samples, self._since = 0, time.perf_counter()
+
+    def on_step(self, trainer: Training, batch: Batch, loss: Tensor) -> None:
+        """Keep the loss without reading it; each `log_every` steps, read and record."""
+        if trainer.run is None:
+            return
+        # On the CPU as a number: small tensors that outlive their step fragment the heap.
+        self._losses.append(loss.item() if loss.is_cpu else loss)
+        self._samples += batch.size
+        if trainer.step % trainer.settings.log_every:
+            return
+        now = time.perf_counter()
+        self.last = math.fsum(map(float, self._losses)) / len(self._losses)
+        rates = {
+            "lr": float(trainer.optimizer.param_groups[0]["lr"]),
+            "samples_per_second": round(self._samples / (now - self._since), 1),
+        }
+        trainer.record_line("step", {"loss": self.last, **rates})
+        self._losses.clear()
+        self._samples, self._since = 0, now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the losses since the last line."""
+        return {"losses": [float(loss) for loss in self._losses]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue to collect."""
+        self._losses = list(state["losses"])
+
+
+class Pictures(Callback):
+    """What a run's folder shows a person: pictures in TensorBoard, the model's summary, plots, the evaluation.
+
+    Args:
+        batches: of the training data.
+        evaluator: whose last evaluation is shown.
+        progress: where the run stands.
+        task: whose headline metric the plots show.
+        record: the run's recipe, for TensorBoard.
+        summary: whether the model may be run alone, which fails where several processes hold its weights.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        evaluator: Evaluator,
+        progress: Progress,
+        task: Task,
+        record: dict[str, Any],
+        *,
+        summary: bool = True,
+    ) -> None:
+        self._batches, self._evaluator, self._progress = batches, evaluator, progress
+        self._headline = Headline(task.headline, task.percent, task.higher_is_better)
+        self._record, self._summary = record, summary
+        self._drawn_at = -math.inf
+
+    def on_start(self, trainer: Training) -> None:
+        """Show the first batch as the model sees it, and what the model costs."""
+        run = trainer.run
+        if run is None or self._progress.step > 0:
+            return
+        batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline
+        run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        if not self._summary:
+            run.say("no summary of the model: its weights are divided over several processes")
+        elif hasattr(batch.inputs, "shape"):
+            try:
+                summary = summarize(trainer.model, batch.inputs[:1])
+            except Exception as error:  # noqa: BLE001 - any model may raise anything, and no summary is worth a run
+                run.say(f"no summary of the model: {type(error).__name__}: {error}")
+                return
+            path = run.path / "model.txt"
+            path.write_text(f"{summary}\n", encoding="utf-8")
+            run.say(
+                f"a sample takes {summary.flops / 1e6:,.1f} MFLOP forward and "
+                f"{summary.activation_bytes / 2**20:.2f} MiB of activations; {summary.trainable:,} parameters are "
+                f"trained (layers in {path})"
+            )
+
+    def on_epoch(self, trainer: Training, epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
+        """Redraw the curves now and then; the last epoch's are drawn by `on_end`."""
+        run, progress = trainer.run, self._progress
+        ends = progress.step == progress.total_steps or progress.stop_reason is not None
+        if run is None or ends or run.plots.busy:
+            return
+        if time.monotonic() - self._drawn_at > _REDRAW:
+            run.plots.start(self._headline)
+            self._drawn_at = time.monotonic()
+
+    def on_end(self, trainer: Training) -> None:
+        """Write the last evaluation, draw the plots, and give TensorBoard the settings with what they led to."""
+        if trainer.run is not None:
+            self._write(trainer.run, self._batches.source.classes)
+
+    def _write(self, run: RunFolder, classes: Sequence[str]) -> None:
+        last = self._evaluator.last
+        if last is not None:
+            text = json.dumps(last.to_json(classes), indent=1, ensure_ascii=False)
+            (run.path / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        has_confusion = last is not None and last.confusion is not None
+        run.plots.start(self._headline, confusion=has_confusion)
+        values = last.values if last is not None else {}
+        metrics = {f"{name}/{self._evaluator.selects_on}": value for name, value in values.items()}
+        run.tensorboard.hyperparameters(_flat(self._record), metrics)
+        if run.plots.finish() and has_confusion:
+            picture = run.path / "confusion.png"
+            run.tensorboard.figure("pictures/confusion matrix", picture, step=self._progress.step)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a table of sections by dotted names, without the environment's."""
+    return {
+        f"{section}.{key}": value
+        for section, values in record.items()
+        for key, value in values.items()
+        if section != "environment"
+    }

@@ -1,0 +1,136 @@
+"""Step 7: everything that a checkpoint holds, collected from the parts and restored to them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from torchrelay.checkpoint.format import Contents
+from torchrelay.data.batches import Batches
+from torchrelay.data.files import Marks, together
+from torchrelay.data.sources import ArraySource
+from torchrelay.device import processor
+from torchrelay.device.device import Device
+from torchrelay.errors import RelayError
+from torchrelay.run.identity import Identity
+from torchrelay.train.callbacks import Callback
+from torchrelay.train.progress import Progress
+from torchrelay.train.step import TrainStep
+
+
+class TrainingState:
+    """Collects the state of a training for a checkpoint, and restores it.
+
+    There is no random state in it: randomness follows from (seed, step) and (seed, epoch, index).
+
+    Args:
+        model: which is trained.
+        train_step: with its optimizer, schedule and moving average.
+        progress: where the run stands.
+        batches: of the training data.
+        evaluated: the batches of the other parts of the data, by name.
+        callbacks: in the order in which they are called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_step: TrainStep,
+        progress: Progress,
+        batches: Batches,
+        evaluated: Mapping[str, Batches],
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.model, self.train_step, self.progress = model, train_step, progress
+        self.batches, self.evaluated, self.callbacks = batches, evaluated, callbacks
+        self.strategy, self.ema = train_step.strategy, train_step.ema
+
+    def contents(self, metrics_lines: int) -> Contents:
+        """Return a checkpoint's contents; with FSDP, whole tensors on rank 0, for which all ranks must call it.
+
+        Args:
+            metrics_lines: how many lines metrics.jsonl has.
+        """
+        full = self.strategy.full_state
+        step, metrics, score = self.progress.evaluated_at
+        if step != self.progress.step:
+            metrics, score = {}, None
+        return Contents(
+            step=self.progress.step,
+            model=full(self.model.state_dict()),
+            state=full(self.state_dict() | {"metrics_lines": metrics_lines, **self.facts()}),
+            ema=full(self.ema.state_dict()) if self.ema is not None else None,
+            score=score,
+            metrics=metrics,
+            weights=tuple(name for name, _ in self.model.named_parameters()),
+            trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
+        )
+
+    def restore(self, contents: Contents) -> None:
+        """Continue from a checkpoint."""
+        self.load_weights(contents)
+        self.load_state_dict(contents.state)
+        self.progress.evaluated_at = (contents.step, contents.metrics, contents.score)
+
+    def load_weights(self, contents: Contents) -> None:
+        """Load a checkpoint's weights, the averaged ones included.
+
+        Raises:
+            RelayError: they belong to another model.
+        """
+        try:
+            self.strategy.load_state(self.model, contents.model)
+        except RuntimeError as error:
+            raise RelayError(
+                f"the checkpoint's weights don't fit {self.strategy.model_name}: {str(error).splitlines()[-1].strip()}"
+            ) from error
+        if self.ema is not None and contents.ema is not None:
+            self.strategy.load_state(self.ema, contents.ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that changes in a run beside the weights."""
+        progress, step = self.progress.state_dict(), self.train_step.state_dict()
+        skipped, guard = progress.pop("skipped"), step.pop("guard")
+        callbacks = [callback.state_dict() for callback in self.callbacks]
+        return {**progress, "guard": guard, "skipped": skipped, **step, "callbacks": callbacks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.progress.load_state_dict(state)
+        self.train_step.load_state_dict(state)
+        for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
+            callback.load_state_dict(saved)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what stays the same in a run: what a prediction must know of the data, and the run's identity."""
+        source, pipeline = self.batches.source, self.batches.pipeline
+        data = {
+            "classes": list(source.classes),
+            "shape": list(source.inputs.shape[1:]) if isinstance(source, ArraySource) else None,
+            "mean": None if pipeline.mean is None else list(pipeline.mean),
+            "std": None if pipeline.std is None else list(pipeline.std),
+        }
+        return {"data": data, "identity": self.identity()}
+
+    def identity(self) -> Identity:
+        """Return what this run's bits depend on."""
+        device: Device = self.train_step.device
+        return processor.identity(device.device) | {
+            "data": self.batches.source.fingerprint(),
+            **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
+            "samples": len(self.batches.source),
+            "seed": self.batches.seed,
+            "batch_size": self.batches.batch_size,
+            "replicas": self.batches.replicas,
+            "precision": device.settings.precision,
+        }
+
+    def files(self) -> Marks:
+        """Return all files that the data comes from."""
+        sources = [batches.source for batches in (self.batches, *self.evaluated.values())]
+        return together(source.files for source in sources if source.files is not None)
+
+    def samples_of(self, step: int) -> list[int]:
+        """Return the sample indices of a step's global batch; steps are counted from 1."""
+        indices: list[int] = self.batches.indices(*divmod(step - 1, len(self.batches))).tolist()
+        return indices

@@ -1,0 +1,287 @@
+"""Step 7: one optimizer step on a global batch, eager or recorded as a CUDA graph."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from math import fsum
+from operator import add
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchrelay import rng
+from torchrelay.data.batch import Batch
+from torchrelay.device.device import Device
+from torchrelay.device.private import run_backward
+from torchrelay.distributed.strategy import Strategy
+from torchrelay.models.ema import EMA
+from torchrelay.optim.groups import clear_gradients
+from torchrelay.optim.schedules import Constant, Schedule
+from torchrelay.tasks.targets import explain
+from torchrelay.tasks.task import Task
+from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
+from torchrelay.train.spikes import Spike, SpikeDetector
+
+# Making a context takes longer than entering it.
+_NO_GRAD = torch.no_grad()
+
+
+def _unmarked(_phase: str) -> None:
+    """Ignore the end of a phase: nobody measures this step."""
+
+
+Mark = Callable[[str], None]
+# A replica's summed measures, and the number of items that they count.
+Measures = tuple[Mapping[str, Tensor], Tensor | int]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step found. The tensors are on the device: reading one waits for it.
+
+    Attributes:
+        loss: () mean loss over the global batch.
+        weight: what the summed loss was divided by.
+        measures: the task's measures of each of this process's replicas.
+        grad_norm: () norm of the gradient before clipping, where it was asked for.
+        spike: why the step was not taken.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
+    measures: list[Measures]
+    grad_norm: Tensor | None = None
+    spike: Spike | None = None
+
+
+class TrainStep:
+    """Takes optimizer steps on global batches.
+
+    It keeps no count of the steps: their number is an argument, on which learning rate and randomness depend.
+
+    Args:
+        strategy: holds the model, and adds the gradients of its replicas.
+        task: what a batch means.
+        optimizer: of the model's parameters.
+        device: where and in which precision the model computes.
+        replicas: parts of a global batch, over all processes.
+        schedule: of the learning rate; constant if not given.
+        seed: of the model's randomness, such as dropout.
+        ema: the moving average of the weights to update.
+        detector: looks at the loss before the update.
+        clip_norm: the largest norm of the gradient, to which it is scaled down; None: it isn't.
+        watch_norm: whether the gradient's norm is computed for the detector even if nothing is clipped.
+        measure: whether the task measures the training batches.
+        dummy_batch: makes a batch for a process that has no samples; needed with several processes.
+        before_update: called before each update, when staged weights must have been copied.
+
+    Raises:
+        UsageError: `device.graph` is set, and such steps can't be recorded.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        task: Task,
+        optimizer: Optimizer,
+        device: Device,
+        *,
+        replicas: int = 1,
+        schedule: Schedule | None = None,
+        seed: int = 0,
+        ema: EMA | None = None,
+        detector: SpikeDetector | None = None,
+        clip_norm: float | None = None,
+        watch_norm: bool = False,
+        measure: bool = True,
+        dummy_batch: Callable[[], Batch] | None = None,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.strategy, self.task, self.optimizer, self.device = strategy, task, optimizer, device
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.schedule = schedule or Constant().bind(1, 1)
+        self.ema, self.detector = ema, detector or SpikeDetector()
+        self.scaler = device.scaler()
+        self._replicas, self._seed, self._clip_norm, self._before_update = replicas, seed, clip_norm, before_update
+        # fp16 overflows on purpose: its scaler skips such a step.
+        self._watch_norm = watch_norm and not self.scaler.is_enabled()
+        self._measure = measure and type(task).measure is not Task.measure
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # A process without samples must know whether a weight is a tensor.
+        several = strategy.group.size > 1 and dummy_batch is not None
+        self._dummy_weight = task.weight(dummy_batch().targets) if several and dummy_batch else 0.0
+        self._graph: CudaGraph[StepResult] | None = None
+        if device.settings.graph:
+            check_recordable(device, optimizer, replicas)
+            move_rates_to_device(optimizer, device.device)
+            self._graph = CudaGraph(device.device, self._take)
+
+    # [one step]
+    def step(self, batch: Batch, step: int, mark: Mark = _unmarked) -> StepResult:
+        """Take optimizer step number `step`, counted from 0, on a global batch.
+
+        Args:
+            batch: this process's replicas of the global batch.
+            step: on which learning rate and randomness depend.
+            mark: called at the end of "forward", "backward" and "measure", by a profiler; such a step is not recorded.
+
+        Raises:
+            RelayError: the batch can't be learnt from; the text names the sample.
+        """
+        for group in self.optimizer.param_groups:
+            set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
+        rng.reseed(rng.step_seed(self._seed, "model", step, 0), self.device.device)
+        try:
+            if self._graph is not None and mark is _unmarked:
+                result = self._graph(batch)  # calls, records or replays `_take`
+            else:
+                result = self.backward(batch, step, mark)
+        except Exception as error:
+            explain(error, batch, self.strategy.model)  # raises an error that names the sample, if one is to blame
+            raise
+        result.spike = self.detector.check(step + 1, result.loss, result.grad_norm)
+        if result.spike is None and (self._graph is None or mark is not _unmarked):
+            self._before_update()
+            self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
+            self.scaler.update()
+        clear_gradients(self.optimizer)
+        if self.ema is not None and result.spike is None:
+            self.ema.update(self.strategy.model, step)
+        return result
+
+    def backward(self, batch: Batch, step: int, mark: Mark = _unmarked) -> StepResult:
+        """Leave the gradient of the mean loss over the global batch in the parameters."""
+        weight, measures = self._weight(batch), list[Measures]()
+        if self._replicas == 1:
+            loss = self._replica(batch.inputs, batch.targets, weight, measures, mark)
+        else:
+            loss = self._own_replicas(batch, step, weight, measures, mark)
+        return StepResult(loss, weight, measures, self._clip())
+
+    def _own_replicas(
+        self, batch: Batch, step: int, weight: Tensor | float, measures: list[Measures], mark: Mark
+    ) -> Tensor:
+        """Compute this process's replicas, the first one last; add the gradients and losses of all processes."""
+        losses = []
+        for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
+            rng.reseed(rng.step_seed(self._seed, "model", step, replica), self.device.device)
+            with self.strategy.replica(last=replica == batch.first_replica):
+                losses.append(self._replica(inputs, targets, weight, measures, mark))
+        return self.strategy.reduce(losses)
+
+    def _replica(
+        self, inputs: Any, targets: Tensor, weight: Tensor | float, measures: list[Measures], mark: Mark
+    ) -> Tensor:
+        """Go forward and backward through a replica's part of the batch; return its share of the mean loss."""
+        if not len(targets):
+            if self._measure:
+                measures.append(({}, 0))
+            return torch.zeros((), device=self.device.device)
+        with self.device.autocast():
+            outputs = self.strategy(inputs)
+            loss = self.task.loss(outputs, targets)
+        mark("forward")
+        backward_from_mean(loss, weight, self.scaler.scale)
+        mark("backward")
+        if self._measure:
+            with _NO_GRAD:
+                measures.append((self.task.measure(outputs, targets), self.task.count(targets)))
+            mark("measure")
+        return mean_loss(loss, weight)
+
+    # [end of one step]
+
+    def _take(self, batch: Batch) -> StepResult:
+        """Take a whole step as a CUDA graph can record it: without decisions, without reading the learning rate."""
+        result = self.backward(batch, 0, _unmarked)
+        self.optimizer.step()
+        clear_gradients(self.optimizer)
+        return result
+
+    def _weight(self, batch: Batch) -> Tensor | float:
+        """Return what the global batch's summed loss is divided by: the replicas' weights, added in their order."""
+        weight_of_size = self.task.weight_of(batch.size)
+        if weight_of_size is not None:
+            return weight_of_size
+        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.replicas() if len(targets)]
+        group = self.strategy.group
+        if group.size > 1:
+            weights += [0.0 * self._dummy_weight] * (len(batch.replica_sizes) - len(weights))
+            on_device = isinstance(self._dummy_weight, Tensor)
+            own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
+            gathered = group.gather(own).flatten()
+            weights = list(gathered.unbind()) if on_device else gathered.tolist()
+        total: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else fsum(weights)
+        return total
+
+    def _clip(self) -> Tensor | None:
+        """Scale the gradient down to `clip_norm`; return its norm before, if somebody asks for it."""
+        if self._clip_norm is None:
+            return self.strategy.grad_norm(self._parameters) if self._watch_norm else None
+        self.scaler.unscale_(self.optimizer)
+        norm = self.strategy.clip_grad_norm(self._parameters, self._clip_norm)
+        return norm if self._watch_norm else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of everything that a step changes beside the weights."""
+        return {
+            "guard": self.detector.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned; the optimizer's state is complete, whatever the strategy."""
+        self.detector.load_state_dict(state["guard"])
+        self.strategy.load_state(self.optimizer, state["optimizer"])
+        if self._graph is not None:
+            self._graph.forget()  # it works on the optimizer's old state
+            move_rates_to_device(self.optimizer, self.device.device)
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def set_learning_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a parameter group's learning rate, in place where it is a tensor that a CUDA graph reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def mean_loss(loss: Tensor, weight: Tensor | float) -> Tensor:
+    """Return the mean whose sum is `loss`, outside of the autograd graph."""
+    divisor = weight if isinstance(weight, Tensor) else _constants(weight, loss.shape, loss.dtype, loss.device)[0]
+    return loss.detach() / divisor
+
+
+def backward_from_mean(
+    loss: Tensor, weight: Tensor | float, scale: Callable[[Tensor], Tensor] = lambda gradient: gradient
+) -> None:
+    """Add the gradients of the mean whose sum is `loss` to the parameters' gradients.
+
+    The backward pass starts at the sum, with the mean's gradient with respect to it, which saves a division and its
+    backward.
+
+    Args:
+        loss: () summed.
+        weight: what it is divided by.
+        scale: scales the first gradient, as fp16 needs it.
+    """
+    if isinstance(weight, Tensor):
+        gradient = torch.ones_like(loss) / weight
+    else:
+        gradient = _constants(weight, loss.shape, loss.dtype, loss.device)[1]
+    run_backward(loss, scale(gradient))
+
+
+# Nearly all batches have one size, and making a tensor of a number takes longer than using it.
+@lru_cache(maxsize=16)
+def _constants(weight: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a weight and its reciprocal as tensors."""
+    divisor = torch.tensor(weight, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    return divisor, torch.ones(shape, dtype=dtype, device=device) / weight
