@@ -40,10 +40,18 @@ myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "ignore-module-all": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "exclude-members": "model_config",
+    "ignore-module-all": True,
+    "show-inheritance": True,
+}
 autodoc_preserve_defaults = True
 python_display_short_literal_types = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
+default_role = "code"  # of our docstrings, which are Markdown in this
+smartquotes = False  # they would turn --option into a dash
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = True

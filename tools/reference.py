@@ -77,7 +77,8 @@ def source(path: str, name: str | None) -> str:
 def keys() -> Iterator[str]:
     """Yield the sections of a recipe, each with the table of its keys."""
     for section, meaning in recipe.Recipe.meanings().items():
-        yield f"## `[{section}]`\n\n{meaning}\n"
+        number, _, text = meaning.partition(". ")
+        yield f"## `[{section}]`\n\nStep {number}: {text}\n"
         if section in VARIANTS:
             for variant in VARIANTS[section]:
                 yield f'### `{section}.name = "{variant.model_fields["name"].default}"`\n'
