@@ -174,3 +174,12 @@ def test_the_readme_as_an_index_shows_it_has_no_dead_link_or_picture():
     assert "make train" in text
     assert [target for target, _ in LINK.findall(text) if "://" not in target] == []
     assert "<!--" not in text
+
+
+def test_the_step_that_the_architecture_page_shows_is_at_most_a_hundred_lines_in_three_files():
+    page = ROOT / "docs" / "explanation" / "architecture.md"
+    step = page.read_text(encoding="utf-8").partition("## One step")[2].partition("\n## ")[0]
+    quotes = re.findall(r"<!-- quote: (\S+) \S+ -->\n```py\n(.*?)```", step, re.DOTALL)
+    files = {path for path, _ in quotes} - {"src/torchrelay/train/trainer.py"}  # the loop around it
+    assert len(files) == 3
+    assert sum(len(text.splitlines()) for path, text in quotes if path in files) <= 100
