@@ -183,3 +183,24 @@ def test_the_step_that_the_architecture_page_shows_is_at_most_a_hundred_lines_in
     files = {path for path, _ in quotes} - {"src/torchrelay/train/trainer.py"}  # the loop around it
     assert len(files) == 3
     assert sum(len(text.splitlines()) for path, text in quotes if path in files) <= 100
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-n",
+        "-q",
+        "-b",
+        "html",
+        "docs",
+        tmp_path / "site",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Trainer" in (tmp_path / "site" / "searchindex.js").read_text(encoding="utf-8")
