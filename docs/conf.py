@@ -56,7 +56,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = True
 # What other libraries document isn't at hand offline; private names and aliases have no page.
-nitpick_ignore_regex = [("py:.*", r"(?!torchrelay\.).*"), ("py:.*", r".*(\._|Annotated|\.Words$).*")]
+nitpick_ignore_regex = [("py:.*", r"(?!torchrelay\.).*"), ("py:.*", r".*(\._|Annotated|\.Words$|\.Result$).*")]
 
 
 def reference() -> None:
