@@ -13,7 +13,7 @@ import torchrelay
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "src" / "torchrelay"
-ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+ROOT_PAGES = ("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md")
 
 project = "torchrelay"
 author = "The torchrelay authors"
@@ -79,8 +79,8 @@ def root_pages() -> None:
     (DOCS / "root").mkdir(exist_ok=True)
     for name in ROOT_PAGES:
         text = (DOCS.parent / name).read_text(encoding="utf-8").replace("](docs/", "](../")
-        text = re.sub(r"\[([^]]*)\]\((?:LICENSE|README\.zh-CN\.md)\)", r"\1", text)
-        front = "---\norphan: true\n---\n\n" if name == "README.md" else ""
+        text = re.sub(r"\[([^]]*)\]\(LICENSE\)", r"\1", text)
+        front = "---\norphan: true\n---\n\n" if name.startswith("README") else ""
         (DOCS / "root" / name).write_text(front + text, encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
     python -m tools.reference
 
 - a Python block after `<!-- quote: FILE NAME -->` becomes the source of that function, class or method, without its
-  docstring; `<!-- quote: FILE -->` quotes a whole file after its docstring;
+  docstring; `<!-- quote: FILE -->` quotes a whole file after its docstring; comments that the page has translated stay;
 - what stands between `<!-- keys: begin -->` and `<!-- keys: end -->` becomes the tables of all recipe keys, and between
   `<!-- commands: begin -->` and `<!-- commands: end -->` the options of all commands;
 - `reference/recipe.schema.json` becomes the JSON schema of recipes.
@@ -26,6 +26,7 @@ from torchrelay.settings import Settings
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 QUOTE = re.compile(r"(?<=<!-- quote: )(?P<path>\S+)(?: (?P<name>\S+))? -->\n```py\n.*?```", re.DOTALL)
+COMMENT = re.compile(r'"""[^"]*"""|# [^\n]*')
 VARIANTS: dict[str, tuple[type[Settings], ...]] = {
     "optimizer": (optim.SGD, optim.AdamW, optim.Muon),
     "schedule": (
@@ -53,8 +54,16 @@ def pages() -> dict[Path, str]:
 
 
 def quoted(text: str) -> str:
-    """Return a page with its quotations renewed."""
-    return QUOTE.sub(lambda m: f"{m[0].partition('```')[0]}```py\n{source(m['path'], m['name'])}\n```", text)
+    """Return a page with its quotations renewed; a Chinese page keeps its comments unless their number changes."""
+
+    def renew(match: re.Match[str]) -> str:
+        before, _, block = match[0].partition("```")
+        code, comments = source(match["path"], match["name"]), COMMENT.findall(block)
+        if re.search("[一-龥]", block) and len(comments) == len(COMMENT.findall(code)):
+            code = COMMENT.sub(lambda _: comments.pop(0), code)
+        return f"{before}```py\n{code}\n```"
+
+    return QUOTE.sub(renew, text)
 
 
 def source(path: str, name: str | None) -> str:
