@@ -24,7 +24,7 @@ from torchrelay import cli as command_line
 from torchrelay.recipe import recipe
 
 ROOT = Path(__file__).parents[2]
-CHINESE = ROOT / "README.zh-CN.md", ROOT / "docs" / "zh-CN"
+CHINESE = ROOT / "README.zh-CN.md", ROOT / "docs" / "zh"
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "root")
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *DOCS]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
@@ -46,6 +46,7 @@ def translated(page: Path) -> bool:
 
 
 LONG = ("clusters.md", "devices.md", "speed.md", "several-devices.md", "fine-tune.md", "own-data.md")
+TRANSLATIONS = [page for page in PAGES if translated(page)]
 RUNNING = [page for page in PAGES if not translated(page) and blocks(page, "console", "python")]
 MARKED = [pytest.param(page, marks=pytest.mark.slow) if page.name in LONG else page for page in RUNNING]
 
@@ -119,26 +120,70 @@ def test_the_tutorials_two_trainings_give_the_same_network_to_the_last_bit(tmp_p
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize(
-    "english",
-    [ROOT / "README.md", *(page for page in DOCS if page.parts[-2] in ("tutorial", "howto") and not translated(page))],
-    ids=ids,
-)
-def test_a_translation_is_in_step_with_its_page(english):
-    """The same code but for its comments, the same headings and tables; a page may wait for its translation."""
-    chinese = ROOT / "README.zh-CN.md"
-    if english.name != "README.md":
-        chinese = ROOT / "docs" / "zh-CN" / english.relative_to(ROOT / "docs")
-    if not chinese.exists():
-        pytest.skip("not translated yet")
-    for pattern in (r"^(#+) ", r"^\|", r"^!\[", r"^<!-- [^\n]*-->$"):
-        count = [len(re.findall(pattern, p.read_text(encoding="utf-8"), re.MULTILINE)) for p in (english, chinese)]
-        assert count[0] == count[1], pattern
-    code = [
-        [re.sub(r"\s*#.*", "", text) for _, _, text in blocks(page, "console", "python", "toml")]
-        for page in (english, chinese)
-    ]
-    assert code[0] == code[1]
+def original(chinese: Path) -> Path:
+    """The English page of a Chinese one."""
+    docs = ROOT / "docs"
+    return ROOT / "README.md" if chinese.parent == ROOT else docs / chinese.relative_to(docs / "zh")
+
+
+def without_comments(code: str) -> str:
+    return re.sub(r'"""[^"]*"""|\s*#.*', "", code)
+
+
+@pytest.mark.parametrize("chinese", TRANSLATIONS, ids=ids)
+def test_a_chinese_page_is_in_step_with_the_english_one(chinese):
+    """The same code but for its comments, the same headings, tables, pictures and figures."""
+    pages = original(chinese), chinese
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    for pattern in (r"^(#+) ", r"^\|", r"^!\[", r"^<!-- [^\n]*-->$", r"^- "):
+        assert len({tuple(re.findall(pattern, text, re.MULTILINE)) for text in texts}) == 1, pattern
+    english, translation = (
+        [(kind, mark, without_comments(text)) for kind, mark, text in blocks(page, "console", "python", "py", "toml")]
+        for page in pages
+    )
+    assert english == translation
+    assert not set.symmetric_difference(*(set(re.findall(r"\d+(?:[.,]\d+)*", text)) for text in texts))
+
+
+def test_every_page_that_is_translated_has_its_translation_and_links_to_it():
+    english = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+    english += [page for page in DOCS if page.parent in (ROOT / "docs" / "tutorial", ROOT / "docs" / "howto")]
+    assert sorted(english) == sorted(map(original, TRANSLATIONS))
+    for chinese in TRANSLATIONS:
+        page = original(chinese)
+        for start, name, end in ((page, "中文", chinese), (chinese, "English", page)):
+            link = f"*[{name}]({os.path.relpath(end, start.parent)})*"
+            assert start.read_text(encoding="utf-8").split("\n\n")[1] == link, start
+
+
+HAN = "[一-龥]"
+UNIDIOMATIC = {
+    "继续得": "精确续训",
+    "所见": "实测",
+    "词元": "token",
+    "下一个符号": "下一个 token",
+    "各层的代价": "各层计算量",
+    "[决定]": "设计决策",
+    "双进程": "两个 worker",
+    "分毫不差": "逐位一致",
+}
+
+
+@pytest.mark.parametrize("chinese", TRANSLATIONS, ids=ids)
+def test_a_chinese_page_is_written_as_chinese_engineers_write(chinese):
+    """No stray spaces, spaces between Han and Latin, full-width punctuation, the field's terms."""
+    text = re.sub(r"^(?:<!--[^\n]*-->\n)?```.*?^```\n", "\n", chinese.read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines = re.findall(r"^(?![#|>]|- |\s*$).+\n(?![#|>]|- |\s*$).+", text, re.MULTILINE)
+    assert not lines, "a line break inside a paragraph shows as a space"
+    shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "code", text)).replace("*", "")
+    for problem, pattern in {
+        "a space within Chinese text": rf"(?:{HAN}|[，。；：、（）！？]) +(?:{HAN}|[，。；：、（）！？])",
+        "no space between Han and Latin": rf"{HAN}[A-Za-z0-9]|[A-Za-z0-9%]{HAN}",
+        "half-width punctuation": rf"{HAN}[,;:!?(]|[,;:!?)]{HAN}|{HAN}\.(?![A-Za-z])",
+    }.items():
+        found = [m[0] for m in re.finditer(f".{{0,6}}(?:{pattern}).{{0,6}}", shown)]
+        assert not found, f"{problem}: {found}"
+    assert not [f"{bad}: {good}" for bad, good in UNIDIOMATIC.items() if bad in text]
 
 
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
