@@ -51,7 +51,6 @@ python_display_short_literal_types = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 default_role = "code"  # of our docstrings, which are Markdown in this
-smartquotes = False  # they would turn --option into a dash
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = True

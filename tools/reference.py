@@ -145,8 +145,8 @@ def table(heads: tuple[str, ...], rows: Iterator[tuple[str | None, ...]]) -> str
 
 
 def escape(text: str | None) -> str:
-    """Return a cell's text, in which no bar ends the cell."""
-    return (text or "").replace("|", "\\|")
+    """Return a cell's text, in which no bar ends the cell and options are code."""
+    return re.sub(r"(?<![`\w-])--[a-z][a-z-]*", r"`\g<0>`", text or "").replace("|", "\\|")
 
 
 def main() -> None:
