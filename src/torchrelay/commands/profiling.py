@@ -128,7 +128,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     Raises:
         UsageError: the trainer has a run folder, or several processes.
     """
-    if trainer.folder is not None or trainer.strategy.group.size > 1:
+    if trainer.session.folder is not None or trainer.strategy.group.size > 1:
         raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
     clock = Clock(trainer.device.device)
     optimizer = trainer.optimizer

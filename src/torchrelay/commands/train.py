@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         process.record_launch(folder)
         trainer.fit()
-    trainer.terminal.say(f"the run is in {folder}")
+    trainer.say(f"the run is in {folder}")
 
 
 def run_name(recipe: str, overrides: Sequence[str]) -> str:

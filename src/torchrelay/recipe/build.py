@@ -56,7 +56,6 @@ def build_trainer(
         notes.append(text)
 
     device = set_up(recipe.device, recipe.run.exact)
-
     # 2. Data
     parts = data.load(recipe.data, recipe.run.seed, code=code, log=say)
 

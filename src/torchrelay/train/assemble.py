@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,20 @@ from torchrelay.distributed.process_group import ProcessGroup, init_process_grou
 from torchrelay.distributed.replicas import ParallelSettings, count_replicas
 from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import UsageError, nearest
-from torchrelay.optim.optimizers import SGD
+from torchrelay.models.ema import EMA
+from torchrelay.optim.optimizers import SGD, OptimizerBase
+from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.run.settings import RunSettings
-from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.targets import check_targets
 from torchrelay.tasks.task import Task
+from torchrelay.train.callbacks import Callback, EarlyStopping
+from torchrelay.train.evaluation import Evaluator
+from torchrelay.train.logs import Pictures, StepLog
+from torchrelay.train.progress import Progress, RunningSums
+from torchrelay.train.spikes import SpikeDetector
+from torchrelay.train.state import TrainingState
+from torchrelay.train.step import TrainStep
 
 
 class BatchOptions(TypedDict, total=False):
@@ -43,23 +52,6 @@ class BatchOptions(TypedDict, total=False):
     """Processes that read a Dataset; arrays need none."""
     normalise: bool
     """The former spelling of `normalize`."""
-
-
-class EarlyLog:
-    """Says what is said before a run's log is open, and keeps it for the log.
-
-    Args:
-        terminal: where people read along.
-        notes: what was said before.
-    """
-
-    def __init__(self, terminal: Terminal, notes: Sequence[str] = ()) -> None:
-        self.terminal, self.notes = terminal, list(notes)
-
-    def say(self, text: str) -> None:
-        """Write a line to the terminal, and keep it."""
-        self.terminal.say(text)
-        self.notes.append(text)
 
 
 def run_settings(settings: RunSettings | None, epochs: int | None, seed: int | None) -> RunSettings:
@@ -146,15 +138,36 @@ def batches_like(batches: Batches, data: Any) -> Batches:
     )
 
 
-def make_optimizer(optimizer: Callable[[nn.Module], Optimizer] | None, strategy: Strategy) -> Optimizer:
-    """Return the optimizer of a strategy's model.
+@dataclass(frozen=True)
+class Updates:
+    """How the weights are updated."""
+
+    optimizer: Optimizer
+    schedule: ScheduleSettings
+    clip_norm: float | None
+    ema: EMA | None
+
+
+def make_updates(
+    optimizer: Callable[[nn.Module], Optimizer] | None,
+    schedule: ScheduleSettings | None,
+    clip_norm: float | None,
+    ema: float,
+    strategy: Strategy,
+) -> Updates:
+    """Make the optimizer of a strategy's model, SGD if none is given, and what belongs to it.
 
     Raises:
-        UsageError: it can't work on what the strategy has of the parameters.
+        UsageError: the optimizer can't work on what the strategy has of the parameters.
     """
-    made = (optimizer or SGD())(strategy.model)
+    # An average is made of the parameters that the strategy has, and before the optimizer changes them.
+    average = EMA(strategy.model, ema) if ema else None
+    settings = optimizer or SGD()
+    made = settings(strategy.model)
     strategy.check_optimizer(made)
-    return made
+    if clip_norm is None and isinstance(settings, OptimizerBase):
+        clip_norm = settings.clip_norm
+    return Updates(made, schedule or Constant(), clip_norm, average)
 
 
 def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Batches]) -> Task:
@@ -172,12 +185,76 @@ def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Ba
     return task
 
 
-def own_record(settings: RunSettings, batches: Batches, model_name: str, device: Device) -> dict[str, Any]:
-    """Return what recipe.toml says of a run that was started from Python."""
-    return {
+class Parts(NamedTuple):
+    """What the loop calls."""
+
+    progress: Progress
+    train_step: TrainStep
+    evaluator: Evaluator
+    callbacks: list[Callback]
+    state: TrainingState
+
+
+def join_parts(
+    strategy: Strategy,
+    task: Task,
+    updates: Updates,
+    batches: Batches,
+    evaluated: Mapping[str, Batches],
+    settings: RunSettings,
+    callbacks: Sequence[Callback],
+    record: dict[str, Any],
+    settle: Callable[..., None],
+) -> Parts:
+    """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
+    sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
+    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums)
+    train_step = TrainStep(
+        strategy,
+        task,
+        updates.optimizer,
+        batches.device,
+        replicas=batches.replicas,
+        schedule=updates.schedule.bind(len(batches), progress.total_steps),
+        seed=settings.seed,
+        ema=updates.ema,
+        detector=SpikeDetector(settings.spike_threshold),
+        clip_norm=updates.clip_norm,
+        watch_norm=settings.on_spike == "rollback",
+        measure=settings.train_metrics,
+        dummy_batch=batches.dummy_batch,
+        before_update=lambda: settle(trained=True),
+    )
+    views = settings.test_views
+    evaluator = Evaluator(
+        strategy.model, task, batches.device, evaluated, strategy=strategy, views=views, ema=updates.ema, before=settle
+    )
+    patience = [EarlyStopping(settings.patience)] if settings.patience else []
+    every = [StepLog(), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
+    state = TrainingState(strategy.model, train_step, progress, batches, evaluated, every)
+    return Parts(progress, train_step, evaluator, every, state)
+
+
+def dummy_loss(strategy: Strategy, task: Task, batches: Batches) -> Tensor:
+    """Go forward through a dummy batch: for a process without samples, whose forward pass the others wait for."""
+    batch = batches.dummy_batch()
+    with batches.device.autocast():
+        return task.loss(strategy(batch.inputs), batch.targets)
+
+
+def full_record(
+    record: dict[str, Any] | None,
+    parallel: ParallelSettings,
+    settings: RunSettings,
+    batches: Batches,
+    strategy: Strategy,
+) -> dict[str, Any]:
+    """Return what recipe.toml says of a run: its recipe, or what is known of one that was started from Python."""
+    own = {
         "run": settings.model_dump(mode="json", exclude_none=True),
         "data": {"name": batches.source.name, "batch_size": batches.batch_size},
-        "model": {"name": model_name},
-        "device": device.settings.model_dump(mode="json", exclude_none=True),
+        "model": {"name": strategy.model_name},
+        "device": batches.device.settings.model_dump(mode="json", exclude_none=True),
         "environment": {"started_from": "python", "torch": torch.__version__},
     }
+    return (record or own) | {"parallel": parallel.model_dump() | {"replicas": batches.replicas}}

@@ -14,6 +14,7 @@ from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.device.device import Device
 from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.run.settings import Views
@@ -22,7 +23,7 @@ from torchrelay.tasks.metrics import Count
 from torchrelay.tasks.targets import explain
 from torchrelay.tasks.task import Task
 from torchrelay.train.progress import RunningSums
-from torchrelay.train.tta import Forward, check_tta, with_tta
+from torchrelay.train.tta import check_tta, with_tta
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,15 @@ class Evaluator:
         task: what a batch means.
         device: where the model is.
         parts: batches of the data to evaluate on, by name; models are selected by the first.
-        forward: the model, or what runs it, such as a strategy.
+        strategy: runs the model, on several processes; None: the model itself, in this process alone.
         views: how many views of an image the outputs are averaged over (test-time augmentation).
-        group: the process group; None: this process alone.
         ema: averaged weights, which are evaluated in place of the model's own.
-        collective_forward: whether every process must go through the model equally often, as FSDP needs it.
         before: called before the model's weights are touched, when staged weights must have been copied.
 
     Attributes:
         selects_on: the part by which the best model is selected; "train" if there is none.
         last: the last evaluation of that part.
+        collective_forward: whether every process must go through the model equally often, as FSDP needs it.
 
     Raises:
         UsageError: the task can't be evaluated with so many views.
@@ -86,11 +86,9 @@ class Evaluator:
         device: Device,
         parts: Mapping[str, Batches] | None = None,
         *,
-        forward: Forward | None = None,
+        strategy: Strategy | None = None,
         views: Views = 1,
-        group: ProcessGroup | None = None,
         ema: EMA | None = None,
-        collective_forward: bool = False,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         check_tta(views, isinstance(task, Classification))
@@ -98,9 +96,10 @@ class Evaluator:
         self.selects_on = next(iter(self.parts), "train")
         self.last: Evaluation | None = None
         self._model, self._task, self._device = model, task, device
-        self._forward = with_tta(forward or model, views)
-        self._group = group or ProcessGroup(0, 1, device.device)
-        self._ema, self._collective_forward, self._before = ema, collective_forward, before
+        self._forward = with_tta(strategy or model, views)
+        self._group = strategy.group if strategy else ProcessGroup(0, 1, device.device)
+        self.collective_forward = strategy is not None and strategy.collective_forward
+        self._ema, self._before = ema, before
 
     def evaluate(self, part: str = "test", should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Evaluate on a part of the data.
@@ -202,7 +201,7 @@ class Evaluator:
             results: tuple[Any, ...] = ()
             if start + group.rank < len(batches):
                 results = compute(next(own))
-            elif self._collective_forward:
+            elif self.collective_forward:
                 compute(batches.dummy_batch())
             if group.size == 1:
                 yield results

@@ -1,25 +1,45 @@
-"""Step 7: what a run writes into its folder as it trains: metrics of steps, TensorBoard's pictures, the plots."""
+"""Step 7: what people see of a run: its lines of text, the metrics of steps, TensorBoard's pictures, the plots."""
 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
+from torchrelay.data.sources import ArraySource
 from torchrelay.models.summary import summarize
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
+from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric
 from torchrelay.tasks.task import Task
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.evaluation import Evaluator
-from torchrelay.train.progress import Progress
+from torchrelay.train.progress import Best, Progress
+from torchrelay.train.state import TrainingState
 
 # Seconds between two drawings of the curves, which take a second or two of a core.
 _REDRAW = 120.0
+
+
+class EarlyLog:
+    """Says what is said before a run's log is open, and keeps it for the log.
+
+    Args:
+        terminal: where people read along.
+        notes: what was said before.
+    """
+
+    def __init__(self, terminal: Terminal, notes: Sequence[str] = ()) -> None:
+        self.terminal, self.notes = terminal, list(notes)
+
+    def say(self, text: str) -> None:
+        """Write a line to the terminal, and keep it."""
+        self.terminal.say(text)
+        self.notes.append(text)
 
 
 class StepLog(Callback):
@@ -72,7 +92,6 @@ class Pictures(Callback):
         progress: where the run stands.
         task: whose headline metric the plots show.
         record: the run's recipe, for TensorBoard.
-        summary: whether the model may be run alone, which fails where several processes hold its weights.
     """
 
     def __init__(
@@ -82,12 +101,10 @@ class Pictures(Callback):
         progress: Progress,
         task: Task,
         record: dict[str, Any],
-        *,
-        summary: bool = True,
     ) -> None:
         self._batches, self._evaluator, self._progress = batches, evaluator, progress
         self._headline = Headline(task.headline, task.percent, task.higher_is_better)
-        self._record, self._summary = record, summary
+        self._record = record
         self._drawn_at = -math.inf
 
     def on_start(self, trainer: Training) -> None:
@@ -97,7 +114,7 @@ class Pictures(Callback):
             return
         batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline
         run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
-        if not self._summary:
+        if self._evaluator.collective_forward:
             run.say("no summary of the model: its weights are divided over several processes")
         elif hasattr(batch.inputs, "shape"):
             try:
@@ -151,3 +168,54 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if section != "environment"
     }
+
+
+def introduction(state: TrainingState, name: str) -> str:
+    """Return the first line of a run: the model, the data, the device."""
+    source = state.batches.source
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    return (
+        f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
+        f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
+    )
+
+
+def counters(progress: Progress) -> Counters:
+    """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
+    return Counters(
+        epoch=min(progress.epochs_done + 1, progress.epochs),
+        epochs=progress.epochs,
+        step=progress.step,
+        steps=progress.total_steps,
+        samples=progress.stopwatch.total,
+        loss=progress.last_loss,
+        phase=progress.phase,
+    )
+
+
+def unit(batches: Batches) -> str:
+    """Return what people call the samples."""
+    source = batches.source
+    return "images" if not isinstance(source, ArraySource) or source.inputs.ndim == 4 else "samples"
+
+
+def epoch_text(
+    state: TrainingState, task: Task, epoch: int, splits: Mapping[str, Mapping[str, float]], times: Mapping[str, float]
+) -> str:
+    """Return the line that sums up an epoch, counted from 1: the metrics of its splits, and how fast it was."""
+    return epoch_line(
+        epoch,
+        state.progress.epochs,
+        splits,
+        headline=task.headline,
+        percent=task.percent,
+        rate=times["samples_per_second"],
+        seconds=times["seconds"],
+        unit=unit(state.batches),
+    )
+
+
+def best_text(best: Best, task: Task, selects_on: str) -> str:
+    """Return the last line of a run: its best evaluation."""
+    value = metric(best.value, task.percent).strip()
+    return f"best {selects_on} {task.headline.replace('_', ' ')}: {value} (epoch {best.epoch})"

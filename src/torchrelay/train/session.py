@@ -14,7 +14,6 @@ from torch import Tensor
 from torchrelay.checkpoint.checkpointer import Checkpointer
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.schedule import CheckpointSettings
-from torchrelay.data.batches import Batches
 from torchrelay.data.files import differences
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
@@ -23,10 +22,8 @@ from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
-from torchrelay.run.terminal import Counters
 from torchrelay.train import recovery
-from torchrelay.train.assemble import EarlyLog
-from torchrelay.train.progress import Progress
+from torchrelay.train.logs import EarlyLog
 from torchrelay.train.signals import StopSignal
 from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState
@@ -303,32 +300,3 @@ def _initial_images(state: TrainingState) -> Tensor:
     images = batches.pipeline.evaluate(batches.device.move(source.inputs[chosen]))
     arranged: Tensor = batches.device.arrange(images)
     return arranged
-
-
-def introduction(state: TrainingState, name: str) -> str:
-    """Return the first line of a run: the model, the data, the device."""
-    source = state.batches.source
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    return (
-        f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
-        f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
-    )
-
-
-def counters(progress: Progress) -> Counters:
-    """Return what the progress bar shows; its own thread asks, so a step costs nothing."""
-    return Counters(
-        epoch=min(progress.epochs_done + 1, progress.epochs),
-        epochs=progress.epochs,
-        step=progress.step,
-        steps=progress.total_steps,
-        samples=progress.stopwatch.total,
-        loss=progress.last_loss,
-        phase=progress.phase,
-    )
-
-
-def unit(batches: Batches) -> str:
-    """Return what people call the samples."""
-    source = batches.source
-    return "images" if not isinstance(source, ArraySource) or source.inputs.ndim == 4 else "samples"

@@ -22,26 +22,22 @@ from torch.optim import Optimizer
 
 from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.batch import Batch
-from torchrelay.data.batches import Batches
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.replicas import ParallelSettings
-from torchrelay.models.ema import EMA
-from torchrelay.optim.optimizers import OptimizerBase
-from torchrelay.optim.schedules import Constant, ScheduleSettings
+from torchrelay.optim.schedules import ScheduleSettings
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
-from torchrelay.run.terminal import Terminal, epoch_line, metric
+from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.task import Task
 from torchrelay.train import assemble
-from torchrelay.train.callbacks import Callback, EarlyStopping
-from torchrelay.train.evaluation import Evaluation, Evaluator, score
-from torchrelay.train.logs import Pictures, StepLog
-from torchrelay.train.progress import Best, Progress, RunningSums
-from torchrelay.train.session import Session, counters, introduction, unit
-from torchrelay.train.spikes import Spike, SpikeDetector
-from torchrelay.train.state import TrainingState
-from torchrelay.train.step import StepResult, TrainStep
+from torchrelay.train.callbacks import Callback
+from torchrelay.train.evaluation import Evaluation, score
+from torchrelay.train.logs import EarlyLog, best_text, counters, epoch_text, introduction, unit
+from torchrelay.train.progress import Best
+from torchrelay.train.session import Session
+from torchrelay.train.spikes import Spike
+from torchrelay.train.step import StepResult
 
 
 class Trainer:
@@ -103,7 +99,7 @@ class Trainer:
         self.settings, parallel = assemble.run_settings(settings, epochs, seed), parallel or ParallelSettings()
         # 4. Device: before the data, which is augmented on it
         here, group, replicas = assemble.prepare_device(device, parallel, self.settings.exact)
-        log = assemble.EarlyLog((terminal or Terminal()) if group.main else Terminal(quiet=True), notes)
+        log = EarlyLog((terminal or Terminal()) if group.main else Terminal(quiet=True), notes)
         # 2. Data
         parts = {"validation": validation, "test": test}
         self.batches, evaluated = assemble.make_batches(train, parts, data, here, group, replicas, self.settings.seed)
@@ -112,70 +108,25 @@ class Trainer:
         self.strategy = build_strategy(
             model, parallel.kind, group, here, exact=exact, dummy_loss=self._dummy_loss, say=log.say
         )
-        # 5. Optimizer and schedule, 6. loss
-        made = assemble.make_optimizer(optimizer, self.strategy)
+        # 5. Optimizer and schedule
+        updates = assemble.make_updates(optimizer, schedule, clip_norm, ema, self.strategy)
+        # 6. Loss
         self.task = assemble.prepare_task(task, self.batches, evaluated)
-        # 7. Train and test
-        average = EMA(model, ema) if ema else None
-        if clip_norm is None and isinstance(optimizer, OptimizerBase):
-            clip_norm = optimizer.clip_norm
-        record = record or assemble.own_record(self.settings, self.batches, self.strategy.model_name, here)
-        record["parallel"] = parallel.model_dump() | {"replicas": replicas}
-        self._join_parts(made, here, schedule, clip_norm, average, evaluated, callbacks, record)
+        # 7. Train and test: the parts that the loop calls
+        record = assemble.full_record(record, parallel, self.settings, self.batches, self.strategy)
+        self.progress, self.train_step, self.evaluator, self.callbacks, self.state = assemble.join_parts(
+            self.strategy, self.task, updates, self.batches, evaluated, self.settings, callbacks, record, self._settle
+        )
         self.session = Session(self.state, self.settings, run, checkpoint, log, record)
 
-    def _join_parts(
-        self,
-        optimizer: Optimizer,
-        device: Device,
-        schedule: ScheduleSettings | None,
-        clip_norm: float | None,
-        ema: EMA | None,
-        evaluated: dict[str, Batches],
-        callbacks: Sequence[Callback],
-        record: dict[str, Any],
-    ) -> None:
-        """Build what the loop calls: the step, the evaluator, and the state that a checkpoint saves."""
-        settings, group, epoch = self.settings, self.strategy.group, len(self.batches)
-        sums = RunningSums(group, self.batches.replicas // group.size)
-        self.progress = Progress(settings.epochs, epoch, settings.max_steps, sums)
-        self.train_step = TrainStep(
-            self.strategy,
-            self.task,
-            optimizer,
-            device,
-            replicas=self.batches.replicas,
-            schedule=(schedule or Constant()).bind(epoch, self.progress.total_steps),
-            seed=settings.seed,
-            ema=ema,
-            detector=SpikeDetector(settings.spike_threshold),
-            clip_norm=clip_norm,
-            watch_norm=settings.on_spike == "rollback",
-            measure=settings.train_metrics,
-            dummy_batch=self.batches.dummy_batch,
-            before_update=lambda: self.session.settle(trained=True),
-        )
-        self.evaluator = Evaluator(
-            self.model,
-            self.task,
-            device,
-            evaluated,
-            forward=self.strategy,
-            views=settings.test_views,
-            group=group,
-            ema=ema,
-            collective_forward=self.strategy.collective_forward,
-            before=lambda: self.session.settle(),
-        )
-        summary = not self.strategy.collective_forward
-        pictures = Pictures(self.batches, self.evaluator, self.progress, self.task, record, summary=summary)
-        patience = [EarlyStopping(settings.patience)] if settings.patience else []
-        self.callbacks = [StepLog(), pictures, *patience, *callbacks]
-        self.state = TrainingState(self.model, self.train_step, self.progress, self.batches, evaluated, self.callbacks)
+    def _dummy_loss(self) -> Tensor:
+        return assemble.dummy_loss(self.strategy, self.task, self.batches)
+
+    def _settle(self, *, trained: bool = False) -> None:
+        self.session.settle(trained=trained)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    # [loop]
     def fit(self, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
         """Train until the end and return the last evaluation's metrics.
 
@@ -201,8 +152,6 @@ class Trainer:
                 if spike is not None:
                     self.session.roll_back(spike)
         return self.evaluator.last.values if self.evaluator.last else {}
-
-    # [end of loop]
 
     def resume(self, *, accept_changes: bool = False) -> dict[str, float]:
         """Continue from the newest whole checkpoint of the run's folder, to the bits of a run never interrupted."""
@@ -275,7 +224,7 @@ class Trainer:
                 callback.on_evaluate(self, split, values)
         chosen = found.get(self.selects_on) or (None if self.evaluator.parts else train)
         improved = chosen is not None and self._is_best(chosen, epoch)
-        self.say(self._epoch_line(epoch, {"train": train, **found}, times))
+        self.say(epoch_text(self.state, self.task, epoch, {"train": train, **found}, times))
         for callback in self.callbacks:
             callback.on_epoch(self, epoch, train)
         progress.end_epoch()
@@ -291,18 +240,6 @@ class Trainer:
         self.train_step.schedule.update(value)
         return self.progress.is_best(values[self.task.headline], epoch, higher_is_better=self.task.higher_is_better)
 
-    def _epoch_line(self, epoch: int, splits: dict[str, dict[str, float]], times: dict[str, float]) -> str:
-        return epoch_line(
-            epoch,
-            self.settings.epochs,
-            splits,
-            headline=self.task.headline,
-            percent=self.task.percent,
-            rate=times["samples_per_second"],
-            seconds=times["seconds"],
-            unit=unit(self.batches),
-        )
-
     def _finish(self) -> None:
         """Wait for the last checkpoint, evaluate a run that was done before, and say how well it did."""
         if self.progress.stop_reason is not None:
@@ -314,12 +251,8 @@ class Trainer:
                 return
         for callback in self.callbacks:
             callback.on_end(self)
-        best, task = self.progress.best, self.task
-        if best is not None:
-            value = metric(best.value, task.percent).strip()
-            self.say(f"best {self.selects_on} {task.headline.replace('_', ' ')}: {value} (epoch {best.epoch})")
-
-    # ------------------------------------------------------------------------------------------------ the test
+        if self.best is not None:
+            self.say(best_text(self.best, self.task, self.selects_on))
 
     def evaluate(self, split: str = "test") -> Evaluation:
         """Run the model over the test or the validation data, each sample once.
@@ -354,21 +287,12 @@ class Trainer:
         with self.device.explain_errors(self.batches.batch_size):
             return self.evaluator.predict(assemble.batches_like(self.batches, data))
 
-    # ------------------------------------------------------------------------------------------------ save and load
-
     def save(self, *, training_continues: bool = False) -> None:
         """Save a checkpoint; see `Session.save`."""
         self.session.save(training_continues=training_continues)
 
     def load(self, which: str = "best") -> Path:
-        """Load the weights of one of the run's checkpoints, to evaluate or to predict with them.
-
-        Args:
-            which: "best", "last" or a step's number.
-
-        Returns:
-            The checkpoint's folder.
-        """
+        """Load the weights of the checkpoint "best", "last" or of a step's number; return its folder."""
         return self.session.load_weights(which)
 
     # ------------------------------------------------------------------------------------------------ for callbacks
@@ -392,16 +316,6 @@ class Trainer:
     def run(self) -> RunFolder | None:
         """The open run folder: on rank 0, while the loop runs."""
         return self.session.run
-
-    @property
-    def terminal(self) -> Terminal:
-        """Where people read along."""
-        return self.session.terminal
-
-    @property
-    def folder(self) -> Path | None:
-        """The run's folder."""
-        return self.session.folder
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -434,9 +348,3 @@ class Trainer:
     def record_line(self, split: str, values: dict[str, Any]) -> None:
         """Append a line to the run's metrics, if there is a run."""
         self.session.record_line(split, values)
-
-    def _dummy_loss(self) -> Tensor:
-        """Go forward through a dummy batch: for a process without samples, whose forward pass the others wait for."""
-        batch = self.batches.dummy_batch()
-        with self.device.autocast():
-            return self.task.loss(self.strategy(batch.inputs), batch.targets)
