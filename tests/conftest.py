@@ -80,3 +80,37 @@ def assert_same_runs(one: Path, other: Path) -> None:
 @pytest.fixture
 def same_runs() -> Callable[[Path, Path], None]:
     return assert_same_runs
+
+
+# The files that take longest, as a first come first served order of theirs keeps two workers busy to the end.
+LONGEST = (
+    "faults/test_processes.py",
+    "train/test_trainer.py",
+    "faults/test_stops.py",
+    "run/test_tensorboard_page.py",
+    "faults/test_checkpoints.py",
+    "distributed/test_launch.py",
+    "test_examples.py",
+    "test_docs.py",
+    "distributed/test_exact_runs.py",
+    "distributed/test_hosts.py",
+    "distributed/test_fsdp_runs.py",
+    "faults/test_disk.py",
+    "faults/test_files.py",
+    "distributed/test_slurm.py",
+    "benchmarks/test_gpu.py",
+    "benchmarks/test_agreement.py",
+    "train/test_recovery.py",
+    "faults/test_data.py",
+    "test_startup.py",
+    "device/test_allocator.py",
+    "test_cli.py",
+    "run/test_folder.py",
+    "models/test_convolution.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))

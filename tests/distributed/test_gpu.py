@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_fsdp import ADAMW, Case, alone, compare, train
 from torch import nn
 
 import torchrelay as tr
-from distributed.test_fsdp import ADAMW, Case, alone, compare, train
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import DistributedGroup

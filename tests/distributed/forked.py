@@ -7,8 +7,21 @@ import traceback
 from collections.abc import Callable
 
 
+def preload() -> None:
+    """Import what a training imports on its way, so that not each process has to: that takes seconds of each."""
+    import tensorboard.compat.proto.summary_pb2
+    import torch._inductor
+    import torch.distributed.fsdp
+    import torch.utils.tensorboard
+
+    torch.use_deterministic_algorithms(True)  # so that what it imports is imported
+    torch.use_deterministic_algorithms(False)
+    assert tensorboard
+
+
 def fork(size: int, run: Callable[[int], None]) -> None:
     """Run `run(rank)` in so many processes, and leave if one of them fails."""
+    preload()
     started = []
     for rank in range(size):
         if (child := os.fork()) == 0:
