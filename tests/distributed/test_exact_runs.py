@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fork
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import torchrelay as tr
-from forked import fork
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.exact_ddp import divide
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
