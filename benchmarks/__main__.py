@@ -2,7 +2,7 @@
 
     python -m benchmarks [--only NAME…] [--quick] [--out docs/evidence/benchmarks.md]
 
-Each runs in a process of its own. The long ones have commands of their own, which the page lists.
+Each runs in a process of its own. Long benchmarks have commands of their own, which the page lists.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Long:
 
 LONG = (
     Long(
-        "one run killed again and again, compared byte by byte",
+        "one run killed again and again, compared byte for byte",
         "python -m benchmarks.exactness.kill --root FOLDER --epochs 20",
         "kill.md",
     ),
@@ -106,10 +106,10 @@ def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False,
         quick: whether the figures are of few rounds.
         folder: where the page will be; a picture that is there is shown.
     """
-    how = "Made by `python -m benchmarks`, in one run. In brackets: least and most of the rounds."
+    how = "Made by `python -m benchmarks`, in one run. In brackets: minimum and maximum of the rounds."
     parts = ["# Benchmarks", f"{before}\n{how}", *([QUICK] if quick else [])]
     if summary := goals(found):
-        parts += ["## Bars and aims", "A bar must be passed, an aim is what we would like.", summary]
+        parts += ["## Bars and aims", "A bar must be met; an aim is a wish.", summary]
     for name, tables in found.items():
         parts.append(f"## {title(name)}")
         if name == "overhead" and folder is not None and (folder / OVERHEAD).exists():
@@ -119,8 +119,8 @@ def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False,
         parts += ["## Accuracy over time", f"![Test accuracy of two recipes over time]({ACCURACY})", NOTE_ON_TIME]
     rows = [(long.what, f"`{long.command}`", f"[{Path(long.table).stem}]({long.table})") for long in LONG]
     parts += [
-        "## The long ones",
-        "They have commands and tables of their own.",
+        "## Long benchmarks",
+        "Each has its own command and page.",
         markdown(("", "command", "table"), rows),
     ]
     return "\n\n".join(parts) + "\n"

@@ -118,7 +118,7 @@ def main() -> None:
         f"float32 on the CPU, {torch.get_num_threads()} threads, torch {torch.__version__}; "
         f"made by `python -m benchmarks.exactness.agreement{' --data FOLDER' if options.data else ''}`.\n"
     )
-    text = f"# The recipes against a hand-written loop, bit by bit\n\n{note}\n{heading}" + "\n".join(rows) + "\n"
+    text = f"# The recipes and a hand-written loop, bit by bit\n\n{note}\n{heading}" + "\n".join(rows) + "\n"
     print(text)
     if options.out is not None:
         options.out.write_text(text)

@@ -183,7 +183,7 @@ def rows(folder: Path) -> dict[str, str]:
         found["2 hosts, of which one dies"] = f"not measured: {reason}"
     else:
         on_two_hosts(folder / "hosts")
-        found["2 hosts, of which one loses its power and network; the other goes on alone"] = fingerprint(
+        found["2 hosts, one of which loses power and network; the other continues alone"] = fingerprint(
             folder / "hosts"
         )
     return found
@@ -205,9 +205,9 @@ def main() -> None:
     lines = "\n".join(f"| {name} | `{value}` |" for name, value in found.items())
     same = len({value for value in found.values() if not value.startswith("not")}) == 1
     text = (
-        f"# One run, on any number of processes\n\n{STEPS} steps of {BATCH} samples in {REPLICAS} replicas: BatchNorm, "
-        "dropout, weights that only some replicas use, clipping,\naveraged weights, a last batch of three samples. "
-        f"gloo, one thread a process; {machine()};\nmade by `python -m benchmarks.exactness.elastic`.\n\n"
+        f"# One run on any number of processes\n\n{STEPS} steps of {BATCH} samples in {REPLICAS} replicas: BatchNorm, "
+        "dropout, weights that only some replicas use, clipping,\nEMA, a last batch of three samples. "
+        f"gloo, one thread per process; {machine()};\nmade by `python -m benchmarks.exactness.elastic`.\n\n"
         f"| on | SHA-256 of the final checkpoint's files |\n| --- | --- |\n{lines}\n\n"
         f"{'All are equal.' if same else 'They differ.'}\n"
     )

@@ -229,19 +229,19 @@ def table(deaths: Deaths, found: list[str], steps: int, data: str, command: str)
     """Return the page of results."""
     rows = [
         ("kills by SIGKILL", f"{deaths.kills:,}"),
-        ("of these while it imported or resumed", f"{deaths.before_training:,}"),
-        ("different steps it went on from", f"{len(deaths.resumed_at):,}"),
+        ("of these during import or resume", f"{deaths.before_training:,}"),
+        ("different steps that it resumed from", f"{len(deaths.resumed_at):,}"),
         ("steps of the run", f"{steps:,}"),
         ("steps between two checkpoints", f"{EVERY}"),
         ("steps lost by a kill, median and most", f"{median(deaths.lost or [0]):g} and {max(deaths.lost or [0])}"),
-        ("workers that outlived their run by 10 s", f"{deaths.left_behind}"),
+        ("workers still alive 10 s after their run", f"{deaths.left_behind}"),
         ("files that differ from the undisturbed run's", ", ".join(found) or "none"),
     ]
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     return (
-        f"# A run that was killed, beside one that nobody touched\n\n{data}; {machine}; made by "
-        f"`{command}`.\nCompared are all checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` "
+        f"# A killed run and an undisturbed one\n\n{data}; {machine}; made by "
+        f"`{command}`.\nCompared: all checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` "
         f"to the byte,\nmetrics and TensorBoard's points but for the clock.\n\n| | |\n| --- | ---: |\n{lines}\n"
     )
 

@@ -97,7 +97,7 @@ def assumed(links: Links) -> str:
         f"Assumed: {ON_HOST} devices a host; a device sends {links.inside / 1e9:g} GB/s inside it; a host sends "
         f"{links.between / 1e9:g} GB/s to others, all its cards together;\na message takes "
         f"{1e6 * links.latency_inside:g} us inside and {1e6 * links.latency_between:g} us between hosts until it has "
-        f"arrived; the next one may begin {1e6 * links.gap:g} us after it. Nothing else is on the links."
+        f"arrived; the next one may begin {1e6 * links.gap:g} us after it. The links carry nothing else."
     )
 
 
@@ -197,7 +197,7 @@ def report(counts: Counts) -> str:
     }
     verdict = f"{counts.compared:,} counts compared with formulas, {len(counts.wrong)} of them differ."
     made = f"{machine()}, gloo; made by `python -m benchmarks.scale`."
-    head = f"# What grows with the number of devices\n\n{made}\n{verdict}\n"
+    head = f"# Scale: tables\n\n{made}\n{verdict}\n"
     return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
 
 

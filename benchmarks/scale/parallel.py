@@ -164,7 +164,9 @@ def table(one: dict[str, float], two: dict[str, float]) -> str:
     lines = []
     for name in MODELS:
         lines += [f"## {name}, {EACH} samples a process", ""]
-        lines += ["| | one process, ms a step | two, ms a step | of stock DDP's | efficiency 1 to 2 | of by hand's |"]
+        lines += [
+            "| | one process, ms a step | two, ms a step | of DDP's | efficiency 1 to 2 | of the hand-written loop's |"
+        ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         hand = f"{name}|by hand"
         usual = one[hand] / two[hand]
@@ -196,12 +198,12 @@ def main() -> None:
     from benchmarks.measure import machine
 
     one, two = (start(size, options.rounds, options.cuda) for size in (1, 2))
-    where = "GPUs, nccl" if options.cuda else "One thread a process, gloo"
+    where = "GPUs, nccl" if options.cuda else "One thread per process, gloo"
     text = (
-        "# What several processes cost\n\nStep times of a hand-written loop with PyTorch's DistributedDataParallel, "
-        "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, taken in turns. "
+        "# The cost of several processes\n\nStep times of a hand-written loop with PyTorch's DistributedDataParallel, "
+        "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, measured in turns. "
         f"{where};\n{machine()}; made by `python -m benchmarks.scale.parallel`.\n\n{table(one, two)}"
-        + ("" if options.cuda else "\n## GPUs, nccl\n\nNot measured: two of them are needed, and `--cuda`.\n")
+        + ("" if options.cuda else "\n## GPUs, nccl\n\nNot measured: it needs two GPUs, and `--cuda`.\n")
     )
     print(text)
     if options.out is not None:

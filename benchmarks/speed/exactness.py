@@ -144,7 +144,7 @@ def tables(quick: bool = False) -> list[Table]:
     return [
         Table("A training step, `run.exact` on and off", ("", "exact", "not", "cost"), rows, f"{what} {rounds}."),
         Table(
-            "How long a checkpoint holds training up",
+            "How long training waits for a checkpoint",
             ("network and optimizer", "state", "held up", "memcpy", "ratio", "the step after", "other steps"),
             [row for row, _ in pauses],
             f"ms, medians of {saves - 1}. Held up: in the save, and before the optimizer changes what "

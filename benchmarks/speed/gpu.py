@@ -267,7 +267,9 @@ def tiny_table(device: str, size: Size) -> Table:
         Goal("one graph: the step, of its kernels' own time", of_kernels, None, 1, "{:.2f} times"),
     ]
     note = TINY.format(steps=size.tiny, warm=peers.WARM, rounds=size.rounds)
-    return Table("What is added to a step on a GPU", ("", "us a step", "added", "of by hand's"), rows, note, goals)
+    return Table(
+        "What is added to a step on a GPU", ("", "us a step", "added", "of the hand-written loop's"), rows, note, goals
+    )
 
 
 # ------------------------------------------------------------------------------------------------ exactness

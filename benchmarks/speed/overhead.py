@@ -68,12 +68,12 @@ CASES = {
 GOALS = {"torchrelay": (20.0, 8.0), "torchrelay-all": (44.0, 25.0)}  # bar and aim, us a median step
 
 NOTE = """\
-us a step, one thread; medians of {rounds} rounds of {steps:,} steps, least and most in brackets. "Added" is the
+us a step, one thread; medians of {rounds} rounds of {steps:,} steps, minimum and maximum in brackets. "Added" is the
 difference to the hand-written loop of the same round in the same process: of the two median steps, and of the two mean
 steps, in which what happens only now and then has its part (TensorBoard each 50 steps, garbage collection). Start and
 end of a training don't count.
 
-- torchrelay, all off: no run folder, no bar, no metrics. What stays on is what its promises need: the generators are
+- torchrelay, all off: no run folder, no bar, no metrics. What remains is what its promises need: the generators are
   seeded for each step, and a loss that isn't finite stops the run. It is fed by a `Batches` that returns what was made
   beforehand.
 - torchrelay, a whole run: progress bar, accuracy, metrics.jsonl and TensorBoard each 50 steps, run folder,

@@ -63,7 +63,7 @@ def test_the_page_repeats_every_goal_at_its_head():
     text = all_of_them.text({"memory": [table("Digits", goal), table("Images")]}, "A machine.")
     summary = text.index("| Digits: beside the loop | +50.0% | +5.0%: **not met** | +2.0%: **not met** |")
     assert text.startswith("# Benchmarks\n\nA machine.\n")
-    assert summary < text.index(f"## {memory.TITLE}") < text.index("### Images") < text.index("## The long ones")
+    assert summary < text.index(f"## {memory.TITLE}") < text.index("### Images") < text.index("## Long benchmarks")
     assert "--quick" not in text
     assert "believe no verdict" in all_of_them.text({}, "A machine.", quick=True)
 

@@ -249,3 +249,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Trainer" in (tmp_path / "site" / "searchindex.js").read_text(encoding="utf-8")
+
+
+def test_each_program_that_the_pages_name_exists():
+    texts = [page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "Makefile")]
+    modules = {name for text in texts for name in re.findall(r"-m ((?:benchmarks|tools)[.\w]*)", text)}
+    assert len(modules) > 10
+    for name in modules:
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
