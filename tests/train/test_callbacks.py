@@ -148,6 +148,14 @@ def test_early_stopping_waits_for_its_patience(digits, quiet):
     assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(2, least=0.15)) == 4
 
 
+def test_the_patience_of_the_run_settings_acts_from_python(digits, quiet):
+    nothing_learned = tr.optim.SGD(lr=0.0, weight_decay=0.0)
+    trainer = build(digits, quiet, epochs=8, optimizer=nothing_learned, settings=tr.RunSettings(patience=2))
+    trainer.fit()
+    assert trainer.progress.stop_reason == "early stopping: accuracy has not improved for 2 evaluations"
+    assert trainer.progress.epochs_done == 3
+
+
 def test_early_stopping_goes_by_the_validation_part(digits, quiet):
     values = {"validation": [0.5, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], "test": [0.9 - i / 10 for i in range(8)]}
     assert stopped_after(digits, quiet, values, tr.EarlyStopping(2), validation=digits[1]) == 5
