@@ -72,7 +72,7 @@ def test_what_is_slower_is_not_kept(tmp_path):
 
 def test_data_smaller_than_a_batch_is_timed_as_it_is(tmp_path):
     found = trials(tmp_path, last="pass", first="pass", batch=100)
-    assert found["as it stands"].samples == found["data.batch_size = 200"].samples == 64
+    assert found["the recipe's own"].samples == found["data.batch_size = 200"].samples == 64
     assert found["data.batch_size = 50"].samples == 50
 
 
@@ -90,7 +90,7 @@ def test_the_time_is_kept(tmp_path):
     began = time.monotonic()
     found = trials(tmp_path, last="pass", first="pass", seconds=0)
     assert time.monotonic() - began < 20
-    assert all("no time left" in trial.note for name, trial in found.items() if name != "as it stands")
+    assert all("no time left" in trial.note for name, trial in found.items() if name != "the recipe's own")
 
 
 def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, capsys):
@@ -100,14 +100,16 @@ def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, caps
     options = [part for setting in settings for part in ("--set", setting)]
     assert main(["tune", "digits", *options, "--code", str(path), "--seconds", "5", "--quiet"]) == 0
     shown = capsys.readouterr().out
-    assert "as it stands" in shown
+    assert "the recipe's own" in shown
     lines = shown.partition("[device]")[2].split("\n")
     assert "channels_last = true" in [line.strip() for line in lines]
 
 
 def test_the_lines_to_keep_stand_under_their_sections(capsys):
     kept = ("device.threads = 2", "optimizer.fused = true", "device.channels_last = true")
-    tuning.show([tuning.Trial("as it stands", 1.0, 8, kept=True), *(tuning.Trial(s, 1.0, 8, kept=True) for s in kept)])
+    tuning.show(
+        [tuning.Trial("the recipe's own", 1.0, 8, kept=True), *(tuning.Trial(s, 1.0, 8, kept=True) for s in kept)]
+    )
     lines = "[device]\nthreads = 2\nchannels_last = true\n[optimizer]\nfused = true\n"
     assert capsys.readouterr().out.endswith(lines)
 

@@ -23,19 +23,24 @@ from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.trainer import Trainer
 
-_ROUNDS, _STEPS = 3, 2  # turns of a comparison, and the fewest steps of a turn
-_LONG_ENOUGH = 0.15  # seconds of a turn
-_GAIN = 0.03  # a smaller one isn't told from chance
+# Turns of a comparison, the fewest steps and the fewest seconds of a turn.
+_ROUNDS, _STEPS, _LONG_ENOUGH = 3, 2, 0.15
+# A smaller gain can't be told from noise.
+_GAIN = 0.03
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting, and what it brings."""
+    """A setting and what it gains."""
 
-    setting: str  # as a recipe has it, such as "device.precision = \"bf16\""
-    seconds: float | None = None  # of a step; None: it wasn't tried, or it failed
-    samples: int = 0  # of a step
-    times: float = 1.0  # how many times as many samples a second as the best before
+    setting: str
+    """As a recipe has it, such as `device.precision = "bf16"`."""
+    seconds: float | None = None
+    """Of a step; None if it wasn't tried or failed."""
+    samples: int = 0
+    """Of a step."""
+    times: float = 1.0
+    """The rate divided by that of the best setting before."""
     kept: bool = False
     note: str = ""
 
@@ -52,20 +57,22 @@ def tune(
 
     Args:
         recipe: what to train; its own settings come first.
-        seconds: after which nothing more is begun.
+        seconds: after which no further trial starts.
         code: a module of the user's own, in which the recipe's names are looked up first.
         only: names of the settings to try, such as "precision"; none: all.
-        say: is told what is being tried.
+        say: called with the setting that is being tried.
 
     Returns:
         The recipe's own settings, then each other one as it was tried.
 
     Raises:
-        RelayError: the recipe can't be trained as it stands.
+        RelayError: the recipe itself can't be trained.
     """
-    threads = torch.get_num_threads()  # where a recipe doesn't say how many
+    threads = torch.get_num_threads()
+    # Each setting is timed with a number of threads of its own, which it sets again before its turn.
+    recipe = _with(recipe, "device", "threads", recipe.device.threads or threads)
     try:
-        return _trials(recipe, time.monotonic() + seconds, code, only, say, threads)
+        return _trials(recipe, time.monotonic() + seconds, code, only, say)
     finally:
         torch.set_num_threads(threads)
 
@@ -76,11 +83,10 @@ def _trials(
     code: ModuleType | None,
     only: Sequence[str],
     say: Callable[[str], None],
-    threads: int,
 ) -> list[Trial]:
-    best, place = recipe, _Place(recipe, code, threads)
+    best, place = recipe, _Timed(recipe, code)
     (took,) = _in_turns([place])
-    trials = [Trial("as it stands", took, place.samples, kept=True)]
+    trials = [Trial("the recipe's own", took, place.samples, kept=True)]
     for section, name, value in _settings(recipe):
         if only and name not in only:
             continue
@@ -91,7 +97,7 @@ def _trials(
         say(f"trying {setting}")
         changed = _with(best, section, name, value)
         try:
-            other = _Place(changed, code, threads)
+            other = _Timed(changed, code)
             before, took = _in_turns([place, other])
         except (RelayError, RuntimeError) as error:
             trials.append(Trial(setting, note=f"fails: {str(error).splitlines()[0][:80]}"))
@@ -110,7 +116,7 @@ def show(trials: list[Trial]) -> None:
     """Print the trials as a table, and the recipe's lines to keep."""
     console = Console(highlight=False)
     table = Table(box=None)
-    for name in ("", "ms a step", "samples/s", "to the best"):
+    for name in ("", "ms a step", "samples/s", "vs. best"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("")
     for trial in trials:
@@ -164,25 +170,26 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-class _Place:
-    """A trainer of a recipe, and where its training stands.
+class _Timed:
+    """A recipe's trainer whose steps are timed.
 
     Args:
         recipe: what it trains.
         code: a module of the user's own.
-        threads: of an operation on the CPU, where the recipe doesn't say how many.
+
+    Attributes:
+        samples: of a step.
+        first: seconds of the first two steps, in which models are compiled and kernels chosen.
     """
 
-    def __init__(self, recipe: Recipe, code: ModuleType | None, threads: int) -> None:
-        self._threads = recipe.device.threads or threads
+    def __init__(self, recipe: Recipe, code: ModuleType | None) -> None:
         self.trainer = build_trainer(recipe, code=code, terminal=Terminal(quiet=True))
-        torch.set_num_threads(self._threads)
         self.trainer.model.train()
         self._batches, self._steps = _forever(self.trainer), 0
         began = time.perf_counter()
         self.samples = self._step()
         self._step()
-        self.first = time.perf_counter() - began  # seconds of the first two steps: compiling, choosing kernels
+        self.first = time.perf_counter() - began
 
     def _step(self) -> int:
         batch = next(self._batches)
@@ -191,9 +198,9 @@ class _Place:
         return batch.size
 
     def time(self) -> float:
-        """Return the seconds of a step, meant over some."""
-        set_up(self.trainer.device.settings, self.trainer.settings.exact)  # switches of the whole process
-        torch.set_num_threads(self._threads)
+        """Return the mean seconds of some steps."""
+        # The switches belong to the whole process, and another trainer has just set its own.
+        set_up(self.trainer.device.settings, self.trainer.settings.exact)
         device, began, steps = self.trainer.device.device, time.perf_counter(), 0
         while steps < _STEPS or time.perf_counter() - began < _LONG_ENOUGH:
             self._step()
@@ -204,12 +211,12 @@ class _Place:
 
 
 def _forever(trainer: Trainer) -> Iterator[Batch]:
-    """Yield full batches of the first epoch again and again: a later one may have larger images."""
-    full = next(trainer.batches.epoch(0)).size  # of data smaller than a batch, all of it
+    """Yield full batches of the first epoch again and again: a later epoch may have larger images."""
+    full = next(trainer.batches.epoch(0)).size
     while True:
         yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
 
 
-def _in_turns(places: list[_Place]) -> list[float]:
+def _in_turns(places: list[_Timed]) -> list[float]:
     times = [[place.time() for place in places] for _ in range(_ROUNDS)]
     return [median(column) for column in zip(*times, strict=True)]
