@@ -91,8 +91,15 @@ def lead_into_the_site(_app: Sphinx, page: str, source: list[str]) -> None:
     source[0] = re.sub(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, ROOT_PAGES))})", rf"]({up}root/\1", source[0])
 
 
+def keep_colons(_app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
+    """Begin an attribute's docstring with an empty comment: napoleon reads what precedes a first colon as its type."""
+    if what in ("attribute", "data", "property"):
+        lines[:0] = ["..", ""]
+
+
 def setup(app: Sphinx) -> None:
     """Connect to Sphinx."""
     reference()
     root_pages()
     app.connect("source-read", lead_into_the_site)
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
