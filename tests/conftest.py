@@ -91,7 +91,7 @@ LONGEST = (
     "faults/test_checkpoints.py",
     "distributed/test_launch.py",
     "test_examples.py",
-    "test_docs.py",
+    "docs/test_docs.py",
     "distributed/test_exact_runs.py",
     "distributed/test_hosts.py",
     "distributed/test_fsdp_runs.py",

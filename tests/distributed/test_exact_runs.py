@@ -24,7 +24,7 @@ from torchrelay.run.metrics import read_metrics
 from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification
-from torchrelay.train.callbacks import Pictures
+from torchrelay.train.logs import Pictures
 
 SAMPLES, BATCH = 403, 80  # five batches, and one of three samples for eight replicas
 STEPS = 6  # of an epoch

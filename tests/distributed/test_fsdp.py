@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from forked import fork
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forked import fork
 from torchrelay import optim
 from torchrelay.data.batch import replica_sizes
 from torchrelay.device.device import DeviceSettings, set_up

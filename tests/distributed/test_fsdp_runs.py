@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from forked import fork
 from safetensors.torch import load_file
 from torch import nn
 
 import torchrelay as tr
-from forked import fork
 from torchrelay import cli
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed import fsdp_checks as shardable
@@ -27,7 +27,7 @@ from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
-from torchrelay.train.callbacks import Pictures
+from torchrelay.train.logs import Pictures
 
 SAMPLES, BATCH = 402, 100  # the last batch has two samples for four replicas: none for the second process
 STEPS = 5  # of an epoch
@@ -289,7 +289,7 @@ def test_dp_chooses_no_number_of_devices(tmp_path, capsys):
     arguments = [*command("train", "dp", tmp_path / "run"), "--set", "run.exact=false", "--devices", "2"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --devices 2: parallel.kind 'dp' is one process")
+    assert error.startswith("error: --devices 2: parallel.kind 'dp' uses all visible devices from one process")
     assert error.count("\n") == 1
 
 
