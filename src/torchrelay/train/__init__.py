@@ -32,63 +32,43 @@ _HOME = {
     "Strategy": "distributed.strategy",
     "TrainStep": "train.step",
     "Trainer": "train.trainer",
+    "Training": "train.callbacks",
     "build_strategy": "distributed.build",
     "init_process_group": "distributed.process_group",
     "set_up": "device.device",
 }
-__all__ = [
-    "EMA",
-    "Batch",
-    "Batches",
-    "Callback",
-    "CheckpointSettings",
-    "Checkpointer",
-    "Contents",
-    "Device",
-    "DeviceSettings",
-    "Evaluation",
-    "Evaluator",
-    "Interrupted",
-    "ParallelSettings",
-    "Pipeline",
-    "ProcessGroup",
-    "Progress",
-    "RunFolder",
-    "RunningSums",
-    "Spike",
-    "SpikeDetector",
-    "StepResult",
-    "StopSignal",
-    "Strategy",
-    "TrainStep",
-    "Trainer",
-    "build_strategy",
-    "init_process_group",
-    "set_up",
-]
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
-    from torchrelay.checkpoint.checkpointer import Checkpointer
-    from torchrelay.checkpoint.format import Contents
-    from torchrelay.checkpoint.schedule import CheckpointSettings
-    from torchrelay.data.augment.pipeline import Pipeline
-    from torchrelay.data.batch import Batch
-    from torchrelay.data.batches import Batches
-    from torchrelay.device.device import Device, DeviceSettings, set_up
-    from torchrelay.distributed.build import build_strategy
-    from torchrelay.distributed.process_group import ProcessGroup, init_process_group
-    from torchrelay.distributed.replicas import ParallelSettings
-    from torchrelay.distributed.strategy import Strategy
-    from torchrelay.errors import Interrupted
-    from torchrelay.models.ema import EMA
-    from torchrelay.run.folder import RunFolder
-    from torchrelay.train.callbacks import Callback
-    from torchrelay.train.evaluation import Evaluation, Evaluator
-    from torchrelay.train.progress import Progress, RunningSums
-    from torchrelay.train.signals import StopSignal
-    from torchrelay.train.spikes import Spike, SpikeDetector
-    from torchrelay.train.step import StepResult, TrainStep
-    from torchrelay.train.trainer import Trainer
+    from torchrelay.checkpoint.checkpointer import Checkpointer as Checkpointer
+    from torchrelay.checkpoint.format import Contents as Contents
+    from torchrelay.checkpoint.schedule import CheckpointSettings as CheckpointSettings
+    from torchrelay.data.augment.pipeline import Pipeline as Pipeline
+    from torchrelay.data.batch import Batch as Batch
+    from torchrelay.data.batches import Batches as Batches
+    from torchrelay.device.device import Device as Device
+    from torchrelay.device.device import DeviceSettings as DeviceSettings
+    from torchrelay.device.device import set_up as set_up
+    from torchrelay.distributed.build import build_strategy as build_strategy
+    from torchrelay.distributed.process_group import ProcessGroup as ProcessGroup
+    from torchrelay.distributed.process_group import init_process_group as init_process_group
+    from torchrelay.distributed.replicas import ParallelSettings as ParallelSettings
+    from torchrelay.distributed.strategy import Strategy as Strategy
+    from torchrelay.errors import Interrupted as Interrupted
+    from torchrelay.models.ema import EMA as EMA
+    from torchrelay.run.folder import RunFolder as RunFolder
+    from torchrelay.train.callbacks import Callback as Callback
+    from torchrelay.train.callbacks import Training as Training
+    from torchrelay.train.evaluation import Evaluation as Evaluation
+    from torchrelay.train.evaluation import Evaluator as Evaluator
+    from torchrelay.train.progress import Progress as Progress
+    from torchrelay.train.progress import RunningSums as RunningSums
+    from torchrelay.train.signals import StopSignal as StopSignal
+    from torchrelay.train.spikes import Spike as Spike
+    from torchrelay.train.spikes import SpikeDetector as SpikeDetector
+    from torchrelay.train.step import StepResult as StepResult
+    from torchrelay.train.step import TrainStep as TrainStep
+    from torchrelay.train.trainer import Trainer as Trainer
 
 
 def __getattr__(name: str) -> Any:

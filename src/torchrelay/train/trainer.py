@@ -263,6 +263,7 @@ class Trainer:
         with self.device.explain_errors(self.batches.batch_size):
             evaluation = self.evaluator.evaluate(split)
         assert evaluation is not None  # noqa: S101 - nothing stops it
+        self._keep(split, evaluation)
         return evaluation
 
     def _evaluate(self, splits: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -273,17 +274,17 @@ class Trainer:
             if evaluation is None:
                 return {}
             found[split] = evaluation.values
-            if split == self.selects_on:
-                self.progress.evaluated(evaluation.values, score(self.task, evaluation.values))
+            self._keep(split, evaluation)
         self.progress.phase = ""
         return found
 
-    def predict(self, data: Any) -> Tensor:
-        """Return the task's predictions for each sample of `data`, in its order, on the CPU.
+    def _keep(self, split: str, evaluation: Evaluation) -> None:
+        """Keep the metrics by which models are selected for a checkpoint after this very step."""
+        if split == self.selects_on:
+            self.progress.evaluated(evaluation.values, score(self.task, evaluation.values))
 
-        Args:
-            data: a source, a Dataset, or a tensor of inputs (samples, …).
-        """
+    def predict(self, data: Any) -> Tensor:
+        """Return the task's predictions, in order and on the CPU, for a source, a Dataset or a tensor (samples, …)."""
         with self.device.explain_errors(self.batches.batch_size):
             return self.evaluator.predict(assemble.batches_like(self.batches, data))
 
@@ -294,8 +295,6 @@ class Trainer:
     def load(self, which: str = "best") -> Path:
         """Load the weights of the checkpoint "best", "last" or of a step's number; return its folder."""
         return self.session.load_weights(which)
-
-    # ------------------------------------------------------------------------------------------------ for callbacks
 
     @property
     def step(self) -> int:
