@@ -467,7 +467,7 @@ def test_code_that_fails_is_named_with_its_line(text, says, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("loss.name=Needy", "must take no arguments (missing a required argument: 'needed')"),
+        ("loss.name=Needy", "must be constructible without arguments (missing a required argument: 'needed')"),
         ("loss.name=Unfinished", "the task in --code has no method 'loss'"),
         ("loss.name=half", "'half' is unknown"),
         ("data.name=rmtree", "data.name 'rmtree' is unknown"),

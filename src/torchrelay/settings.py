@@ -20,7 +20,7 @@ RENAMED = {
     "data.normalise": "data.normalize",
     "optimizer.normalise_weights": "optimizer.normalize_weights",
 }
-RENAMED_TRANSFORMS = {"colour_jitter": "color_jitter"}
+RENAMED_TRANSFORMS = {"colour_jitter": "color_jitter", "centre_crop": "center_crop"}
 
 
 def rename_keys(recipe: dict[str, Any], warn: bool = True) -> dict[str, Any]:
@@ -39,8 +39,9 @@ def rename_keys(recipe: dict[str, Any], warn: bool = True) -> dict[str, Any]:
             if warn:
                 warn_renamed(old, new, stacklevel=3)
     data = renamed.get("data")
-    if isinstance(data, dict) and isinstance(data.get("augment"), list):
-        data["augment"] = [_rename_transform(transform, warn) for transform in data["augment"]]
+    for key in ("augment", "prepare"):
+        if isinstance(data, dict) and isinstance(data.get(key), list):
+            data[key] = [_rename_transform(transform, warn) for transform in data[key]]
     return renamed
 
 

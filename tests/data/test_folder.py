@@ -386,7 +386,7 @@ def test_no_more_images_are_left_out_than_allowed(parted, tmp_path):
     how = {"on_error": "skip", "cache": True, "cache_dir": tmp_path / "cache"}
     assert len(read(parted, max_errors=2, **how)[0]) == 4
     for allowed in (how | {"cache": False}, how):  # while decoding; and from the cache of a run that allowed more
-        with pytest.raises(RelayError, match=r"2 images can't be read where 1 may be .*cat/0\.png.*data\.max_errors"):
+        with pytest.raises(RelayError, match=r"2 images can't be read and 1 may be .*cat/0\.png.*data\.max_errors"):
             read(parted, max_errors=1, **allowed)
 
 

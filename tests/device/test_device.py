@@ -92,7 +92,7 @@ def test_exactness_switches_deterministic_kernels_on_and_off():
 def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
     trainer = train(digits, quiet, tmp_path / "run", epochs=1, name="cpu", threads=2)
     assert torch.get_num_threads() == 2
-    assert trainer.identity()["threads"] == 2
+    assert trainer.state.identity()["threads"] == 2
     assert "cpu, float32, 2 threads" in (tmp_path / "run" / "log.txt").read_text()
 
 

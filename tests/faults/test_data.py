@@ -293,7 +293,7 @@ def without_classes(photos: Path) -> str:
 
 def untested(photos: Path) -> str:
     (photos / "test" / "dog").rename(photos / "spare")
-    return "photos/test has no class 'dog', which photos/train has"
+    return "photos/test has no class 'dog', unlike photos/train"
 
 
 @pytest.mark.parametrize("fault", [emptied, without_images, without_classes, untested])
@@ -343,7 +343,7 @@ FAULTS = {
         r"sample 0 has label 2\.0: each label is there \(1\) or not \(0\)",
     ),
     # where a dataset is read one by one: at its batch
-    "dataset": (lambda: Rows(wrong_at(33, 12)), {}, r"Rows \(training\): sample 33 has label 12: .* 0 to 2: mend"),
+    "dataset": (lambda: Rows(wrong_at(33, 12)), {}, r"Rows \(training\): sample 33 has label 12: .* 0 to 2: correct"),
     "dataset, named": (lambda: tr.data.dataset(Rows(wrong_at(33, 12)), NAMES), {}, r"Rows: sample 33 has label 12"),
     "dataset, workers": (
         lambda: tr.data.dataset(Rows(wrong_at(33, 12)), NAMES),
@@ -370,7 +370,7 @@ FAULTS = {
     "dataset, int32": (lambda: Rows(lambda i: np.int32(2)), {}, r"sample \d+ has target 2 \(int32\): .* int64"),
     "dataset, numbers": (lambda: Rows(lambda i: 0.5), {}, r"sample \d+ has target 0\.5 \(float64\): .* class's number"),
     "dataset, words": (lambda: Rows(lambda i: "cat"), {}, r"sample \d+ has target 'cat': .* return an int"),
-    "dataset, nothing": (lambda: Rows(lambda i: None), {}, r"sample \d+ is \(float32 \(6,\), NoneType\), of which"),
+    "dataset, nothing": (lambda: Rows(lambda i: None), {}, r"sample \d+ is \(float32 \(6,\), NoneType\), which PyTorch"),
     "dataset, shape": (
         lambda: Rows(lambda i: torch.tensor([1])),
         {},

@@ -305,7 +305,7 @@ def test_the_printed_resume_command_can_be_pasted_for_any_folder_name(start, tmp
     process.send(signal.SIGINT)
     done = process.done()
     assert done.stderr.count("\n") == 1
-    pasted = done.stderr.partition("go on with: ")[2].replace("torchrelay", "printf %s,", 1)
+    pasted = done.stderr.partition("resume with: ")[2].replace("torchrelay", "printf %s,", 1)
     shell = subprocess.run(["bash", "-c", pasted], capture_output=True, text=True, check=True)
     assert shell.stdout == f"resume,{name},"
 

@@ -43,6 +43,7 @@ class Clock:
     device: torch.device
     steps: list[dict[str, float]] = field(default_factory=list)
     _marks: list[tuple[str, Any]] = field(default_factory=list)
+    _updates: bool = False
 
     def mark(self, phase: str) -> None:
         """Give what has passed since the last mark to a phase."""
@@ -53,6 +54,12 @@ class Clock:
         else:
             self._marks.append((phase, time.perf_counter()))
 
+    def begin_update(self) -> None:
+        """Mark the start of the optimizer's step; not again where it calls the step of the class above it."""
+        if not self._updates:
+            self.mark("rest")
+        self._updates = True
+
     def end_step(self) -> None:
         """Add up a step's phases; the next one begins where this one ended."""
         if self.device.type == "cuda":
@@ -61,7 +68,7 @@ class Clock:
         for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
             found[phase] += before.elapsed_time(now) / 1e3 if self.device.type == "cuda" else now - before
         self.steps.append(found)
-        self._marks = []
+        self._marks, self._updates = [], False
         self.mark("rest")
 
 
@@ -133,7 +140,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     clock = Clock(trainer.device.device)
     optimizer = trainer.optimizer
     trainer.model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
-    optimizer.register_step_pre_hook(lambda *_: clock.mark("rest"))
+    optimizer.register_step_pre_hook(lambda *_: clock.begin_update())
     optimizer.register_step_post_hook(lambda *_: clock.mark("optimizer"))
     trainer.model.train()
     batches, size = _forever(trainer), 0
