@@ -216,7 +216,6 @@ from pathlib import Path
 import torch
 from torchrelay import checkpoint
 from torchrelay.checkpoint import Contents
-countdown = int(sys.argv[2])
 def hook(event, arguments):
     global countdown
     watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -224,19 +223,28 @@ def hook(event, arguments):
         countdown -= 1
         if countdown == 0:
             os.kill(os.getpid(), 9)
-sys.addaudithook(hook)
-checkpoint.write(Path(sys.argv[1]), Contents(2, {"w": torch.full((10,), 2.0)}, {"step": 2}))
-print("whole")
+for line in sys.stdin:  # one interpreter, of which each moment gets a fork
+    countdown = int(line)
+    if (child := os.fork()) == 0:
+        sys.addaudithook(hook)
+        checkpoint.write(Path(sys.argv[1]), Contents(2, {"w": torch.full((10,), 2.0)}, {"step": 2}))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
     checkpoint.write(tmp_path, Contents(1, {"w": torch.full((10,), 1.0)}, {"step": 1}))
     seen = set()
-    for moment in (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 99):
-        command = [sys.executable, "-c", script, str(tmp_path), str(moment)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        newest = checkpoint.newest(tmp_path, silent)
-        assert newest.model["w"].tolist() == [newest.step] * 10
-        seen.add((newest.step, done.returncode))
-        if "whole" in done.stdout:
-            break
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for moment in (*range(1, 21), 99):
+            print(moment, file=process.stdin, flush=True)
+            code = int(process.stdout.readline())
+            newest = checkpoint.newest(tmp_path, silent)
+            assert newest.model["w"].tolist() == [newest.step] * 10
+            seen.add((newest.step, code))
+            if code == 0:
+                break
+        process.stdin.close()
     assert (1, -9) in seen
     assert (2, 0) in seen

@@ -370,7 +370,7 @@ FAULTS = {
     "dataset, int32": (lambda: Rows(lambda i: np.int32(2)), {}, r"sample \d+ has target 2 \(int32\): .* int64"),
     "dataset, numbers": (lambda: Rows(lambda i: 0.5), {}, r"sample \d+ has target 0\.5 \(float64\): .* class's number"),
     "dataset, words": (lambda: Rows(lambda i: "cat"), {}, r"sample \d+ has target 'cat': .* return an int"),
-    "dataset, nothing": (lambda: Rows(lambda i: None), {}, r"sample \d+ is \(float32 \(6,\), NoneType\), which PyTorch"),
+    "dataset, nothing": (lambda: Rows(lambda i: None), {}, r"sample \d+ is \(float32 \(6,\), NoneType\), which"),
     "dataset, shape": (
         lambda: Rows(lambda i: torch.tensor([1])),
         {},

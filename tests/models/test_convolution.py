@@ -111,12 +111,12 @@ def test_a_frozen_weight_and_an_evaluation_need_no_product(products):
 
 def test_the_fast_network_trains_with_it_and_goes_on_exactly(products, quiet, tmp_path):
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for name, steps in (("whole", None), ("resumed", 3), ("resumed", None)):
+    for name, steps in (("whole", None), ("resumed", 1), ("resumed", None)):
         torch.manual_seed(0)
         trainer = tr.Trainer(
             tr.models.build(tr.models.ModelSettings(name="fast-cnn"), classes=4, channels=3, image_size=32, log=print),
             (images, torch.arange(64) % 4),
-            epochs=3,
+            epochs=1,
             batch_size=32,
             optimizer=tr.optim.SGD(lr=0.01, momentum=0.9),
             device=DeviceSettings(name="cpu", precision="bf16", channels_last=True),
@@ -127,7 +127,7 @@ def test_the_fast_network_trains_with_it_and_goes_on_exactly(products, quiet, tm
         trainer.resume() if name == "resumed" and steps is None else trainer.fit()
     assert set(products) == {(256, 256, 3, 3)}
     weights = [
-        next((tmp_path / name / "checkpoints").glob("step-00000006/model.safetensors")).read_bytes()
+        next((tmp_path / name / "checkpoints").glob("step-00000002/model.safetensors")).read_bytes()
         for name in ("whole", "resumed")
     ]
     assert weights[0] == weights[1]
