@@ -62,7 +62,7 @@ class Classification(Task):
         if classes <= self._highest:
             raise RelayError(
                 f"the model gives {classes} outputs, but {self._where} has label {self._highest}: build it with "
-                f"{self._highest + 1}, or mend the label"
+                f"{self._highest + 1}, or correct the label"
             )
 
     def _weights(self, targets: Tensor) -> Tensor | None:

@@ -32,7 +32,7 @@ class MultiLabel(Task):
         """Refuse targets that don't lie between 0 and 1."""
         wrong = targets[(targets < 0) | (targets > 1)]
         if len(wrong):
-            raise TargetError("each label is there (1) or not (0): mend it", wrong[0].item())
+            raise TargetError("each label is there (1) or not (0): correct it", wrong[0].item())
 
     def weight(self, targets: Tensor) -> float:
         """Return the number of samples times the number of labels."""

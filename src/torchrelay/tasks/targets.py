@@ -69,7 +69,7 @@ def refused_classes(outputs: Any, targets: Any, ignore: int | None = None) -> Re
         ignore: the label of positions without a class, if there is one.
     """
     if not isinstance(outputs, Tensor) or outputs.ndim < 2:
-        return RelayError(f"the model gives {describe(outputs)}, but the loss wants (batch, classes): mend its output")
+        return RelayError(f"the model gives {describe(outputs)}, but the loss wants (batch, classes): fix its output")
     if not isinstance(targets, Tensor):
         return TargetError("the loss wants a class's number: let the dataset return an int")
     if len(outputs) != len(targets):

@@ -171,10 +171,10 @@ def make_updates(
 
 
 def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Batches]) -> Task:
-    """Return the task, classification if none is given, told of the classes; it has looked at all targets in memory.
+    """Return the task, classification if none is given; it knows the classes and has checked all targets in memory.
 
     Raises:
-        RelayError: a target can't be learnt; the text names its sample.
+        RelayError: a target can't be learned; the text names its sample.
     """
     task = task or Classification()
     classes = batches.source.classes

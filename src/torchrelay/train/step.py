@@ -129,7 +129,7 @@ class TrainStep:
             mark: called at the end of "forward", "backward" and "measure", by a profiler; such a step is not recorded.
 
         Raises:
-            RelayError: the batch can't be learnt from; the text names the sample.
+            RelayError: the batch can't be learned from; the text names the sample.
         """
         for group in self.optimizer.param_groups:
             set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
