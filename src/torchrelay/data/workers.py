@@ -126,15 +126,24 @@ class Loader:
         """Yield the batches of these keys; an earlier read can't continue."""
         self._keys.batches = keys
         with closing(keys):
-            with self._errors():
+            try:
                 batches = iter(self._loader)
+            except Exception as error:
+                self._explain(error)
+                raise
             while True:
                 if self._keys.batches is not keys:
                     raise RelayError(f"{self._name}: another epoch was started meanwhile: read one at a time")
-                with self._errors(), _one_thread(self._workers == 0):
-                    batch = next(batches, _END)
-                    if isinstance(batch, RelayError):
-                        raise batch
+                # PyTorch's signal handler may raise anywhere in the block, in the end of a context as well.
+                try:
+                    with _one_thread(self._workers == 0):
+                        batch = next(batches, _END)
+                except Exception as error:
+                    self._explain(error)
+                    raise
+                if isinstance(batch, RelayError):
+                    self.close()
+                    raise batch
                 if batch is _END:
                     return
                 if not isinstance(batch, list | tuple) or len(batch) != 2:
@@ -143,24 +152,19 @@ class Loader:
                     )
                 yield batch[0], batch[1]
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """End the workers after an error; give the remedy if a worker died or couldn't pass on a batch."""
-        try:
-            yield
-        except Exception as error:
-            text = self._close_after(error)
-            if "shared memory" in text:
-                raise RelayError(
-                    f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
-                    "data.workers or a smaller data.batch_size"
-                ) from error
-            if text.startswith("DataLoader worker (pid"):
-                raise RelayError(
-                    f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps it ran out of memory: use fewer "
-                    "data.workers, and resume"
-                ) from error
-            raise
+    def _explain(self, error: Exception) -> None:
+        """End the workers; raise an error with the remedy if one died or couldn't pass on a batch."""
+        text = self._close_after(error)
+        if "shared memory" in text:
+            raise RelayError(
+                f"{self._name}: workers pass batches through /dev/shm, which is full: enlarge it, or use fewer "
+                "data.workers or a smaller data.batch_size"
+            ) from error
+        if text.startswith("DataLoader worker (pid"):
+            raise RelayError(
+                f"{self._name}: {text.split('. ')[0].rstrip('.')}: perhaps it ran out of memory: use fewer "
+                "data.workers, and resume"
+            ) from error
 
     def _close_after(self, error: Exception) -> str:
         """End the workers and return PyTorch's description of what happened.
