@@ -23,7 +23,7 @@ from torchrelay.checkpoint.schedule import SaveSchedule
 from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.folder import RunFolder, free_folder
-from torchrelay.run.metrics import Stopwatch, read_metrics
+from torchrelay.run.metrics import read_metrics
 
 
 def opened(folder: Path, quiet, resume: bool = False) -> RunFolder:
@@ -165,14 +165,6 @@ def test_a_checkpoint_is_due_by_steps_or_by_the_clock():
     assert hourly.due_by_clock()
     hourly.saved()
     assert not hourly.due_by_clock()
-
-
-def test_a_stopwatch_tells_samples_of_each_second():
-    watch = Stopwatch()
-    watch.samples = 1000
-    lap = watch.lap()
-    assert 0 <= lap["seconds"] < 5
-    assert lap["samples_per_second"] > 0
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -129,6 +129,18 @@ def test_progress_alone_counts_and_continues(device, digits):
     assert set(means) == {"loss", "accuracy"}
 
 
+def test_the_stopwatch_counts_samples_per_second_since_its_start():
+    watch = Progress(epochs=1, steps_per_epoch=1).stopwatch
+    watch.count(600)
+    watch.count(400)
+    lap = watch.lap()
+    assert 0 <= lap["seconds"] < 5
+    assert lap["samples_per_second"] > 0
+    watch.start()
+    assert watch.lap()["samples_per_second"] == 0
+    assert watch.total == 1000
+
+
 def test_progress_ends_at_its_limit():
     progress = Progress(epochs=3, steps_per_epoch=4, max_steps=2)
     progress.step = 2

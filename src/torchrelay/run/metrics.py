@@ -1,7 +1,6 @@
 """Step 1: the lines of a run's metrics.jsonl, from which everything that is shown of a run is read."""
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +22,6 @@ class Headline:
     def words(self) -> str:
         """The name with spaces, for people."""
         return self.name.replace("_", " ")
-
-
-class Stopwatch:
-    """Measures time and throughput for people to read; no computation depends on it."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Restart the count of seconds and samples."""
-        self._since, self.samples = time.perf_counter(), 0
-
-    def lap(self) -> dict[str, float]:
-        """Return the seconds since the start and the samples per second."""
-        seconds = time.perf_counter() - self._since
-        return {"seconds": round(seconds, 3), "samples_per_second": round(self.samples / max(seconds, 1e-9), 1)}
 
 
 def read_metrics(folder: Path) -> list[Line]:
