@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def truncate(file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ 2: half written
 
 DRIVER = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 
 import torch
@@ -61,17 +62,19 @@ from torchrelay import checkpoint
 from torchrelay.checkpoint import Contents
 from torchrelay.checkpoint.retention import prune
 
-folder, step, value, keep, moment = Path(sys.argv[1]), *map(int, sys.argv[2:6])
+folder, seen = Path(sys.argv[1]), Path(sys.argv[2])
+step, value, keep, last = map(int, sys.argv[3:7])
 WATCHED = {"mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "write", "serialize_file", "truncate"}
-countdown = moment
+moment = 0
 
 
 def watch(frame, event, what):
     # Before every call that may change the disk: between two of them it stays as it is.
-    global countdown
+    global moment
     if event == "c_call" and what.__name__ in WATCHED:
-        countdown -= 1
-        if countdown == 0:
+        moment += 1
+        shutil.copytree(folder, seen / str(moment))
+        if moment == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -80,40 +83,50 @@ sys.setprofile(watch)
 checkpoint.write(folder, contents)
 prune(folder, keep, 0)
 sys.setprofile(None)
-print(moment - countdown)
+print(moment)
 """
 
 
+def files(folder: Path) -> dict[Path, bytes | None]:
+    """What is in a folder: the content of each file, and none of each folder."""
+    paths = folder.rglob("*")
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in paths}
+
+
 def write_and_die(server, tmp_path: Path, before: list[tuple[int, int]], now: tuple[int, int], keep: int) -> set[float]:
-    """Die at each moment of writing a checkpoint (step, value) beside earlier ones; return which values were found."""
+    """Look at each moment of writing a checkpoint (step, value) beside earlier ones; return which values were found.
+
+    A process that is killed leaves what the disk holds then; so one process copies that at each moment, and others,
+    killed at some of them, show that it is the same.
+    """
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     good = tmp_path / "good"
     for step, value in before:
         checkpoint.write(good, Contents(step, {"w": torch.full((50,), float(value))}, {"value": value}))
-    moments = None
+
+    def drive(name: str, last: int) -> tuple[Path, Path, Any]:
+        folder, seen = shutil.copytree(good, tmp_path / name), tmp_path / f"{name}-seen"
+        return folder, seen, server.start(folder, seen, *now, keep, last, folder=tmp_path, script=script)
+
+    whole, seen, process = drive("whole", 0)
+    assert process.wait() == 0, process.errors
+    moments = int(process.output)
+    assert moments > 20
+    shutil.copytree(whole, seen / str(moments + 1))
+    for moment in (moments // 3, moments):  # the copies are what a kill really leaves
+        killed, _, process = drive(f"killed-{moment}", moment)
+        assert process.wait() == -9, process.errors
+        assert files(killed) == files(seen / str(moment))
     found = set()
-    moment = 10**9  # first to the end, to count the moments
-    while moments is None or moment > 0:
-        folder = shutil.copytree(good, tmp_path / f"{moment}")
-        process = server.start(folder, *now, keep, moment, folder=tmp_path, script=script)
-        code = process.wait()
-        if moments is None:
-            assert code == 0, process.errors
-            moments = moment = int(process.output) + 1
-            assert moments > 20
-            shutil.rmtree(folder)
-            continue
-        assert code == (0 if moment == moments else -9), process.errors
+    for folder in sorted(seen.iterdir(), key=lambda path: int(path.name)):
         contents = checkpoint.newest(folder, warn=pytest.fail)
-        assert contents is not None, f"neither loads after a kill at moment {moment}"
+        assert contents is not None, f"neither loads after a kill at moment {folder.name}"
         assert contents.model["w"].tolist() == [contents.state["value"]] * 50
         found.add(contents.state["value"])
         # The next one can be written there, whatever was left behind.
         checkpoint.write(folder, Contents(99, {"w": torch.full((50,), 99.0)}, {"value": 99}))
         assert checkpoint.newest(folder, warn=pytest.fail).step == 99
-        shutil.rmtree(folder)
-        moment -= 1
     return found
 
 
