@@ -28,6 +28,7 @@ from typing import Any
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _PR_SET_CHILD_SUBREAPER = 36
+_MADV_COLLAPSE, _LARGE = 25, 2**21
 
 
 def preload() -> None:
@@ -51,8 +52,19 @@ def preload() -> None:
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
     gc.freeze()  # a fork that ends need not look at, and so copy, all that was imported
+    use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
     assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay))
+
+
+def use_large_pages() -> None:
+    """Put this process's memory into pages of 2 MiB where Linux can: a fork copies the table of pages."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, access, _, _, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in place.split("-"))
+        start, end = -(-start // _LARGE) * _LARGE, end // _LARGE * _LARGE
+        if access.startswith("rw") and inode == "0" and start < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_COLLAPSE)
 
 
 def serve(address: str) -> dict[str, Any]:
@@ -109,9 +121,9 @@ def become(request: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.enable()  # whatever crashes it, or sends SIGABRT as it hangs, is told each thread's place
     sys.argv = request["argv"]
-    if request["forks"]:
-        fork_children()
-    sys.path[0] = request["folder"]
+    if request["forks"] and fork_children():
+        request["module"] = "torchrelay"
+    sys.path[0] = str(Path(request["script"]).parent) if request["script"] else request["folder"]
     if not request["plots"]:
         from torchrelay.run.plots import PlotProcess
 
@@ -120,7 +132,7 @@ def become(request: dict[str, Any]) -> None:
         if request["script"]:
             runpy.run_path(request["script"], run_name="__main__")
         else:
-            runpy.run_module("torchrelay", run_name="__main__", alter_sys=True)
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         leave(end.code)
     except BaseException:
@@ -142,8 +154,12 @@ def leave(code: Any) -> None:
     os._exit(code or 0)
 
 
-def fork_children() -> None:
-    """Let PyTorch's launcher in this process fork `python -m torchrelay …` instead of starting it."""
+def fork_children() -> bool:
+    """Let PyTorch's launcher in this process fork `python -m torchrelay …` instead of starting it.
+
+    Returns:
+        Whether this is one of the forked processes.
+    """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     parent = os.getpid()
@@ -152,17 +168,19 @@ def fork_children() -> None:
     if os.fork() == 0:  # this one has no threads, now and later
         mine.close()
         serve_parent(others.makefile("rw", encoding="utf-8"), parent)
-        return
+        return True
     others.close()
     lines = mine.makefile("rw", encoding="utf-8")
 
     def popen(handler: Any, args: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen:
-        assert args[1:3] == ("-m", "torchrelay"), args
-        lines.write(json.dumps([args[3:], environment]) + "\n")
+        module = args.index("torchrelay")
+        assert args[1:module] in (("-m",), ("-u", "-m")), args
+        lines.write(json.dumps([args[module + 1 :], environment]) + "\n")
         lines.flush()
         return Forked(int(lines.readline()))
 
     subprocess_handler.SubprocessHandler._popen = popen
+    return False
 
 
 def serve_parent(lines: Any, parent: int) -> None:

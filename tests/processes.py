@@ -138,18 +138,20 @@ class Server:
         folder: Path,
         sets: Sequence[str] = (),
         script: Path | None = None,
+        module: str = "torchrelay",
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
         forks: bool = True,
         plots: bool = False,
     ) -> Process:
-        """Start `python -m torchrelay …`, or a script.
+        """Start `python -m torchrelay …`, another module, or a script.
 
         Args:
             *arguments: what follows.
             folder: where it is started.
             sets: what follows `--set`, each.
             script: run this instead of torchrelay.
+            module: run this instead of torchrelay.
             terminal: the device of a terminal to run in, as `pty.openpty` gives it.
             environment: variables beside those of every test.
             forks: whether the processes that it starts through PyTorch's launcher are forked, too.
@@ -161,15 +163,16 @@ class Server:
             stream.touch()
         pid = self.ask(
             do="start",
-            argv=[str(script or "torchrelay"), *map(str, arguments), *(f"--set={setting}" for setting in sets)],
+            argv=[str(script or module), *map(str, arguments), *(f"--set={setting}" for setting in sets)],
             script=str(script) if script else None,
+            module=module,
             folder=str(folder),
             stdout=str(streams[0]),
             stderr=str(streams[1]),
             terminal=terminal,
             environment=clean_environment(self.folder) | (environment or {}),
             plots=plots,
-            forks=forks and any(str(argument).startswith("--devices") for argument in arguments),
+            forks=forks and any(str(each).startswith(("--devices", "--nproc-per-node")) for each in arguments),
         )
         self.started.append(Process(self, pid, None if terminal else streams))
         return self.started[-1]

@@ -15,9 +15,19 @@ from torchrelay import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CALL = """
+import sys
+import warnings
+
+sys.path.insert(0, {folder!r})
+import {name}
+
+warnings.filterwarnings("error", category=UserWarning, module="torchrelay")
+print("returned", {call})
+"""
 
 
-def start(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str]:
+def started(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str]:
     """Start a process that imports an example and calls it, in a folder of its own."""
     script = f"import {name}; print('returned', {call})"
     command = [sys.executable, "-W", "error::UserWarning:torchrelay", "-c", script]
@@ -27,7 +37,7 @@ def start(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str]:
 
 def outcome(name: str, call: str, folder: Path) -> float:
     """Call an example in a process of its own and return what it returned."""
-    process = start(name, call, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = started(name, call, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert err == ""
@@ -47,19 +57,20 @@ def test_an_example_is_short_and_says_what_it_shows(path):
     assert lines[0].startswith('"""')
 
 
-def test_own_model_learns(tmp_path):
-    assert outcome("own_model", "own_model.main(epochs=5)", tmp_path) > 0.95
+def test_own_model_learns(tmp_path, start):
+    script = tmp_path / "call.py"
+    script.write_text(CALL.format(folder=str(EXAMPLES), name="own_model", call="own_model.main(epochs=5)"))
+    done = start(script=script, plots=True).done()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert float(done.stdout.split("returned ")[1]) > 0.95
     assert (tmp_path / "runs" / "own-model" / "curves.png").exists()
 
 
-def test_own_task_learns_to_reconstruct_run_by_its_own_name(tmp_path):
+def test_own_task_learns_to_reconstruct_run_by_its_own_name(tmp_path, start):
     """As its reader starts it. The squared error is that of 64 pixels in [0, 1]; the mean picture's is above 4."""
-    path = EXAMPLES / "own_task.py"
-    found = subprocess.run(
-        [sys.executable, path], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
-    assert found.returncode == 0, found.stderr
-    assert re.search(r"^epoch 10: ", found.stdout, re.M)
+    done = start(script=EXAMPLES / "own_task.py").done()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^epoch 10: ", done.stdout, re.M)
     assert json.loads((tmp_path / "runs" / "own-task" / "evaluation.json").read_text())["squared_error"] < 2.5
 
 
@@ -83,7 +94,7 @@ def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
     epochs = 40
     steps = outcome("own_loop", f"own_loop.main(run='undisturbed', epochs={epochs})", tmp_path)
     assert steps == 23 * epochs
-    process = start("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path, stdout=subprocess.DEVNULL)
+    process = started("own_loop", f"own_loop.main(run='killed', epochs={epochs})", tmp_path, stdout=subprocess.DEVNULL)
     checkpoints = tmp_path / "killed" / "checkpoints"
     while not checkpoint.complete(checkpoints):
         assert process.poll() is None

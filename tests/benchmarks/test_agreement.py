@@ -11,10 +11,9 @@ ROOT = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(tmp_path):
+def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(start, tmp_path):
     out = tmp_path / "table.md"
-    command = [sys.executable, "-m", "benchmarks.exactness.agreement", "--epochs", "2", "--out", out]
-    done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    done = start("--epochs", "2", "--out", out, module="benchmarks.exactness.agreement", folder=ROOT).done()
     assert done.returncode == 0, done.stdout + done.stderr
     row = next(line for line in out.read_text().splitlines() if line.startswith("| `digits`"))
     assert row.endswith("| equal | equal (20 tensors) |")

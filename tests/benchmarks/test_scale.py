@@ -1,7 +1,5 @@
 """The cost model's formulas say what is really sent."""
 
-import os
-import subprocess
 import sys
 from math import prod
 from pathlib import Path
@@ -81,22 +79,22 @@ def test_another_order_has_other_bits():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what connections carry")
-def test_the_kernel_counts_what_formulas_say_of_real_processes(tmp_path):
+def test_the_kernel_counts_what_formulas_say_of_real_processes(start, tmp_path):
     """Up to four processes, forked by one that has threads of no other test: each byte of an exchange, link by link.
 
     Of four on, who sends to whom depends on how sums are handed round.
     """
-    script = f"""
-import pathlib
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
 from benchmarks.scale import check, count, measure
 found = {{size: count.fork(size, measure.collectives, pathlib.Path({str(tmp_path)!r})) for size in (1, 4)}}
 counts = check.Counts()
 print(check.links_table(counts, found))
 assert counts.compared == 12 + 1 + 8 + 1 and not counts.wrong, counts.wrong
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+""")
+    done = start(script=script).done()
     assert done.returncode == 0, done.stderr
     assert "| 4 | flat | 12 | 6,291,480 | 6,291,480 | 24 | " in done.stdout
 

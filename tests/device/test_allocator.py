@@ -1,8 +1,7 @@
 """Memory that is kept isn't touched for the first time again."""
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -20,16 +19,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(what: str, **environment: str) -> list[str]:
+@pytest.fixture
+def faults(start, tmp_path) -> Callable[..., list[str]]:
     """Return what the function said, and how many pages were touched for the first time in ten blocks of 64 MiB."""
-    command = [sys.executable, "-c", PROGRAM, what]
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run(command, env=plain | environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+
+    def count(what: str, **environment: str) -> list[str]:
+        (tmp_path / "program.py").write_text(PROGRAM)
+        done = start(what, script=tmp_path / "program.py", environment=environment).done()
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return count
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept(faults):
     told, count = faults("keep")
     assert told == "True"
     assert int(count) < 100
@@ -39,7 +43,7 @@ def test_freed_memory_is_kept():
 @pytest.mark.parametrize(
     "tuned", [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}]
 )
-def test_the_environment_has_the_last_word(tuned):
+def test_the_environment_has_the_last_word(faults, tuned):
     told, count = faults("keep", **tuned)
     assert told == "False"
     assert int(count) > 1000

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -187,15 +186,13 @@ def run_in(size: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(_server, tmp_path_factory) -> Path:
     """A folder with runs of several processes, and with what they were to be like."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    done = subprocess.run(
-        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=280
-    )
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = _server.start(folder, folder=folder, script=Path(__file__), environment=loopback).done(280)
     assert done.returncode == 0, done.stderr
     for name in CASES:
         build(name, folder / "1" / name).fit()

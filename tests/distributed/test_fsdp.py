@@ -1,7 +1,5 @@
 """FSDP training: as a script this file is one process of several, whose results the tests compare byte for byte."""
 
-import os
-import subprocess
 import sys
 import warnings
 from collections import OrderedDict
@@ -307,7 +305,7 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, Any]:
+def results(_server, tmp_path_factory) -> dict[str, Any]:
     """What rank 0 of two and of four processes left."""
     folder = tmp_path_factory.mktemp("processes")
     threads = torch.get_num_threads()
@@ -315,10 +313,8 @@ def results(tmp_path_factory) -> dict[str, Any]:
     for name in RESUMED:
         torch.save(alone(replace(BY_TWO[name], last=STEPS // 2))["state"], folder / f"{name}.pt")
     torch.set_num_threads(threads)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=120
-    )
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = _server.start(folder, folder=folder, script=Path(__file__), environment=loopback).done()
     assert done.returncode == 0, done.stderr
     return {k: v for size in (2, 4) for k, v in torch.load(folder / f"results-{size}.pt", weights_only=True).items()}
 

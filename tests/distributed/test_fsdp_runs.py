@@ -1,11 +1,9 @@
 """Whole runs under `parallel.kind = "fsdp"` and "dp": as a script, this file is two processes that train."""
 
-import importlib
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -174,9 +172,6 @@ REFUSED: dict[str, dict[str, Any]] = {
 def main(folder: Path) -> None:
     warnings.simplefilter("error")
     tr.data.digits()
-    importlib.import_module("torchrelay.recipe.predictor")
-    imported = [name for name in sys.modules if name.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))]
-    (folder / "imported.json").write_text(json.dumps(imported))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -192,15 +187,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(_server, tmp_path_factory) -> Path:
     """A folder with runs of two processes, and with what they were to be like."""
     folder = tmp_path_factory.mktemp("runs")
     with one_thread():
         interrupted(build("none", "adamw", folder / "none, fsdp"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=200
-    )
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = _server.start(folder, folder=folder, script=Path(__file__), environment=loopback).done(200)
     assert done.returncode == 0, done.stderr
     with one_thread():
         build("none", "adamw", folder / "fsdp, none").resume()
@@ -302,10 +295,6 @@ def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
     said = f"parallel.kind '{kind}' has no effect {where}: the model runs as with 'none'"
     assert said in (tmp_path / "run" / "log.txt").read_text()
     assert f'kind = "{kind}"' in (tmp_path / "run" / "recipe.toml").read_text()
-
-
-def test_nothing_of_fsdp_is_imported_where_nobody_asks_for_it(runs):
-    assert json.loads((runs / "imported.json").read_text()) == []
 
 
 if __name__ == "__main__":

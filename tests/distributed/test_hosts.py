@@ -1,7 +1,5 @@
 """Two and three hosts: a run on them, and what follows if one dies, is cut off, or is far away."""
 
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,12 +25,12 @@ def train(run: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
+def undisturbed(_server, tmp_path_factory) -> Path:
     """The run of one process on one host."""
-    run = tmp_path_factory.mktemp("alone") / "run"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "torchrelay", *train(run), "--quiet"], env=environment, check=True)
-    return run
+    folder = tmp_path_factory.mktemp("alone")
+    done = _server.start(*train(folder / "run"), "--quiet", folder=folder).done()
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
 def until(happened: Callable[[], object], what: str, timeout: float = 90) -> None:

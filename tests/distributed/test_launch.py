@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from processes import clean_environment
 from torchrelay import checkpoint
 from torchrelay.distributed import launch, process
 from torchrelay.errors import UsageError
 
 TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2")
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = ["--standalone", "--nproc-per-node=2"]
 
 CODE = """
 import os
@@ -200,15 +197,13 @@ def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
 
 
 @pytest.mark.parametrize("which", ["module", pytest.param("script", marks=pytest.mark.slow)])
-def test_torchrun_starts_either(tmp_path, alone, same_runs, which):
+def test_torchrun_starts_either(start, tmp_path, alone, same_runs, which):
     """Not with `--run`, which torchrun takes for one of its own options, unless `--` stands before torchrelay."""
     script = tmp_path / "own.py"
     script.write_text(SCRIPT)
     sets = [f"--set={setting}" for setting in TWO]
     what = ["-m", "torchrelay", "train", "digits", *sets] if which == "module" else [str(script), "run"]
-    environment = clean_environment(tmp_path)
-    command = [sys.executable, "-m", *TORCHRUN, *what]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = start(*TORCHRUN, *what, module="torch.distributed.run", forks=which == "module").done()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train accuracy") == 2
     assert done.stderr == ""

@@ -1,6 +1,6 @@
 """A strategy on its own, without a trainer: one step has the gradients, the loss and the buffers of plain autograd."""
 
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -108,10 +108,13 @@ def test_an_error_in_a_replica_leaves_nothing_behind_for_the_next_step():
         assert torch.equal(gradient, parameter.grad)
 
 
-def test_a_step_in_two_processes_has_the_bits_of_autograd(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_step_in_two_processes_has_the_bits_of_autograd(start, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    own = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    for process in [start(tmp_path, script=Path(__file__), environment=each) for each in own]:
+        done = process.done()
+        assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert_same(torch.load(tmp_path / f"{rank}.pt", weights_only=True), by_autograd())
 

@@ -313,7 +313,7 @@ def test_a_frozen_mask_may_hold_minus_infinity(digits, quiet, tmp_path):
     assert load_file(last / "model.safetensors")["mask"][0, 1] == -math.inf
 
 
-def test_a_run_killed_at_any_moment_training_continues_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
+def test_a_run_killed_at_any_moment_training_continues_to_the_same_bytes(start, tmp_path, same_runs):
     """A real process, killed by SIGKILL at five moments, resumed each time."""
     script = tmp_path / "run.py"
     script.write_text(f"""
@@ -328,20 +328,23 @@ folder = sys.argv[1]
 import pathlib
 often = CheckpointSettings(every="3 steps")
 trainer = build(tr.data.digits(), Terminal(quiet=True), folder, epochs=8, checkpoint=often)
-print("ready", flush=True)
 trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer.fit()
 """)
-    subprocess.run([sys.executable, script, tmp_path / "undisturbed"], check=True, capture_output=True)
-    kills = 0
-    for moment in (0.4, 0.7, 1.0, 1.3, 1.6, None):
-        with subprocess.Popen([sys.executable, script, tmp_path / "killed"], stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            if moment is not None:
-                time.sleep(moment)
-                kills += process.poll() is None
-                process.kill()
-    assert kills >= 3, "the machine is too fast for this test: make the run longer"
+    assert start(tmp_path / "undisturbed", script=script).done().returncode == 0
+
+    def saved() -> int:
+        steps = (int(path.name[len("step-") :]) for path in checkpoint.complete(tmp_path / "killed" / "checkpoints"))
+        return max(steps, default=0)
+
+    for number in range(5):
+        before = saved()
+        process = start(tmp_path / "killed", script=script)
+        process.until(lambda before=before: saved() > before + 6)
+        time.sleep(0.007 * number)
+        process.end()
+        assert process.returncode == -signal.SIGKILL, "the machine is too fast for this test: make the run longer"
+    done = start(tmp_path / "killed", script=script).done()
+    assert done.returncode == 0, done.stderr
     same_runs(tmp_path / "killed", tmp_path / "undisturbed")
 
 
