@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from portalocker import portalocker as lockers
 from torch import nn
 
 import torchrelay as tr
-from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings
 from torchrelay.checkpoint.schedule import SaveSchedule
 from torchrelay.duration import Duration
@@ -194,43 +192,3 @@ def test_a_torn_line_of_metrics_is_no_hindrance(digits, quiet, tmp_path, same_ru
     assert read_metrics(tmp_path / "torn")[-1]["step"] == 15
     train(digits, quiet, tmp_path / "torn").resume()
     same_runs(tmp_path / "undisturbed", tmp_path / "torn")
-
-
-def in_a_namespace(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script where it may mount what it likes; skip where that isn't allowed."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("unshare -rm isn't allowed here")
-    return subprocess.run(["unshare", "-rm", "sh", "-ec", script], capture_output=True, text=True, timeout=120)
-
-
-def test_a_folder_that_is_read_only_is_an_error_before_the_first_step(tmp_path):
-    folder = tmp_path / "fixed"
-    folder.mkdir()
-    command = f"{sys.executable} -m torchrelay train digits --set device.threads=1 --run {folder}/run"
-    mount = f"mount --bind {folder} {folder}\nmount -o remount,ro,bind {folder}\n"
-    found = in_a_namespace(mount + command)
-    assert found.returncode == 1
-    assert found.stdout == ""
-    assert found.stderr == (
-        f"error: can't write in the run folder {folder}/run: Read-only file system; choose another by --run\n"
-    )
-    assert list(folder.iterdir()) == []
-
-
-def test_a_full_disk_is_an_error_and_what_was_saved_stays_whole(tmp_path):
-    """There is room for the checkpoint of step 0, and not for the next."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = f"{sys.executable} -m torchrelay train digits --set device.threads=1 --run {folder}/run"
-    script = f"""
-mount -t tmpfs -o size=700k none {folder}
-{command} --set run.epochs=3 || echo exit code $?
-cp -r {folder}/run {tmp_path}/copy
-"""
-    found = in_a_namespace(script)
-    assert found.stdout.splitlines()[-1] == "exit code 1"
-    *_, last = found.stderr.splitlines()
-    assert re.fullmatch(r"error: can't save .*: .* it needs [\d,]+ bytes and [\d,]+ are free: make room, .*", last)
-    checkpoints = tmp_path / "copy" / "checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["step-00000000"]
-    assert checkpoint.newest(checkpoints, warn=pytest.fail) is not None
