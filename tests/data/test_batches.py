@@ -411,16 +411,14 @@ def test_a_mistake_in_a_dataset_is_not_covered_up(workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_image_read_by_a_worker_is_one_line_with_its_path(workers, tmp_path):
-    from PIL import Image
     from torchvision.transforms import v2
 
     for i in range(4):
-        (tmp_path / "a").mkdir(exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / "a" / f"{i}.png")
-    for path in (tmp_path / "a").iterdir():
+        path = tmp_path / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     train, _ = image_folder(tmp_path, test_share=0.5, transform=v2.ToImage())
-    with pytest.raises(RelayError, match=r"a/\d\.png can't be read as an image") as found:
+    with pytest.raises(RelayError, match=r"[ab]/\d\.png can't be read as an image") as found:
         list(batches(train, workers=workers).epoch())
     assert "\n" not in str(found.value)
 

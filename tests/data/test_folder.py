@@ -111,10 +111,10 @@ def test_blanks_unicode_and_newlines_in_names_work(tmp_path):
 
 
 def test_a_name_that_is_no_unicode_works(tmp_path):
-    for i in range(2):
-        path = save(tmp_path / "d" / "a" / f"{i}.png", i)
+    for i in range(4):
+        path = save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png", i)
         path.rename(path.parent / os.fsdecode(b"\xff\xfe%d.png" % i))
-    assert len(image_folder(tmp_path / "d", cache_dir=tmp_path / "c", test_share=0.5, log=lambda _: None)[0]) == 1
+    assert len(image_folder(tmp_path / "d", cache_dir=tmp_path / "c", test_share=0.5, log=lambda _: None)[0]) == 2
 
 
 def test_upper_case_suffixes_and_folders_below_a_class_are_read(parted):
@@ -245,7 +245,15 @@ def test_pixels_are_averaged_as_pil_does(made, size, channels, tmp_path):
         left, top = (made[0] - max(1, width)) // 2, (made[1] - max(1, height)) // 2
         middle = image.crop((left, top, left + max(1, width), top + max(1, height)))
         there = np.asarray(middle.resize(size, Image.Resampling.BILINEAR)).reshape(size[1], size[0], channels)
-    assert np.abs(found - there.transpose(2, 0, 1)).max() <= 1  # the rounding of a weight
+    assert np.abs(found - there.transpose(2, 0, 1)).max() <= 2  # the rounding of the weights, down and across
+
+
+def test_pixels_may_differ_from_pils_by_two_since_both_directions_are_rounded(tmp_path):
+    rows = bytes.fromhex("fd81c4e11072 cf08eb1393d1 813e47a75bc7 7464e857a595 3226923629ba da0f5561a9bd")
+    Image.fromarray(np.frombuffer(rows, np.uint8).reshape(6, 6)).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        there = image.resize((1, 1), Image.Resampling.BILINEAR).getpixel((0, 0))
+    assert (decoded(tmp_path / "x.png", 1, (1, 1)).item(), there) == (126, 124)
 
 
 @pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="there is one kind of instructions")
@@ -311,7 +319,7 @@ def test_a_picture_that_a_camera_marked_as_turned_stands_upright(tmp_path):
 
 def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path):
     for i in range(150):
-        save(tmp_path / "a" / f"{i:03}.png", i, size=(50, 50))
+        save(tmp_path / "ab"[i % 2] / f"{i:03}.png", i, size=(50, 50))
     train, test = read(tmp_path)
     for source in (train, test):
         for image, path in zip(source.inputs, source.files.paths, strict=True):
@@ -322,7 +330,7 @@ def test_a_long_decoding_says_how_far_it_is(parted, monkeypatch):
     monkeypatch.setattr(folder, "_LOG_SECONDS", 0.0)
     said = []
     image_folder(parted, cache=False, log=said.append)
-    assert said == [
+    assert [line for line in said if line.startswith("decod")] == [
         "decoding 6 images, once",
         "decoded 6 of 6 images",
         "decoding 4 images, once",

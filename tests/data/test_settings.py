@@ -100,7 +100,8 @@ def test_an_image_folder_is_read_as_the_settings_say(tmp_path):
     )
     parts = load(settings, seed=0, log=said.append)
     assert parts.train.inputs.shape == parts.test.inputs.shape == (4, 1, 5, 5)
-    assert said == ["decoding 8 images, once"]
+    assert said[-1] == "decoding 8 images, once"
+    assert said[0] == f"{tmp_path / 'data'}: 2 classes: cat, dog"
     assert list((tmp_path / "cache").glob("*/images.bin"))
 
 

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _images(path: Path) -> list[Path]:
     """Return an image's path, or the paths of all images below a folder."""
-    from torchrelay.data.folder import is_image
+    from torchrelay.data.image_files import is_image
 
     if path.is_dir():
         images = sorted(p for p in path.rglob("*") if is_image(p))

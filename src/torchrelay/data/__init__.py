@@ -4,9 +4,9 @@ from torchrelay.data import augment
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.data.builtin import cifar10, cifar100, digits, text
-from torchrelay.data.folder import image_folder
-from torchrelay.data.settings import DataSettings, Parts, load
-from torchrelay.data.sources import ArraySource, DatasetSource, Source, arrays, as_source, dataset, split
+from torchrelay.data.folder import image_folder, image_parts
+from torchrelay.data.settings import DataSettings, load
+from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, as_source, dataset, split
 
 __all__ = [
     "ArraySource",
@@ -24,6 +24,7 @@ __all__ = [
     "dataset",
     "digits",
     "image_folder",
+    "image_parts",
     "load",
     "split",
     "text",

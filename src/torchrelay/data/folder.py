@@ -1,10 +1,8 @@
 """Step 2: image folders, with one folder per class."""
 
 import os
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -23,26 +21,28 @@ from torchrelay.data.image_files import (
     channels_first,
     fitted,
     open_image,
-    out_of_reach,
     read_pixels,
 )
-from torchrelay.data.sources import ArraySource, DatasetSource, Source, split
+from torchrelay.data.listing import Listing, find
+from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, split
 from torchrelay.errors import RelayError, UsageError
 
 Log = Callable[[str], None]
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-_TESTS = ("test", "val", "validation", "valid")
 _CHUNK = 64  # images that a thread decodes in one task
 _LOG_SECONDS = 10.0  # between two lines about the progress of decoding
 _SMALL = 4096  # bytes; for smaller files, threads lose more to Python's lock than they gain
 
 
-def is_image(path: Path) -> bool:
-    """Return whether a path is a file with an image's suffix that isn't hidden."""
-    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
+def image_folder(root: str | Path, *, log: Log = print, **options: Any) -> tuple[Source, Source]:
+    """Return the training and test part of an image folder; arguments, further options and errors of `image_parts`."""
+    parts = image_parts(root, log=log, **options)
+    assert parts.test is not None  # noqa: S101 - a folder has one, or it is split off
+    if parts.validation is not None:
+        log("left out: the validation part, which image_parts() returns as well")
+    return parts.train, parts.test
 
 
-def image_folder(
+def image_parts(
     root: str | Path,
     *,
     size: int | None = None,
@@ -55,12 +55,13 @@ def image_folder(
     on_error: Literal["stop", "skip"] = "stop",
     max_errors: int = 100,
     log: Log = print,
-) -> tuple[Source, Source]:
-    """Return the training and test part of an image folder.
+) -> Parts:
+    """Return the training, validation and test part of an image folder.
 
-    The folder contains either `train/CLASS/…` and `test/CLASS/…` (or `val`), or `CLASS/…`; then the test part is split
-    off, and both parts are copied into memory. Hidden files and folders are skipped, links are followed. Images are
-    decoded once, all to the same size, into an array in `cache_dir` that later runs map into memory.
+    The folder contains either `train/CLASS/…`, `test/CLASS/…` and perhaps `val/CLASS/…`, or `CLASS/…`; then the test
+    part is split off, and both parts are copied into memory. With `val` but without `test`, `val` is the test part.
+    Hidden files and folders are skipped, links are followed. Images are decoded once, all to the same size, into an
+    array in `cache_dir` that later runs map into memory.
 
     Args:
         root: the folder.
@@ -75,15 +76,19 @@ def image_folder(
         cache_dir: the folder of the caches; None: `~/.cache/torchrelay`.
         on_error: what to do with an image that can't be read: "stop", or "skip" to leave it out.
         max_errors: the number of images that each part may leave out.
-        log: called with a line about the images that were decoded or left out.
+        log: called with the lines about what was found, decoded and left out.
 
     Raises:
         UsageError: the folder doesn't exist, or its images have different sizes.
-        RelayError: there are no images, a class is empty, the parts' classes differ, or an image can't be read; the
-            text names it.
+        RelayError: there are no images or only one class, a class is empty, the parts' classes differ, or an image
+            can't be read; the text names it.
     """
-    base = Path(root).expanduser()
-    train, test = _listings(base)
+    found = find(Path(root).expanduser())
+    train, validation, test = found.for_training()
+    for line in found.report():
+        log(line)
+    if test is None:
+        log(f"test data: a share of {test_share:g} of each class, as the folder isn't divided")
     if transform is not None:
         if on_error == "skip":
             raise UsageError(
@@ -92,13 +97,14 @@ def image_folder(
             )
         if test is None:
             train, test = _split(train, test_share, seed)
-        return _dataset(train, transform, channels), _dataset(test, transform, channels)
-    caches = (Path(cache_dir).expanduser() if cache_dir is not None else default_folder()) if cache else None
-    allowed = max_errors if on_error == "skip" else 0
-    decode = partial(_decoded, size=size, channels=channels, caches=caches, allowed=allowed, log=log)
+        listings = [train, test] if validation is None else [train, test, validation]
+        return Parts(*(_dataset(listing, transform, channels) for listing in listings))
+    decode = _decoder(None if size is None else (size, size), channels, cache, cache_dir, on_error, max_errors, log)
+    decoded = decode(train)
     if test is None:
-        return split(decode(train), test_share, seed)
-    return _check_sizes(decode(train), decode(test))
+        return Parts(*split(decoded, test_share, seed))
+    rest = None if validation is None else _check_sizes(decoded, decode(validation))
+    return Parts(decoded, _check_sizes(decoded, decode(test)), rest)
 
 
 def decode_images(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
@@ -110,90 +116,11 @@ def decode_images(paths: Sequence[Path], shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(images)
 
 
-# ------------------------------------------------------------------------------------------------ listing
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """The images below a folder, in an order that depends on their names only."""
-
-    name: str
-    folder: Path
-    classes: tuple[str, ...]
-    labels: list[int]
-    files: list[tuple[str, int, int]]  # path relative to the folder, bytes, modification time in ns
-
-    @property
-    def paths(self) -> list[str]:
-        return [f"{self.folder}/{file}" for file, _, _ in self.files]
-
-
-def _listings(base: Path) -> tuple[_Listing, _Listing | None]:
-    """Return the training images and the test images; None if the folder has no test part."""
-    if not base.is_dir():
-        raise UsageError(f"data.root {base}: there is no such folder")
-    if not (base / "train").is_dir():
-        return _scan(base, base.name), None
-    tests = [base / name for name in _TESTS if (base / name).is_dir()]
-    if not tests:
-        raise RelayError(
-            f"{base} has a folder 'train' but none named {', '.join(_TESTS)}: add one with the same classes"
-        )
-    train, test = _scan(base / "train", base.name), _scan(tests[0], base.name)
-    for one, other in ((train, test), (test, train)):
-        for name in one.classes:
-            if name not in other.classes:
-                raise RelayError(
-                    f"{other.folder} has no class '{name}', unlike {one.folder}: give both the same classes"
-                )
-    return train, test
-
-
-def _scan(folder: Path, name: str) -> _Listing:
-    try:
-        with os.scandir(folder) as entries:
-            classes = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
-        images = [sorted(_images(f"{folder}/{class_name}", class_name, frozenset())) for class_name in classes]
-    except OSError as error:  # no permission, or a link to itself or to a missing file
-        raise out_of_reach(str(error.filename), error) from error
-    if not classes:
-        raise RelayError(f"{folder} has no class folders in it: put each class's images into a folder of its own")
-    files, labels = [], []
-    for label, members in enumerate(images):
-        if not members:
-            raise RelayError(f"{folder / classes[label]} has no images in it: add some, or remove the folder")
-        files += members
-        labels += [label] * len(members)
-    return _Listing(name, folder, tuple(classes), labels, files)
-
-
-def _images(folder: str, name: str, above: frozenset[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (path relative to the listing, bytes, modification time) of the images in a folder and below it.
-
-    Each file takes one `stat`, which is most of the time of opening a folder with a cache.
-    """
-    real = os.path.realpath(folder)
-    if real in above:
-        return  # a link to a parent folder
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _images(entry.path, f"{name}/{entry.name}", above | {real})
-            elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:  # noqa: PTH122 - a Path takes ten times as long
-                facts = entry.stat()
-                if stat.S_ISREG(facts.st_mode):  # reading a pipe would block forever
-                    yield f"{name}/{entry.name}", facts.st_size, facts.st_mtime_ns
-
-
-def _split(whole: _Listing, share: float, seed: int) -> tuple[_Listing, _Listing]:
+def _split(whole: Listing, share: float, seed: int) -> tuple[Listing, Listing]:
     """Split a listing as `split` would split the decoded images."""
 
-    def part(source: ArraySource) -> _Listing:
-        indices = source.inputs.tolist()
-        labels, files = [whole.labels[i] for i in indices], [whole.files[i] for i in indices]
-        return _Listing(whole.name, whole.folder, whole.classes, labels, files)
+    def part(source: ArraySource) -> Listing:
+        return whole.take(source.inputs.tolist())
 
     indices = ArraySource(torch.arange(len(whole.files)), torch.tensor(whole.labels), whole.classes, whole.name)
     rest, test = split(indices, share, seed)
@@ -206,7 +133,7 @@ def _split(whole: _Listing, share: float, seed: int) -> tuple[_Listing, _Listing
 class _Files(Dataset[tuple[Any, int]]):
     """Images that are read one by one, for the user's own transform."""
 
-    def __init__(self, listing: _Listing, transform: Callable[[Any], Any], channels: int) -> None:
+    def __init__(self, listing: Listing, transform: Callable[[Any], Any], channels: int) -> None:
         self.paths = listing.paths
         self.labels = listing.labels
         self.facts = listing.files
@@ -225,20 +152,35 @@ class _Files(Dataset[tuple[Any, int]]):
         return key_of(self.facts)
 
 
-def _dataset(listing: _Listing, transform: Callable[[Any], Any], channels: int) -> DatasetSource:
+def _dataset(listing: Listing, transform: Callable[[Any], Any], channels: int) -> DatasetSource:
     return DatasetSource(_Files(listing, transform, channels), listing.classes, listing.name)
 
 
 # ------------------------------------------------------------------------------------------------ decoding
 
 
+def _decoder(
+    size: tuple[int, int] | None,
+    channels: int,
+    cache: bool,
+    cache_dir: str | Path | None,
+    on_error: str,
+    max_errors: int,
+    log: Log,
+) -> Callable[[Listing], ArraySource]:
+    """Return the function that decodes a listing; arguments as of `image_parts`, with a size of (height, width)."""
+    caches = (Path(cache_dir).expanduser() if cache_dir is not None else default_folder()) if cache else None
+    allowed = max_errors if on_error == "skip" else 0
+    return partial(_decoded, size=size, channels=channels, caches=caches, allowed=allowed, log=log)
+
+
 def _decoded(
-    listing: _Listing, *, size: int | None, channels: int, caches: Path | None, allowed: int, log: Log
+    listing: Listing, *, size: tuple[int, int] | None, channels: int, caches: Path | None, allowed: int, log: Log
 ) -> ArraySource:
     """Return the images of a listing as one array, without those that can't be read, `allowed` at most."""
     paths = listing.paths
     small = sum(size for _, size, _ in listing.files) < _SMALL * len(paths)
-    first, width, height = (None, size, size) if size is not None else _size_of_first(paths, channels)
+    first, width, height = (None, size[1], size[0]) if size is not None else _size_of_first(paths, channels)
     shape = (len(paths), channels, height, width)
 
     def fill(images: Images) -> list[int]:
@@ -321,13 +263,13 @@ def _size_of_first(paths: Sequence[str], channels: int) -> tuple[str, int, int]:
     raise RelayError(f"none of the {len(paths)} images can be read; the first is {paths[0]}: repair or replace them")
 
 
-def _check_sizes(train: ArraySource, test: ArraySource) -> tuple[ArraySource, ArraySource]:
-    """Return both parts if their images have the same size."""
-    sizes = [(source.inputs.shape[3], source.inputs.shape[2]) for source in (train, test)]
+def _check_sizes(train: ArraySource, other: ArraySource) -> ArraySource:
+    """Return the other part if its images have the size of the training images."""
+    sizes = [(source.inputs.shape[3], source.inputs.shape[2]) for source in (train, other)]
     if sizes[0] != sizes[1]:
-        first, other = (source.files.paths[0] if source.files else "" for source in (train, test))
-        raise _size_error(other, sizes[1], first, sizes[0])
-    return train, test
+        first, second = (source.files.paths[0] if source.files else "" for source in (train, other))
+        raise _size_error(second, sizes[1], first, sizes[0])
+    return other
 
 
 def _size_error(path: str, size: tuple[int, int], first: str, first_size: tuple[int, int]) -> UsageError:

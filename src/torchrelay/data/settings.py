@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from torchrelay.data.augment.pipeline import Augment, Prepare
 from torchrelay.data.builtin import cifar10, cifar100, digits, text
-from torchrelay.data.folder import image_folder
-from torchrelay.data.sources import ArraySource, Source, as_source, split
+from torchrelay.data.folder import image_parts
+from torchrelay.data.sources import ArraySource, Parts, as_source, split
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
@@ -39,7 +39,7 @@ class DataSettings(Settings):
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """The test part's share of the samples, if the data has no test part (digits, image-folder, text)."""
     validation: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the training samples that select "best" and stop early; 0: the test part does."""
+    """Share of the training samples that select "best" and stop early; 0: an image folder's `val`, or the test part."""
     size: int | None = Field(default=None, ge=1)
     """Height and width to which an image folder is decoded, in pixels; unset: its images already have one size."""
     channels: Literal[1, 3] = 3
@@ -74,15 +74,6 @@ class DataSettings(Settings):
         return self
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The data of a run."""
-
-    train: Source
-    test: Source | None
-    validation: Source | None = None
-
-
 def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log: Log = print) -> Parts:
     """Load the data of a recipe.
 
@@ -96,35 +87,40 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
         UsageError: the name is unknown, or it needs a root.
         RelayError: the data is damaged; the text says where.
     """
-    train, test = _load(settings, seed, code, log)
+    parts = _load(settings, seed, code, log)
+    train, test, validation = parts.train, parts.test, parts.validation
     if settings.mean is not None and settings.std is not None:
         if not isinstance(train, ArraySource):
             raise UsageError(
                 f"data.mean is for images in arrays, and {train.name} is read sample by sample: normalize there"
             )
         train = replace(train, mean=tuple(settings.mean), std=tuple(settings.std))
-    validation = None
     if settings.validation:
+        if validation is not None:
+            raise UsageError(
+                f"data.validation={settings.validation:g} divides the training data, but {settings.root} has a folder "
+                "for validation: leave out data.validation"
+            )
         train, validation = split(train, settings.validation, seed)
     return Parts(train, test, validation)
 
 
-def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> tuple[Source, Source | None]:
+def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> Parts:
     function = getattr(code, settings.name, None)
     # A function that the file only imports isn't meant.
     if code is not None and inspect.isfunction(function) and function.__module__ == code.__name__:
         return _call(function, settings)
     match settings.name:
         case "digits":
-            return digits(settings.test_share, seed)
+            return Parts(*digits(settings.test_share, seed))
         case "cifar10":
-            return cifar10(_root(settings), settings.download)
+            return Parts(*cifar10(_root(settings), settings.download))
         case "cifar100":
-            return cifar100(_root(settings), settings.download)
+            return Parts(*cifar100(_root(settings), settings.download))
         case "text":
-            return text(_root(settings), settings.length, settings.test_share)
+            return Parts(*text(_root(settings), settings.length, settings.test_share))
         case "image-folder":
-            return image_folder(
+            return image_parts(
                 _root(settings),
                 size=settings.size,
                 channels=settings.channels,
@@ -142,7 +138,7 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
     )
 
 
-def _call(function: Callable[..., Any], settings: DataSettings) -> tuple[Source, Source | None]:
+def _call(function: Callable[..., Any], settings: DataSettings) -> Parts:
     """Return what a function in --code returns, as sources."""
     try:
         inspect.signature(function).bind(**settings.options)
@@ -152,7 +148,7 @@ def _call(function: Callable[..., Any], settings: DataSettings) -> tuple[Source,
     if not isinstance(parts, tuple | list) or len(parts) != 2:
         raise UsageError(f"data.name '{settings.name}': the function in --code must return a pair (train, test)")
     train, test = parts
-    return as_source(train), None if test is None else as_source(test)
+    return Parts(as_source(train), None if test is None else as_source(test))
 
 
 def _root(settings: DataSettings) -> Path:

@@ -125,6 +125,15 @@ class DatasetSource:
 Source = ArraySource | DatasetSource
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The data of a run."""
+
+    train: Source
+    test: Source | None
+    validation: Source | None = None
+
+
 def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
     """Return a source of arrays. uint8 inputs stay uint8, other integers become int64, everything else float32.
 

@@ -218,4 +218,6 @@ def epoch_text(
 def best_text(best: Best, task: Task, selects_on: str) -> str:
     """Return the last line of a run: its best evaluation."""
     value = metric(best.value, task.percent).strip()
-    return f"best {selects_on} {task.headline.replace('_', ' ')}: {value} (epoch {best.epoch})"
+    # A model that is chosen by the test data looks better on it than on new data.
+    chosen = "; selected on the test data" if selects_on == "test" else ""
+    return f"best {selects_on} {task.headline.replace('_', ' ')}: {value} (epoch {best.epoch}{chosen})"

@@ -1,0 +1,206 @@
+"""What is found below a folder of images is said, and what could train to a wrong result in silence is refused."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from torchrelay.data import DataSettings, image_files, image_folder, image_parts, load
+from torchrelay.data.listing import images_below
+from torchrelay.errors import RelayError, UsageError
+
+
+def save(path: Path, number: int = 0, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **how)
+    return path
+
+
+def fill(folder: Path, **classes: int) -> Path:
+    """Save images of each class: as many as its number says."""
+    for name, count in classes.items():
+        for i in range(count):
+            save(folder / name / f"{i}.png", i)
+    return folder
+
+
+def report(root: Path, **how) -> list[str]:
+    said: list[str] = []
+    image_parts(root, cache=False, log=said.append, **how)
+    return [line.replace(str(root), "ROOT") for line in said if not line.startswith("decod")]
+
+
+# ------------------------------------------------------------------------------------------------ what is said
+
+
+def test_the_classes_and_the_images_of_each_part_and_class_are_said(tmp_path):
+    fill(tmp_path / "train", cat=3, dog=4)
+    fill(tmp_path / "val", cat=1, dog=1)
+    fill(tmp_path / "test", cat=2, dog=1)
+    assert report(tmp_path) == [
+        "ROOT: 2 classes: cat, dog",
+        "ROOT/train: 7 images (cat 3, dog 4)",
+        "ROOT/val: 2 images (cat 1, dog 1)",
+        "ROOT/test: 3 images (cat 2, dog 1)",
+    ]
+
+
+def test_of_many_classes_the_first_names_and_the_smallest_and_largest_are_said(tmp_path):
+    fill(tmp_path, **{f"c{i}": 2 + (i == 3) for i in range(10)})
+    assert report(tmp_path, test_share=0.5) == [
+        "ROOT: 10 classes: c0, c1, c2, c3, c4, c5, c6, c7, … (2 more)",
+        "images: 21 images (2 of c9 to 3 of c3)",
+        "test data: a share of 0.5 of each class, as the folder isn't divided",
+    ]
+
+
+def test_files_that_are_no_images_are_counted_by_suffix_and_folders_beside_the_parts_are_named(tmp_path):
+    fill(tmp_path / "train", cat=1, dog=1)
+    fill(tmp_path / "test", cat=1, dog=1)
+    fill(tmp_path / "extra", cow=1)
+    for name in ("labels.csv", "train/notes.txt", "train/cat/a.txt", "test/dog/LICENSE", "test/dog/deep/b.TXT"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words")
+    (tmp_path / "train" / "cat" / ".DS_Store").write_text("hidden")
+    assert report(tmp_path)[-2:] == [
+        "left out, since they are no parts of the data: the folders extra",
+        "left out, since they are no images: 3 .txt, 1 .csv, 1 without a suffix",
+    ]
+
+
+def test_a_folder_that_an_archive_of_a_mac_leaves_behind_is_no_class(tmp_path):
+    fill(tmp_path, cat=2, dog=2, __MACOSX=1)
+    assert report(tmp_path)[0] == "ROOT: 2 classes: cat, dog"
+
+
+# ------------------------------------------------------------------------------------------------ a single class
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+@pytest.mark.parametrize("nested", ["archive", "archive/photos"])
+def test_an_image_folder_nested_in_the_given_one_is_suggested(tmp_path, nested, inside):
+    fill(tmp_path / nested / inside, cat=3, dog=3)
+    with pytest.raises(RelayError, match=f"single class, 'archive'.*did you mean {tmp_path / nested}\\?"):
+        report(tmp_path)
+
+
+def test_a_single_class_beside_a_table_of_labels_is_refused_and_the_table_named(tmp_path):
+    fill(tmp_path, images=5)
+    (tmp_path / "labels.csv").write_text("file,label\n")
+    with pytest.raises(RelayError, match=r"single class, 'images'.*a folder of its own; labels in a \.csv file aren't"):
+        report(tmp_path)
+
+
+def test_a_single_class_in_a_divided_folder_is_refused(tmp_path):
+    for part in ("train", "test"):
+        fill(tmp_path / part, cat=2)
+    with pytest.raises(RelayError, match="train has a single class, 'cat'"):
+        report(tmp_path)
+
+
+def test_a_folder_without_images_says_what_it_holds_and_advises_to_remove_nothing(tmp_path):
+    fill(tmp_path, cat=2)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "x.cr2").write_bytes(b"raw")
+    with pytest.raises(RelayError, match=r"raw has no images in it, only 1 \.cr2: add some, or move") as found:
+        report(tmp_path)
+    assert "remove" not in str(found.value)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    fill(tmp_path / "train", cat=3, dog=3)
+    fill(tmp_path / "test", cat=2, dog=2)
+    fill(tmp_path / "val", cat=1, dog=1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "Val"])
+def test_a_validation_folder_is_the_validation_part(three, name):
+    (three / "val").rename(three / name)
+    parts = load(DataSettings(name="image-folder", root=str(three), cache=False), seed=0, log=lambda _: None)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (6, 2, 4)
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "TEST")])
+def test_the_case_of_a_parts_name_does_not_matter(three, names):
+    for old, new in zip(("train", "test"), names, strict=True):
+        (three / old).rename(three / new)
+    assert report(three)[0] == "ROOT: 2 classes: cat, dog"
+
+
+def test_two_folders_for_one_part_are_refused(three):
+    shutil.copytree(three / "val", three / "valid")
+    with pytest.raises(UsageError, match="'val' and 'valid', which name the same part"):
+        report(three)
+
+
+def test_a_share_for_validation_beside_a_folder_for_it_is_refused(three):
+    settings = DataSettings(name="image-folder", root=str(three), cache=False, validation=0.3)
+    with pytest.raises(UsageError, match=r"has a folder for validation: leave out data\.validation"):
+        load(settings, seed=0, log=lambda _: None)
+
+
+def test_a_pair_says_that_it_leaves_out_the_validation_part(three):
+    said: list[str] = []
+    train, test = image_folder(three, cache=False, log=said.append)
+    assert (len(train), len(test)) == (6, 4)
+    assert said[-1] == "left out: the validation part, which image_parts() returns as well"
+
+
+def test_a_test_part_without_a_training_part_is_no_data_to_train_on(three):
+    shutil.rmtree(three / "train")
+    with pytest.raises(RelayError, match="has a folder 'val' but none named train"):
+        report(three)
+
+
+# ------------------------------------------------------------------------------------------------ formats
+
+
+def test_jfif_and_files_without_a_suffix_are_read_by_their_content(tmp_path):
+    fill(tmp_path, cat=2, dog=2)
+    save(tmp_path / "cat" / "x.JFIF", format="JPEG")
+    save(tmp_path / "dog" / "e3b0c442", format="PNG")
+    (tmp_path / "dog" / "README").write_text("P1 no image")
+    assert report(tmp_path)[1:3] == [
+        "images: 6 images (cat 3, dog 3)",
+        "left out, since they are no images: 1 without a suffix",
+    ]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read_if_pillow_reads_it(tmp_path):
+    fill(tmp_path, cat=2, dog=2)
+    save(tmp_path / "cat" / "x.avif")
+    assert report(tmp_path)[1] == "images: 5 images (cat 3, dog 2)"
+
+
+@pytest.mark.skipif(image_files._HAS_HEIF, reason="the extra is installed")
+def test_heic_is_counted_and_the_extra_that_reads_it_is_named(tmp_path):
+    fill(tmp_path, cat=2, dog=2)
+    (tmp_path / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    assert report(tmp_path)[2].endswith("1 .heic (HEIC needs pillow-heif, the extra 'heif')")
+
+
+@pytest.mark.skipif(not image_files._HAS_HEIF, reason="the extra isn't installed")
+def test_heic_is_read_where_the_extra_is_installed(tmp_path):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    fill(tmp_path, cat=2, dog=2)
+    save(tmp_path / "cat" / "IMG_1.heic")
+    assert report(tmp_path)[1] == "images: 5 images (cat 3, dog 2)"
+
+
+def test_images_below_a_folder_are_found_by_name_and_the_others_counted(tmp_path):
+    fill(tmp_path, cat=1, dog=1)
+    (tmp_path / "notes.txt").write_text("words")
+    paths, others = images_below(tmp_path)
+    assert paths == [tmp_path / "cat" / "0.png", tmp_path / "dog" / "0.png"]
+    assert others == {".txt": 1}
