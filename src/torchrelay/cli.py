@@ -109,6 +109,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Train networks with PyTorch: a loop that you can read, exact resume, fast by default.",
         epilog="Exit codes: 0 done; 1 failed; 2 wrong usage; 75 stopped by a signal with a checkpoint saved.",
     )
+    # torch.distributed.launch adds it; the processes know their ranks from the environment.
+    parser.add_argument("--local-rank", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"torchrelay {__version__}")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")

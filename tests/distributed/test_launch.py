@@ -33,6 +33,20 @@ print("rank", os.environ.get("RANK", "none"), "speaks")
 print("and is heard", file=sys.stderr)
 """
 
+JOINS = """
+import sys
+
+import torch
+import torch.distributed as dist
+
+import torchrelay as tr
+
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=int(sys.argv[3]), world_size=2)
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Dropout(0.1))
+tr.Trainer(net, *tr.data.digits(), epochs=2, device="cpu", run=sys.argv[1]).fit()
+"""
+
 SCRIPT = """
 import sys
 
@@ -65,11 +79,11 @@ def alone(_server, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def pair(start, *arguments, **options) -> list:
+def pair(start, *arguments, environment=None, **options) -> list:
     """Two processes that find each other by the environment, as any launcher may start them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    own = [meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    own = [(environment or {}) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     return [start(*arguments, environment=each, **options) for each in own]
 
 
@@ -154,6 +168,7 @@ def test_a_traceback_is_shown_on_request(cli, tmp_path):
         (["--devices=2", "--restarts=-1"], TWO, {}, "'-1' isn't a whole number of at least 0"),
         (["--devices=2", "--port=70000"], TWO, {}, "--port 70000: a port is a number from 1 to 65535"),
         (["--devices=3"], TWO, {}, "3 devices can't share a run of 2 replicas: resume it with 1 or 2"),
+        (["--devices=3"], ["device.name=cpu"], {}, "over 3 devices: use 2 or 4, or --set run.exact=false"),
         (["--devices=2"], ["device.name=mps"], {}, "--devices 2: device.name 'mps' is one device"),
     ],
 )
@@ -194,6 +209,39 @@ def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
     assert "epoch 2" in first.stdout
     assert (second.stdout, second.stderr) == ("", "")
     same_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_script_may_join_its_processes_itself(start, tmp_path, same_runs):
+    (tmp_path / "own.py").write_text(SCRIPT)
+    (tmp_path / "joins.py").write_text(JOINS)
+    assert start("one", script=tmp_path / "own.py").done().returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    both = [start("two", meeting, str(rank), script=tmp_path / "joins.py") for rank in range(2)]
+    first, second = (process.done() for process in both)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "in 2 replicas: it can continue on 1 or 2 devices" in first.stdout
+    assert second.stdout == ""
+    same_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_restart_on_fewer_devices_goes_on_with_the_replicas_of_the_start(start, tmp_path, alone, same_runs):
+    command, sets = ("train", "digits", "--run=run"), ("device.name=cpu", "run.epochs=2")
+    launch = {"TORCHELASTIC_RUN_ID": "mine"}
+    both = pair(start, *command, sets=(*sets, "run.max_steps=30"), environment=launch)
+    assert [process.done().returncode for process in both] == [0, 0]
+    done = start(*command, sets=sets, environment=launch).done()
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step 30 of 46" in done.stdout
+    last = [checkpoint.find(run / "checkpoints", "last") / "model.safetensors" for run in (tmp_path / "run", alone)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+
+
+def test_the_former_launcher_of_pytorch_starts_it_too(start):
+    former = ("--nproc_per_node=2", "-m", "torchrelay", "train", "digits", "--set=run.max_steps=3")
+    done = start(*former, module="torch.distributed.launch", forks=True).done()
+    assert done.returncode == 0, done.stderr
+    assert "in 2 replicas" in done.stdout
 
 
 @pytest.mark.parametrize("which", ["module", pytest.param("script", marks=pytest.mark.slow)])

@@ -77,6 +77,9 @@ def test_devices_that_cannot_share_the_replicas_are_told_which_can():
 
 
 def test_replicas_are_the_devices_unless_they_are_said():
-    assert count_replicas(ParallelSettings(), 4, exact=True) == 4
+    assert [count_replicas(ParallelSettings(), devices, exact=True) for devices in (1, 2, 4, 8)] == [1, 2, 4, 8]
+    assert count_replicas(ParallelSettings(), 3, exact=False) == 3
+    with pytest.raises(UsageError, match=r"over 3 devices: use 2 or 4, or --set run\.exact=false$"):
+        count_replicas(ParallelSettings(), 3, exact=True)
     assert count_replicas(ParallelSettings(replicas=8), 4, exact=True) == 8
     assert count_replicas(ParallelSettings(replicas=8), 3, exact=False) == 3

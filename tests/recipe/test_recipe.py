@@ -44,8 +44,8 @@ def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
 
 
 @pytest.mark.parametrize("name", shipped.headers())
-def test_a_shipped_recipe_says_its_replicas(name):
-    assert "replicas" in tomllib.loads(shipped.path(name).read_text())["parallel"]
+def test_a_shipped_recipe_leaves_its_replicas_to_the_number_of_devices(name):
+    assert recipe.load(name).parallel.replicas is None
 
 
 def settings_classes() -> list[type[Settings]]:

@@ -139,7 +139,7 @@ def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
     settings = ("--set", "device.graph=true", "--set", "device.name=cpu", "--run", str(tmp_path / "run"))
     assert main(["train", "digits", *settings]) == 2
     said = capsys.readouterr().err
-    assert "device.graph records CUDA graphs, and this device is cpu: leave it out" in said
+    assert "device.graph records CUDA graphs, and this device is cpu: set device.graph=false" in said
     assert not (tmp_path / "run").exists()
 
 

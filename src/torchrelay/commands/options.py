@@ -147,10 +147,10 @@ def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path
         more: arguments for the processes, beside those that this one was given.
 
     Raises:
-        UsageError: the machine hasn't that many devices, or the recipe needs a single process.
+        UsageError: the machine hasn't that many devices, they can't share the run, or it needs a single process.
         LaunchError: a process failed.
     """
-    from torchrelay.distributed import launch
+    from torchrelay.distributed import launch, replicas
 
     if options.devices == 1 or process.started_by_launcher():
         return False
@@ -160,6 +160,7 @@ def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path
             "--devices, and choose the devices by CUDA_VISIBLE_DEVICES"
         )
     launch.check_devices(recipe.device.name, options.devices)
+    replicas.count_replicas(recipe.parallel, options.devices, recipe.run.exact)
     command, *rest = options.arguments
     launch.start(
         [command, *more, *rest],

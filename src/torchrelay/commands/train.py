@@ -49,6 +49,9 @@ def run(options: argparse.Namespace) -> None:
     if run_in_processes(options, loaded, folder, "--run", str(folder)):
         return
     restarted = process.is_restart(folder)  # rank 0's answer counts for all
+    if restarted:  # perhaps on fewer devices than the run began with
+        started = recipe.load(str(folder / "recipe.toml")).parallel.replicas
+        loaded = recipe.load(options.recipe, [f"parallel.replicas={started}", *options.overrides])
     trainer = build_trainer(loaded, folder, code=code_of(options), terminal=terminal_of(options), fresh=not restarted)
     if restarted:
         trainer.resume()

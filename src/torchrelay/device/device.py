@@ -4,10 +4,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -122,6 +123,10 @@ class Device:
                 "choose a smaller model or device.precision=bf16"
             ) from error
 
+    def without_graph(self) -> "Device":
+        """Return this device for steps that aren't recorded as CUDA graphs."""
+        return replace(self, settings=self.settings.model_copy(update={"graph": False}))
+
     def describe(self) -> str:
         """Return a line for the log."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -177,6 +182,8 @@ def _choose(name: str) -> str:
         # SLURM may hide the other tasks' devices from each task.
         only_own = torch.cuda.device_count() == 1 and "SLURM_LOCALID" in os.environ
         name = f"cuda:{0 if only_own else os.environ['LOCAL_RANK']}"
+    elif name == "cuda" and has_cuda and dist.is_available() and dist.is_initialized():  # by the caller's own script
+        name = f"cuda:{dist.get_rank() % torch.cuda.device_count()}"
     kind, _, number = name.partition(":")
     if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", name):
         raise UsageError(f"device.name '{name}' is unknown: use auto, cpu, cuda, cuda:1 or mps")

@@ -275,10 +275,11 @@ def init_process_group(device: torch.device, timeout: float = 300.0) -> ProcessG
     Raises:
         RelayError: the other processes can't be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    joined = dist.is_available() and dist.is_initialized()  # by the caller's own script
+    size = dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ProcessGroup(0, 1, device)
-    if not dist.is_initialized():
+    if not joined:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)

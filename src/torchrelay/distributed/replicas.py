@@ -41,23 +41,31 @@ def count_replicas(settings: ParallelSettings, devices: int, exact: bool) -> int
         UsageError: the run is exact and the number isn't a power of two, or the devices can't share it evenly.
     """
     replicas = settings.replicas or devices
+    lower = 1 << (replicas.bit_length() - 1)
+    if exact and settings.replicas is None and devices > lower:
+        raise UsageError(
+            f"an exact run can't be spread over {devices} devices: use {lower} or {2 * lower}, or --set run.exact=false"
+        )
     if not exact and replicas % devices:
         return devices
     if exact and replicas & (replicas - 1):
-        lower = 1 << (replicas.bit_length() - 1)
         raise UsageError(
             f"parallel.replicas is {replicas}: an exact run needs a power of two such as {lower} or {2 * lower}; "
             "or --set run.exact=false"
         )
     if replicas % devices:
-        *others, last = [str(count) for count in range(1, replicas + 1) if replicas % count == 0]
-        counts = f"{', '.join(others)} or {last}" if others else last
         raise UsageError(
             f"{devices} devices can't share a run of {replicas} replica{'s' * (replicas > 1)}: resume it with "
-            f"{counts}, start one with --set parallel.replicas={1 << (devices - 1).bit_length()}, or give up "
-            "exactness by --set run.exact=false"
+            f"{device_counts(replicas)}, start one with --set parallel.replicas={1 << (devices - 1).bit_length()}, or "
+            "give up exactness by --set run.exact=false"
         )
     return replicas
+
+
+def device_counts(replicas: int) -> str:
+    """Return on how many devices a run of so many replicas can continue, such as "1, 2 or 4"."""
+    *others, last = [str(count) for count in range(1, replicas + 1) if replicas % count == 0]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 class GradientTree:

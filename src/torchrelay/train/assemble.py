@@ -209,11 +209,13 @@ def join_parts(
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
     progress = Progress(settings.epochs, len(batches), settings.max_steps, sums)
+    # A CUDA graph holds a step of one replica.
+    device = batches.device.without_graph() if batches.replicas > 1 else batches.device
     train_step = TrainStep(
         strategy,
         task,
         updates.optimizer,
-        batches.device,
+        device,
         replicas=batches.replicas,
         schedule=updates.schedule.bind(len(batches), progress.total_steps),
         seed=settings.seed,

@@ -112,7 +112,9 @@ def check_recordable(device: Device, optimizer: Optimizer, replicas: int) -> Non
     """
     settings = device.settings
     if device.device.type != "cuda":
-        raise UsageError(f"device.graph records CUDA graphs, and this device is {device.device.type}: leave it out")
+        raise UsageError(
+            f"device.graph records CUDA graphs, and this device is {device.device.type}: set device.graph=false"
+        )
     if settings.precision == "fp16":
         raise UsageError("device.graph can't skip the steps in which fp16 overflows: use device.precision=bf16")
     if settings.compile:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource
+from torchrelay.distributed.replicas import device_counts
 from torchrelay.models.summary import summarize
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
@@ -171,12 +172,15 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def introduction(state: TrainingState, name: str) -> str:
-    """Return the first line of a run: the model, the data, the device."""
-    source = state.batches.source
+    """Return the first line of a run: the model, the data, the device, and on how many devices it can continue."""
+    source, replicas = state.batches.source, state.batches.replicas
+    shared = f", in {replicas} replicas: it can continue on {device_counts(replicas)} devices"
+    ungraphed = "; device.graph is off, as it records steps of one replica"
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     return (
         f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
         f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
+        f"{shared * (replicas > 1)}{ungraphed * (replicas > 1 and state.batches.device.settings.graph)}"
     )
 
 

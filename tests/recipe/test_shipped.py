@@ -1,0 +1,57 @@
+"""The shipped recipes as they stand: each trains on two devices, and says on how many it can continue."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchrelay.recipe import shipped
+
+# Small data in place of CIFAR-10, less of it in a step, and a small network in place of a ResNet.
+CODE = """
+import torch
+
+from torchrelay.data.sources import arrays
+
+
+def tiny():
+    images = torch.randint(0, 256, (48, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return tuple(arrays(part, torch.arange(24) % 10, tuple("abcdefghij"), "tiny") for part in images.split(24))
+"""
+CIFAR = ("data.name=tiny", "data.batch_size=8")
+SMALL = ("model.name=small-cnn", "device.precision=float32")
+DATA = {
+    "digits": (),
+    "characters": ("data.root=book.txt", "data.batch_size=8"),
+    "image-folder": ("data.root=photographs", "data.batch_size=8", "data.cache=false", *SMALL),
+    "cifar10-small": (*CIFAR, *SMALL),
+    "cifar10-fast": CIFAR,
+    "cifar10-94": (*CIFAR, "device.graph=false"),
+    "cifar10-reference": (*CIFAR, *SMALL, 'data.prepare=[{name="resize", size=32}]'),
+}
+
+
+def test_the_data_of_each_recipe_is_here():
+    assert DATA.keys() == shipped.headers().keys()
+
+
+# The others differ in their networks and their data alone.
+QUICK = ("digits", "image-folder")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(DATA.keys() - QUICK))]
+)
+def test_a_shipped_recipe_trains_on_two_devices_as_it_stands(cli, tmp_path, name):
+    (tmp_path / "tiny.py").write_text(CODE)
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        path = tmp_path / "photographs" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    sets = ("device.name=cpu", "run.max_steps=3", "run.test_views=1", "checkpoint.keep=1", *DATA[name])
+    done = cli("train", name, "--run=run", "--code=tiny.py", "--devices=2", sets=sets)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "in 2 replicas: it can continue on 1 or 2 devices" in done.stdout
+    assert "stopped: run.max_steps is 3" in done.stdout
+    assert "replicas = 2\n" in (tmp_path / "run" / "recipe.toml").read_text()
