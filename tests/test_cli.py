@@ -320,14 +320,9 @@ def test_predict_takes_any_path(run, digits, tmp_path, capsys, name):
     assert entry["path"] == str(path)
 
 
-def test_predict_names_a_file_that_is_missing_or_damaged(run, pictures, tmp_path, capsys):
+def test_predict_names_a_file_that_is_missing(run, pictures, tmp_path, capsys):
     code, line = failing(["predict", str(run), str(pictures[0][0]), "missing.png"], capsys)
     assert (code, line) == (2, "error: missing.png: there is no such file")
-    damaged = tmp_path / "damaged.png"
-    damaged.write_bytes(pictures[0][0].read_bytes()[:60])
-    code, line = failing(["predict", str(run), str(damaged)], capsys)
-    assert code == 1
-    assert str(damaged) in line
     (tmp_path / "empty").mkdir()
     code, line = failing(["predict", str(run), str(tmp_path / "empty")], capsys)
     assert (code, line) == (2, f"error: {tmp_path}/empty has no images in it")
@@ -539,7 +534,7 @@ def test_predict_refuses_a_run_without_classes(tmp_path, capsys):
     say([*command, "--set", f'data.root="{tmp_path}/book.txt"', "--set", "data.length=16"], capsys)
     code, line = failing(["predict", str(tmp_path / "run"), str(tmp_path / "book.txt")], capsys)
     assert code == 2
-    assert "predict shows classes" in line
+    assert "predicts no classes" in line
     assert "test (" in say(["evaluate", str(tmp_path / "run")], capsys)
 
 

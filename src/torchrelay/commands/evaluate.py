@@ -1,7 +1,9 @@
-"""`torchrelay evaluate FOLDER`: evaluate a run's checkpoint on the validation and test data."""
+"""`torchrelay evaluate FOLDER [IMAGES]`: evaluate a run's checkpoint on its validation and test data, or on others."""
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchrelay.commands.options import (
@@ -9,13 +11,17 @@ from torchrelay.commands.options import (
     add_common,
     add_folder,
     add_processes,
+    code_of,
     recipe_of_run,
     run_in_processes,
+    terminal_of,
     trainer_of_run,
 )
 from torchrelay.distributed import process
+from torchrelay.errors import UsageError
 
 if TYPE_CHECKING:
+    from torchrelay.recipe.recipe import Recipe
     from torchrelay.train.evaluation import Evaluation
 
 HELP = "evaluate a run's best checkpoint"
@@ -24,6 +30,13 @@ HELP = "evaluate a run's best checkpoint"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_folder(parser)
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="?",
+        metavar="IMAGES",
+        help="a folder of images, a folder for each class, to evaluate on instead of the run's own data",
+    )
     add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_common(parser)
@@ -33,23 +46,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the metrics of each split."""
     recipe = recipe_of_run(options)
-    if run_in_processes(options, recipe, options.folder):
-        return
-    trainer = trainer_of_run(options, recipe)
-    checkpoint = trainer.load(options.checkpoint)
-    evaluations = {split: trainer.evaluate(split) for split in trainer.evaluator.parts}
+    if options.images is not None:
+        checkpoint, classes, evaluations = _on_images(options, recipe)
+    else:
+        if run_in_processes(options, recipe, options.folder):
+            return
+        trainer = trainer_of_run(options, recipe)
+        checkpoint, classes = trainer.load(options.checkpoint), trainer.classes
+        evaluations = {split: trainer.evaluate(split) for split in trainer.evaluator.parts}
     if process.rank() > 0:
         return
     if options.json:
-        tables = {split: evaluation.to_json(trainer.classes) for split, evaluation in evaluations.items()}
+        tables = {split: evaluation.to_json(classes) for split, evaluation in evaluations.items()}
         print(json.dumps({"checkpoint": str(checkpoint), **tables}, ensure_ascii=False))
         return
     print(checkpoint)
     for split, evaluation in evaluations.items():
-        _print(split, evaluation, trainer.classes)
+        _print(split, evaluation, classes)
 
 
-def _print(split: str, evaluation: "Evaluation", classes: tuple[str, ...]) -> None:
+def _on_images(options: argparse.Namespace, recipe: "Recipe") -> tuple[Path, Sequence[str], dict[str, "Evaluation"]]:
+    """Evaluate on a folder of images, for which the run's own data isn't needed."""
+    from torchrelay.checkpoint.retention import find
+    from torchrelay.recipe.predictor import load_predictor
+
+    if options.devices > 1:
+        raise UsageError("a folder of images is evaluated on one device: leave out --devices")
+    predictor = load_predictor(recipe, options.folder, options.checkpoint, code=code_of(options))
+    evaluations = predictor.evaluate(options.images, terminal_of(options).say)
+    return find(options.folder / "checkpoints", options.checkpoint), predictor.classes, evaluations
+
+
+def _print(split: str, evaluation: "Evaluation", classes: Sequence[str]) -> None:
     values = (f"{name.replace('_', ' ')} {value:.4f}" for name, value in evaluation.values.items())
     print("   ".join([f"{split} ({evaluation.samples:,} samples)", *values]))
     for name, row in evaluation.tables.items():
@@ -57,4 +85,4 @@ def _print(split: str, evaluation: "Evaluation", classes: tuple[str, ...]) -> No
         by_class = evaluation.by_class(row, classes)
         width = max(map(len, by_class))
         for label, value in by_class.items():
-            print(f"    {label:<{width}}  {value:.4f}")
+            print(f"    {label:<{width}}  {'no samples' if value is None else f'{value:.4f}'}")

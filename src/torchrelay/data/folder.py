@@ -99,7 +99,7 @@ def image_parts(
             train, test = _split(train, test_share, seed)
         listings = [train, test] if validation is None else [train, test, validation]
         return Parts(*(_dataset(listing, transform, channels) for listing in listings))
-    decode = _decoder(None if size is None else (size, size), channels, cache, cache_dir, on_error, max_errors, log)
+    decode = decoder(None if size is None else (size, size), channels, cache, cache_dir, on_error, max_errors, log)
     decoded = decode(train)
     if test is None:
         return Parts(*split(decoded, test_share, seed))
@@ -159,7 +159,7 @@ def _dataset(listing: Listing, transform: Callable[[Any], Any], channels: int) -
 # ------------------------------------------------------------------------------------------------ decoding
 
 
-def _decoder(
+def decoder(
     size: tuple[int, int] | None,
     channels: int,
     cache: bool,
@@ -168,7 +168,7 @@ def _decoder(
     max_errors: int,
     log: Log,
 ) -> Callable[[Listing], ArraySource]:
-    """Return the function that decodes a listing; arguments as of `image_parts`, with a size of (height, width)."""
+    """Return what decodes a listing into a source; arguments as of `image_parts`, with a size of (height, width)."""
     caches = (Path(cache_dir).expanduser() if cache_dir is not None else default_folder()) if cache else None
     allowed = max_errors if on_error == "skip" else 0
     return partial(_decoded, size=size, channels=channels, caches=caches, allowed=allowed, log=log)

@@ -36,6 +36,13 @@ class Listing:
         labels, files = [self.labels[i] for i in positions], [self.files[i] for i in positions]
         return Listing(self.name, self.folder, self.classes, labels, files)
 
+    def of(self, classes: Sequence[str]) -> "Listing":
+        """Return the images of these classes, with the labels that the classes have here."""
+        here = {name: label for label, name in enumerate(classes)}
+        known = self.take([i for i, label in enumerate(self.labels) if self.classes[label] in here])
+        labels = [here[self.classes[label]] for label in known.labels]
+        return Listing(self.name, self.folder, tuple(classes), labels, known.files)
+
     def counts(self) -> str:
         """Return how many images there are, and of each class: "5 images (cat 3, dog 2)"."""
         numbers = Counter(self.labels)
@@ -99,7 +106,7 @@ class Found:
                     )
         if len(train.classes) > 1:
             return
-        nested = _nested(train.folder)
+        nested = nested_folder(train.folder)
         unread = "; labels in a .csv file aren't read" if self.others[".csv"] else ""
         raise RelayError(
             f"{train.folder} has a single class, '{train.classes[0]}', which leaves nothing to learn: "
@@ -211,7 +218,7 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path takes ten times as long
 
 
-def _nested(folder: Path) -> Path | None:
+def nested_folder(folder: Path) -> Path | None:
     """Return the nearest folder below one that looks as if it was meant: with a training part, or with two classes."""
     level = [folder]
     for _ in range(_DEPTH):

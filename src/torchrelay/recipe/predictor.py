@@ -1,6 +1,7 @@
 """Predict with a trained run: the recipe and a checkpoint suffice, the training data isn't needed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,9 @@ from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.retention import find
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
-from torchrelay.data.folder import decode_images
+from torchrelay.data.folder import decode_images, decoder
+from torchrelay.data.listing import Listing, nested_folder
+from torchrelay.data.listing import find as find_images
 from torchrelay.data.sources import ArraySource
 from torchrelay.device.device import set_up
 from torchrelay.errors import RelayError, UsageError
@@ -18,7 +21,7 @@ from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.build import custom_task, image_size
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.tasks.classification import Classification
-from torchrelay.train.evaluation import Evaluator
+from torchrelay.train.evaluation import Evaluation, Evaluator
 
 
 class Predictor:
@@ -38,6 +41,7 @@ class Predictor:
         data = contents.state["data"]
         if data["shape"] is None or len(data["shape"]) != 3 or not data["classes"]:
             raise UsageError("this run was not trained on images held in memory: use Trainer.predict() from Python")
+        self.recipe = recipe
         self.classes: list[str] = data["classes"]
         self.shape: list[int] = data["shape"]  # (channels, height, width)
         self.batch_size = recipe.data.batch_size
@@ -61,13 +65,72 @@ class Predictor:
         self.model = self.device.place(model)
         self.pipeline = Pipeline(prepare=tuple(recipe.data.prepare), mean=data["mean"], std=data["std"])
 
-    def images(self, paths: Sequence[Path]) -> torch.Tensor:
-        """Return the probabilities (images, classes) of image files, decoded as the training data was."""
-        inputs = decode_images(paths, self.shape)
+    def images(self, paths: Sequence[Path]) -> Iterator[torch.Tensor | RelayError]:
+        """Yield each image file's probabilities (classes,), decoded as the training data was, or why it can't be read.
+
+        Files are decoded and go through the network a batch at a time.
+        """
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), self.batch_size):
+                decoded = list(pool.map(self._decoded, paths[start : start + self.batch_size]))
+                readable = [image for image in decoded if isinstance(image, torch.Tensor)]
+                rows = iter(self._probabilities(torch.cat(readable)) if readable else ())
+                for image in decoded:
+                    yield next(rows) if isinstance(image, torch.Tensor) else image
+
+    def _decoded(self, path: Path) -> torch.Tensor | RelayError:
+        try:
+            return decode_images([path], self.shape)
+        except RelayError as error:
+            return error
+
+    def _probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
-        batches = Batches(source, self.batch_size, self.device, self.pipeline, train=False)
         evaluator = Evaluator(self.model, Classification(), self.device, views=self.test_views)
-        return evaluator.predict(batches)
+        return evaluator.predict(self._batches(source))
+
+    def _batches(self, source: ArraySource) -> Batches:
+        return Batches(source, self.batch_size, self.device, self.pipeline, train=False)
+
+    def evaluate(self, root: Path, log: Callable[[str], None] = print) -> dict[str, Evaluation]:
+        """Evaluate on a folder of images with a folder for each class, in parts or not; classes are matched by name.
+
+        Args:
+            root: the folder.
+            log: called with the lines about what was found, decoded and left out.
+
+        Returns:
+            The evaluation of each part, "train", "validation" and "test", or of "all".
+
+        Raises:
+            RelayError: the folder has none of the run's classes, or an image can't be read.
+        """
+        found, data = find_images(root), self.recipe.data
+        for line in found.report():
+            log(line)
+        size, channels = (self.shape[1], self.shape[2]), self.shape[0]
+        decode = decoder(size, channels, data.cache, data.cache_dir, data.on_error, data.max_errors, log)
+        parts = {name: self._batches(decode(self._known(part, log))) for name, part in found.parts.items()}
+        loss = self.recipe.loss
+        weights = torch.tensor(loss.class_weights) if isinstance(loss.class_weights, list) else None
+        task = Classification(loss.label_smoothing, weights, len(self.classes))
+        evaluator = Evaluator(self.model, task, self.device, parts, views=self.test_views)
+        return {name: evaluation for name in parts if (evaluation := evaluator.evaluate(name)) is not None}
+
+    def _known(self, listing: Listing, log: Callable[[str], None]) -> Listing:
+        """Return the images of the classes that the run knows, with its labels; say which classes differ."""
+        known, there = set(self.classes), set(listing.classes)
+        if not known & there:
+            nested = nested_folder(listing.folder)
+            raise RelayError(
+                f"{listing.folder} has none of the run's classes, {', '.join(self.classes)}, but "
+                f"{', '.join(listing.classes)}" + (f": did you mean {nested}?" if nested else ": name them alike")
+            )
+        if there - known:
+            log(f"left out of {listing.folder}, as the run has no such class: {', '.join(sorted(there - known))}")
+        if known - there:
+            log(f"classes without images in {listing.folder}: {', '.join(sorted(known - there))}")
+        return listing.of(self.classes)
 
 
 def load_predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: ModuleType | None = None) -> Predictor:
@@ -84,7 +147,7 @@ def load_predictor(recipe: Recipe, folder: Path, which: str = "best", *, code: M
     """
     if recipe.loss.name != "cross_entropy" and not isinstance(custom_task(recipe.loss.name, code), Classification):
         raise UsageError(
-            f"predict shows classes, and {folder} has none (loss.name '{recipe.loss.name}'): use Trainer.predict()"
+            f"{folder} predicts no classes, since its loss.name is '{recipe.loss.name}': use Trainer.predict()"
         )
     contents = read(find(folder / "checkpoints", which))
     return Predictor(recipe, contents, code)

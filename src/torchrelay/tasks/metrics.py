@@ -58,11 +58,11 @@ class ConfusionMatrix(Count):
 
 
 class AccuracyByClass(ConfusionMatrix):
-    """(classes,) float64: the share of each class's samples that was predicted correctly; 0 for a class without any."""
+    """(classes,) float64: the share of each class's samples that was predicted correctly; NaN if it has none."""
 
     def compute(self) -> Tensor:
         """Return the diagonal divided by the sums of the rows."""
-        return self.counts.diagonal() / self.counts.sum(1).clamp(min=1).double()
+        return self.counts.diagonal() / self.counts.sum(1).double()
 
 
 class TopAccuracy(Count):

@@ -1,6 +1,7 @@
 """Step 7, the test: every sample once, in batches whose sums are added in the order of the data."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -42,10 +43,10 @@ class Evaluation:
         return {"samples": self.samples, **self.values, **tables, **confusion}
 
     @staticmethod
-    def by_class(row: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
-        """Return a table's values by the classes' names, or by their numbers where the data names none."""
+    def by_class(row: Sequence[float], classes: Sequence[str]) -> dict[str, float | None]:
+        """Return a table's values by the classes' names, or numbers if they have none; None for one without samples."""
         names = classes if len(classes) == len(row) else [str(i) for i in range(len(row))]
-        return dict(zip(names, row, strict=True))
+        return {name: None if math.isnan(value) else value for name, value in zip(names, row, strict=True)}
 
 
 def score(task: Task, values: Mapping[str, float]) -> float | None:

@@ -17,7 +17,7 @@ from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.files import differences
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
-from torchrelay.errors import Interrupted, UsageError
+from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
@@ -234,12 +234,23 @@ class Session:
             self.checkpoints.settle(trained=trained)
 
     def load_weights(self, which: str) -> Path:
-        """Load the weights of the checkpoint called "best", "last" or by its step, and return its folder."""
+        """Load the weights of the checkpoint called "best", "last" or by its step, and return its folder.
+
+        Raises:
+            RelayError: the data has other classes than the run had, or the model other weights.
+        """
         if self.checkpoints is None:
             raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
         path = self.checkpoints.find(which)
+        contents = read(path)
+        trained, here = contents.state["data"]["classes"], self._state.batches.source.classes
+        if trained and here and (differing := set(trained) ^ set(here)):
+            raise RelayError(
+                f"the run's classes and those of {self._state.batches.source.name} differ in "
+                f"{', '.join(sorted(differing))}: classes are matched by name by: torchrelay evaluate RUN IMAGES"
+            )
         self.settle()
-        self._state.load_weights(read(path))
+        self._state.load_weights(contents)
         return path
 
     def roll_back(self, spike: Spike) -> None:
