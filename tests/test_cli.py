@@ -256,6 +256,22 @@ def test_a_run_with_an_old_key_resumes_with_a_line_that_names_the_new_one(run, t
     assert "epoch 7: " in out
 
 
+def test_a_run_into_a_folder_of_photographs_is_refused_before_the_data_is_read(pictures, capsys):
+    folder = pictures[0][0].parent
+    before = sorted(folder.iterdir())
+    code, line = failing(["train", "image-folder", "--set", f"data.root={folder}", "--run", str(folder)], capsys)
+    assert code == 2
+    assert f"{folder} isn't empty and holds no run, but 00.png: choose a new or an empty folder" in line
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_setting_without_effect_gets_a_hint_at_the_start_alone(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    command = ["train", "digits", "--run", run, *FAST, "--set", "run.max_steps=1", "--set", "data.size=32"]
+    assert say(command, capsys).count("hint: data.size has no effect on digits\n") == 1
+    assert "hint" not in say(["evaluate", run], capsys)
+
+
 # ------------------------------------------------------------------------------------------------ evaluate
 
 

@@ -110,3 +110,17 @@ def test_what_the_users_file_only_imports_is_not_called():
     code.system = os.system
     with pytest.raises(UsageError, match=r"data\.name 'system' is unknown"):
         load(DataSettings(name="system"), seed=0, code=code)
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"name": "digits", "size": 32, "root": "x", "test_share": 0.3}, ["data.root", "data.size"]),
+        ({"name": "image-folder", "root": "x", "size": 32, "length": 9}, ["data.length"]),
+        ({"name": "mine", "options": {"n": 1}, "channels": 1}, ["data.channels"]),
+        ({"name": "image-folder", "root": "x", "options": {"n": 1}}, ["data.options"]),
+        ({"name": "cifar10", "root": "x", "download": True, "channels": 3}, []),
+    ],
+)
+def test_keys_that_this_data_does_not_use_are_named(given, unused):
+    assert DataSettings(**given).without_effect() == unused

@@ -58,6 +58,28 @@ def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
     opened(run.path, quiet, resume=True).close()
 
 
+def test_a_folder_of_somebodys_files_is_refused_and_left_as_it_is(tmp_path, quiet):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(b"a photograph")
+    with pytest.raises(UsageError, match="isn't empty and holds no run, but cat: choose a new or an empty folder"):
+        opened(tmp_path, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["cat"]
+
+
+def test_an_empty_folder_and_one_of_a_start_that_failed_are_taken(tmp_path, quiet):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").write_text("of a file manager")
+    opened(tmp_path / "empty", quiet).close()
+    opened(tmp_path / "empty", quiet).close()
+
+
+def test_all_that_a_run_writes_is_known_as_its_own(digits, quiet, tmp_path):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    tr.Trainer(model, *digits, epochs=1, run=tmp_path / "run", terminal=quiet).fit()
+    (tmp_path / "run" / "recipe.toml").unlink()
+    opened(tmp_path / "run", quiet).close()
+
+
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
     with pytest.raises(UsageError, match="holds no run to resume: give a folder that 'torchrelay train' made"):
         opened(tmp_path / "nothing", quiet, resume=True)

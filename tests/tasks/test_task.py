@@ -78,7 +78,8 @@ def test_classification_metrics_agree_with_torchmetrics(logits, targets, form):
         for part in range(0, 40, 16):
             metric.update(logits[part : part + 16].softmax(1), given[part : part + 16])
             beside[name].update(logits[part : part + 16].softmax(1), targets[part : part + 16])
-        torch.testing.assert_close(metric.compute(), beside[name].compute(), check_dtype=False)
+        # Theirs says 0 for a class without samples.
+        torch.testing.assert_close(metric.compute().nan_to_num(0), beside[name].compute(), check_dtype=False)
 
 
 def test_five_classes_have_no_top5():

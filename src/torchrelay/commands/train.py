@@ -43,9 +43,13 @@ def run(options: argparse.Namespace) -> None:
     """Train; where the launcher has restarted this process, resume."""
     from torchrelay.recipe import recipe
     from torchrelay.recipe.build import build_trainer
+    from torchrelay.run.folder import check_free
 
     loaded = recipe.load(options.recipe, options.overrides)
     folder = options.run or _default_folder(run_name(options.recipe, options.overrides))
+    # Before the data is read, which may take long; when other ranks look, rank 0 may have written already.
+    if process.rank() == 0 and not process.is_restart(folder):
+        check_free(folder)
     if run_in_processes(options, loaded, folder, "--run", str(folder)):
         return
     restarted = process.is_restart(folder)  # rank 0's answer counts for all

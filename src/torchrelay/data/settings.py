@@ -19,6 +19,16 @@ from torchrelay.settings import Settings
 Log = Callable[[str], None]
 
 
+# The keys that only some data uses; a function in --code uses its options alone.
+_USED = {
+    "digits": {"test_share"},
+    "cifar10": {"root", "download"},
+    "cifar100": {"root", "download"},
+    "text": {"root", "length", "test_share"},
+    "image-folder": {"root", "test_share", "size", "channels", "cache", "cache_dir", "on_error", "max_errors"},
+}
+
+
 class DataSettings(Settings):
     """The samples, their batches and their augmentation."""
 
@@ -72,6 +82,16 @@ class DataSettings(Settings):
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std go together: set both or none")
         return self
+
+    def without_effect(self) -> list[str]:
+        """Return the keys that were set and that this data doesn't use, such as "data.size" of the digits."""
+        used = _USED.get(self.name, {"options"})
+        fields = type(self).model_fields
+        return [
+            f"data.{key}"
+            for key in sorted(set().union({"options"}, *_USED.values()) - used)
+            if getattr(self, key) != fields[key].get_default(call_default_factory=True)
+        ]
 
 
 def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log: Log = print) -> Parts:

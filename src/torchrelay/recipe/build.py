@@ -57,7 +57,7 @@ def build_trainer(
 
     device = set_up(recipe.device, recipe.run.exact)
     # 2. Data
-    parts = data.load(recipe.data, recipe.run.seed, code=code, log=say)
+    parts = _load_data(recipe, code, fresh, say)
 
     # 3. Model
     model = _initial_model(recipe, parts.train, code, fresh, say)
@@ -144,6 +144,13 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
             f"loss.class_weights has {len(weights)} weights for {len(train.classes)} classes: give one for each class"
         )
     return torch.tensor(weights)
+
+
+def _load_data(recipe: Recipe, code: ModuleType | None, fresh: bool, say: Callable[[str], None]) -> data.Parts:
+    """Return the data; say which of its settings have no effect, when the run starts."""
+    if fresh and (unused := recipe.data.without_effect()):
+        say(f"hint: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect on {recipe.data.name}")
+    return data.load(recipe.data, recipe.run.seed, code=code, log=say)
 
 
 def _initial_model(

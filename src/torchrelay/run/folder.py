@@ -27,6 +27,29 @@ from torchrelay.run.plots import PlotProcess
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
 
+# What a run writes into its folder; a start that failed may have left some of it behind.
+_OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
+_OWN |= {"evaluation.json", "model.txt", "files.json.gz", "recipe.partial", "elastic.json", "elastic.json.partial"}
+
+
+def check_free(path: Path) -> None:
+    """Refuse a folder for a new run that holds a run already, or files of somebody's.
+
+    Raises:
+        UsageError: it does.
+    """
+    if (path / "recipe.toml").exists():
+        raise UsageError(
+            f"{path} holds a run already: choose another folder, or resume it by: "
+            f"torchrelay resume {shlex.quote(str(path))}"
+        )
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    others = [name for name in names if not name.startswith((".", "spike-step-")) and name not in _OWN]
+    if others:
+        raise UsageError(
+            f"{path} isn't empty and holds no run, but {others[0]}: choose a new or an empty folder for the run"
+        )
+
 
 class RunFolder:
     """An open run folder, held by one process at a time.
@@ -37,20 +60,16 @@ class RunFolder:
         resume: whether the folder must hold a run already; otherwise it must not.
 
     Raises:
-        UsageError: the folder already holds a run, or holds none to resume.
+        UsageError: the folder already holds a run or other files, or holds no run to resume.
         RelayError: another process is training in it, or it can't be written.
     """
 
     def __init__(self, path: Path, terminal: Terminal, *, resume: bool = False) -> None:
         self.path = path
         self.terminal = terminal
-        started = (path / "recipe.toml").exists()
-        if started and not resume:
-            raise UsageError(
-                f"{path} holds a run already: choose another folder, or resume it by: "
-                f"torchrelay resume {shlex.quote(str(path))}"
-            )
-        if resume and not started:
+        if not resume:
+            check_free(path)
+        elif not (path / "recipe.toml").exists():
             raise UsageError(f"{path} holds no run to resume: give a folder that 'torchrelay train' made")
         try:
             path.mkdir(parents=True, exist_ok=True)

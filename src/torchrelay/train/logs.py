@@ -17,6 +17,7 @@ from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
 from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric
 from torchrelay.tasks.task import Task
+from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.progress import Best, Progress
@@ -107,10 +108,14 @@ class Pictures(Callback):
         self._headline = Headline(task.headline, task.percent, task.higher_is_better)
         self._record = record
         self._drawn_at = -math.inf
+        self._first_loss: float | None = None
+        self._warned = False
 
     def on_start(self, trainer: Training) -> None:
         """Show the first batch as the model sees it, and what the model costs."""
         run = trainer.run
+        if self._progress.step == 0 and (hint := hints.of_batches(self._batches)):
+            trainer.say(hint)
         if run is None or self._progress.step > 0:
             return
         batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline
@@ -132,7 +137,12 @@ class Pictures(Callback):
             )
 
     def on_epoch(self, trainer: Training, epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
-        """Redraw the curves now and then; the last epoch's are drawn by `on_end`."""
+        """Say once that the loss is absurd; redraw the curves now and then; the last epoch's are drawn by `on_end`."""
+        self._first_loss = self._first_loss or values["loss"]
+        lr = float(trainer.optimizer.param_groups[0]["initial_lr"])
+        if not self._warned and (hint := hints.of_loss(trainer.task, values["loss"], self._first_loss, lr)):
+            self._warned = True
+            trainer.say(hint)
         run, progress = trainer.run, self._progress
         ends = progress.step == progress.total_steps or progress.stop_reason is not None
         if run is None or ends or run.plots.busy:

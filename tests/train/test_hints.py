@@ -1,0 +1,39 @@
+"""A run that goes wrong in a way that a person would notice gets a hint, once."""
+
+import math
+
+import pytest
+import torch
+
+import torchrelay as tr
+from torchrelay.train.hints import of_loss
+
+
+def fit(tmp_path, quiet, **changes) -> list[str]:
+    """Train on forty samples of two classes; return the hints in the log."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(40, 4), torch.arange(40) % 2
+    arguments = {"epochs": 3, "batch_size": 8, "terminal": quiet, "run": tmp_path / "run"} | changes
+    source = tr.data.arrays(inputs, targets, classes=("a", "b"))
+    tr.Trainer(torch.nn.Linear(4, 2), source, **arguments).fit()
+    return [line[20:] for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if " hint: " in line]
+
+
+def test_a_run_that_learns_gets_no_hint(tmp_path, quiet):
+    assert fit(tmp_path, quiet, optimizer=tr.optim.SGD(lr=0.01)) == []
+
+
+def test_a_batch_larger_than_the_data_is_said(tmp_path, quiet):
+    (hint,) = fit(tmp_path, quiet, batch_size=256, optimizer=tr.optim.SGD(lr=0.01))
+    assert hint.startswith("hint: a batch of 256 holds all 40 training samples, so an epoch is one step")
+
+
+def test_a_loss_far_above_that_of_guessing_is_said_once(tmp_path, quiet):
+    (hint,) = fit(tmp_path, quiet, optimizer=tr.optim.SGD(lr=300.0))
+    assert "is far above 0.693, that of guessing; a learning rate lower than 300 may help" in hint
+
+
+@pytest.mark.parametrize(("loss", "hinted"), [(2.9, False), (3.1, True), (math.nan, False)])
+def test_a_loss_that_grew_is_said_of_any_task(loss, hinted):
+    hint = of_loss(tr.Regression(), loss, 1.0, 0.1)
+    assert (hint is not None and "has grown from 1 to 3.1" in hint) == hinted
