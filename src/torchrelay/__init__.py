@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torchrelay.tasks.regression import Regression
     from torchrelay.tasks.task import LossSettings, Task
     from torchrelay.train.callbacks import Callback, EarlyStopping
+    from torchrelay.train.record import log
     from torchrelay.train.trainer import Trainer
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "augment",
     "data",
+    "log",
     "models",
     "optim",
     "tasks",
@@ -71,6 +73,7 @@ _MODULE_OF = {
     "RunSettings": "run.settings",
     "Task": "tasks.task",
     "Trainer": "train.trainer",
+    "log": "train.record",
 }
 
 

@@ -5,9 +5,9 @@ difference which worker reads a sample.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from numbers import Integral
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from torchrelay.data.augment.pipeline import Pipeline
-from torchrelay.data.batch import Batch, replica_sizes
+from torchrelay.data.batch import Batch, inputs_and_targets, replica_sizes
 from torchrelay.data.order import Positions, order
 from torchrelay.data.prefetch import gather, prefetch, side_stream
 from torchrelay.data.sources import ArraySource, DatasetSource, Source
@@ -94,7 +94,7 @@ class Batches:
         self.train = train
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
-        self.samples = len(source)
+        self.samples, self.has_targets = len(source), not isinstance(source, ArraySource) or source.has_targets
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
             raise RelayError(
@@ -110,6 +110,7 @@ class Batches:
             self._sample_bytes = max(1, source.inputs.nbytes // self.samples)
         else:
             self._loader = Loader(source, seed, workers, self._pin_memory)
+            self._collates = source.collate is not None
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -117,17 +118,16 @@ class Batches:
 
     def targets_in_memory(self) -> Tensor | None:
         """Return all targets (samples, …) if the source holds them in memory, otherwise None."""
-        return self.source.targets if isinstance(self.source, ArraySource) else None
+        return self.source.targets if isinstance(self.source, ArraySource) and self.has_targets else None
 
     def dummy_batch(self) -> Batch:
         """Return the first sample, twice, as a batch: for a process that has no samples in a step of all processes."""
         indices = np.zeros(2, dtype=np.int64)
         if isinstance(self.source, ArraySource):
-            inputs, targets = (values[:1].repeat_interleave(2, 0) for values in (self._inputs, self._targets))
+            data: Any = tuple(values[:1].repeat_interleave(2, 0) for values in (self._inputs, self._targets))
         else:
-            inputs, targets = (self.source.collate or default_collate)([self.source.dataset[0]] * 2)
-        inputs, targets = self.device.move(inputs), self.device.move(targets)
-        return self._batch(inputs, targets, _Share(indices, 0, (2,), 0, 2), 0)
+            data = (self.source.collate or default_collate)([self.source.dataset[0]] * 2)
+        return self._batch(self.device.move(data), _Share(indices, 0, (2,), 0, 2), 0)
 
     def close(self) -> None:
         """End the worker processes, if there are any; a later epoch starts new ones."""
@@ -145,12 +145,32 @@ class Batches:
 
     def _epoch(self, epoch: int, start: int) -> Generator[Batch]:
         # Keeping this method in `self` would make a reference cycle: see `Loader`.
-        read = self._read_arrays if isinstance(self.source, ArraySource) else self._read_dataset
-        for inputs, targets, share in read(epoch, start):
-            yield self._batch(inputs, targets, share, epoch)
+        if isinstance(self.source, ArraySource):
+            for data, share in self._read_arrays(epoch, start):
+                yield self._batch(data, share, epoch)
+            return
+        for parts, share in self._read_dataset(epoch, start):
+            if len(parts) == 1:
+                yield self._batch(self.device.move(parts[0]), share, epoch)
+            else:
+                yield self._joined(parts, share, epoch)
 
-    def _batch(self, inputs: Any, targets: Tensor, share: _Share, epoch: int) -> Batch:
+    def _joined(self, parts: list[Any], share: _Share, epoch: int) -> Batch:
+        """Return the batch of several replicas, each of which was collated alone, or of none."""
+        found, rest, start = list[Batch](), iter(parts), 0
+        for replica, size in enumerate(share.replica_sizes, share.first_replica):
+            own = _Share(share.indices[start : start + size], share.position + start, (size,), replica, share.size)
+            found.append(self._batch(self.device.move(next(rest)) if size else None, own, epoch))
+            start += size
+        first, parts_of = found[0], tuple(found) if parts else ()
+        return replace(first, indices=share.indices, replica_sizes=share.replica_sizes, parts=parts_of)
+
+    def _batch(self, data: Any, share: _Share, epoch: int) -> Batch:
         """Augment or prepare what was read, and return it as a batch."""
+        inputs, targets = inputs_and_targets(data)
+        is_pair = isinstance(data, list | tuple) and len(data) == 2
+        if not self.has_targets:
+            targets = None
         if self.train and len(share.indices):
             inputs, targets = self.pipeline.train(
                 inputs,
@@ -163,8 +183,9 @@ class Batches:
             )
         elif len(share.indices):
             inputs = self.pipeline.evaluate(inputs)
-        inputs = self.device.arrange(inputs)
-        return Batch(inputs, targets, share.indices, share.replica_sizes, self.name, share.first_replica, share.size)
+        inputs, first, size = self.device.arrange(inputs), share.first_replica, share.size
+        data = None if is_pair else data
+        return Batch(inputs, targets, share.indices, share.replica_sizes, self.name, first, size, data)
 
     def _shares(self, epoch: int, start: int) -> Iterator[_Share]:
         """Yield this process's share of each batch from `start` on; only the order of its own positions is computed."""
@@ -190,7 +211,7 @@ class Batches:
         first = self.rank * each
         return position + sum(sizes[:first]), sizes[first : first + each], first, size
 
-    def _read_arrays(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, _Share]]:
+    def _read_arrays(self, epoch: int, start: int) -> Iterator[tuple[tuple[Tensor, Tensor], _Share]]:
         per_call = max(1, _BYTES_PER_CALL // (self._sample_bytes * self.batch_size))
         for shares in _chunks(self._shares(epoch, start), per_call):
             index = torch.from_numpy(np.concatenate([share.indices for share in shares]))
@@ -199,24 +220,32 @@ class Batches:
             inputs, targets = gather(self._inputs, index, pin), gather(self._targets, index, pin)
             sizes = [len(share.indices) for share in shares]
             for share, x, y in zip(shares, torch.split(inputs, sizes), torch.split(targets, sizes), strict=True):
-                yield self.device.move(x), self.device.move(y), share
+                yield (self.device.move(x), self.device.move(y)), share
 
-    def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[Any, Tensor, _Share]]:
+    def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[list[Any], _Share]]:
+        """Yield collated batches: one for the share, or one for each replica where the user collates."""
         requested: deque[_Share] = deque()  # the loader's workers read some batches ahead
         empty: list[_Share] = []  # in an epoch's last batch this process may have no samples
 
-        def keys() -> Generator[list[Key]]:
+        def keys() -> Generator[list[list[Key]]]:
             for share in self._shares(epoch, start):
                 if not len(share.indices):
                     empty.append(share)
                     continue
                 requested.append(share)
-                yield [(epoch, share.position + i, int(index)) for i, index in enumerate(share.indices)]
+                keys = [(epoch, share.position + i, int(index)) for i, index in enumerate(share.indices)]
+                yield _divided(keys, share.replica_sizes) if self._collates else [keys]
 
-        for inputs, targets in self._loader.read(keys()):
-            yield self.device.move(inputs), self.device.move(targets), requested.popleft()
+        for parts in self._loader.read(keys()):
+            yield parts, requested.popleft()
         for share in empty:
-            yield None, torch.empty(0, device=self.device.device), share
+            yield [], share
+
+
+def _divided(keys: list[Key], sizes: Sequence[int]) -> list[list[Key]]:
+    """Divide a share's keys over its replicas: what a sample is padded to mustn't depend on the number of processes."""
+    ends = list(accumulate(sizes))
+    return [keys[end - size : end] for size, end in zip(sizes, ends, strict=True) if size]
 
 
 def _check_arguments(batch_size: int, sampling: str, replicas: int, rank: int, world_size: int, workers: int) -> None:

@@ -54,7 +54,7 @@ class SideStream:
     def hand_over(self, batch: Batch) -> None:
         """Tell the allocator that the loop's stream uses the batch's memory, too."""
         loop = torch.cuda.current_stream(self._device)
-        for tensor in _tensors((batch.inputs, batch.targets)):
+        for tensor in _tensors([(each.inputs, each.targets, each.data) for each in (batch, *batch.parts)]):
             if tensor.is_cuda:
                 tensor.record_stream(loop)
 

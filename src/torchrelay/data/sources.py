@@ -29,7 +29,7 @@ class ArraySource:
     """
 
     inputs: Tensor  # (samples, …); images: uint8 (samples, channels, height, width)
-    targets: Tensor  # (samples, …): int64 class indices (samples,), or others
+    targets: Tensor  # (samples, …): int64 class indices (samples,), or others; (samples, 0): there are none
     classes: tuple[str, ...] = ()  # names; () if the targets aren't classes
     name: str = "arrays"
     mean: Mean | None = None  # per channel, of images in [0, 1]; None: computed from the images
@@ -67,6 +67,11 @@ class ArraySource:
         """Return the number of samples."""
         return len(self.inputs)
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether there is something to compare a model's outputs with."""
+        return self.targets.ndim != 2 or self.targets.shape[1] > 0
+
     def take(self, indices: Tensor) -> "ArraySource":
         """Return the source of the samples with these indices, int64 (n,)."""
         files = None if self.files is None else self.files.take(indices.numpy())
@@ -84,7 +89,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Any map-style torch Dataset of (inputs, target) pairs, read sample by sample through a DataLoader.
+    """Any map-style torch Dataset, read sample by sample through a DataLoader.
 
     The global generators of PyTorch, NumPy and Python are seeded for each sample; a generator that the dataset holds
     itself is not. If the dataset has a method `fingerprint()`, its result identifies the content.
@@ -93,7 +98,7 @@ class DatasetSource:
     dataset: Dataset[Any]
     classes: tuple[str, ...] = ()
     name: str = "dataset"
-    collate: Callable[[list[Any]], Any] | None = None  # from samples to (inputs, targets); None: PyTorch's
+    collate: Callable[[list[Any]], Any] | None = None  # from samples to a batch; None: PyTorch's
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
@@ -134,13 +139,14 @@ class Parts:
     validation: Source | None = None
 
 
-def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
+def arrays(inputs: Any, targets: Any = None, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
     """Return a source of arrays. uint8 inputs stay uint8, other integers become int64, everything else float32.
 
     Args:
         inputs: a tensor or a NumPy array (samples, …). Images are uint8 (samples, channels, height, width) or, with
             1 or 3 channels, (samples, height, width, channels), which is permuted; float images are in [0, 1].
         targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, everything else float32.
+            None: the samples have no targets.
         classes: names of the classes or labels.
         name: the source's name in logs and errors.
 
@@ -148,7 +154,8 @@ def arrays(inputs: Any, targets: Any, classes: Sequence[str] = (), name: str = "
         UsageError: they can't be converted to tensors.
         RelayError: they don't match each other or the classes; the text names the sample.
     """
-    x, y = _tensor(inputs, f"{name}: inputs"), _tensor(targets, f"{name}: targets")
+    x = _tensor(inputs, f"{name}: inputs")
+    y = x.new_empty(len(x), 0) if targets is None and x.ndim else _tensor(targets, f"{name}: targets")
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
     return ArraySource(x if x.dtype == torch.uint8 else _widened(x), _widened(y), tuple(classes), name)
@@ -192,12 +199,15 @@ def _widened(values: Tensor) -> Tensor:
 def dataset(
     data: Dataset[Any], classes: Sequence[str] = (), collate: Callable[[list[Any]], Any] | None = None
 ) -> DatasetSource:
-    """Return a source of any map-style torch Dataset whose samples are pairs (inputs, target).
+    """Return a source of any map-style torch Dataset.
+
+    Its samples may be anything that can be collated: pairs (inputs, target), longer tuples, dicts, tensors alone; see
+    `data.batch.inputs_and_targets`.
 
     Args:
         data: the dataset.
         classes: names of the classes; by default those that the dataset has as `classes`.
-        collate: turns a list of samples into a pair (inputs, targets); None: `torch.utils.data.default_collate`.
+        collate: turns a list of samples into a batch, each replica's own; None: `torch.utils.data.default_collate`.
     """
     return DatasetSource(data, tuple(classes or getattr(data, "classes", ())), type(data).__name__, collate)
 
@@ -212,6 +222,8 @@ def as_source(data: Any) -> Source:
         return data
     if isinstance(data, Dataset):
         return dataset(data)
+    if isinstance(data, Tensor | np.ndarray):
+        return arrays(data)
     if isinstance(data, tuple | list) and len(data) == 2:
         return arrays(*data)
     raise UsageError(

@@ -27,14 +27,15 @@ class _Seeded(Dataset[Any]):
         self.classes = len(source.classes)
         self.seed = seed
 
-    def __getitems__(self, keys: list[Key]) -> Any:
-        """Return the batch of these keys, or a `RelayError`: if it were raised, a worker would turn it into text."""
+    def __getitems__(self, groups: list[list[Key]]) -> Any:
+        """Return each group's batch, or a `RelayError`: if it were raised, a worker would turn it into text."""
         try:
-            batch = self._batch(keys)
-            self._check_labels(batch, keys)
+            batches = [self._batch(keys) for keys in groups]
+            for batch, keys in zip(batches, groups, strict=True):
+                self._check_labels(batch, keys)
         except RelayError as error:
             return error
-        return batch
+        return batches
 
     def _batch(self, keys: list[Key]) -> Any:
         samples = []
@@ -92,12 +93,12 @@ def _described(value: Any) -> str:
 
 
 class _Keys:
-    """The batch sampler: the batches of keys that the workers read next; each epoch sets its own."""
+    """The batch sampler: the groups of keys that the workers read next; each epoch sets its own."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[list[Key]] = iter(())
+        self.batches: Iterator[list[list[Key]]] = iter(())
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[list[Key]]]:
         return self.batches
 
 
@@ -122,8 +123,8 @@ class Loader:
             generator=torch.Generator(),  # otherwise each epoch would draw from the global generator
         )
 
-    def read(self, keys: Generator[list[Key]]) -> Iterator[tuple[Any, Tensor]]:
-        """Yield the batches of these keys; an earlier read can't continue."""
+    def read(self, keys: Generator[list[list[Key]]]) -> Iterator[list[Any]]:
+        """Yield lists of batches, one for each group of keys; an earlier read can't continue."""
         self._keys.batches = keys
         with closing(keys):
             try:
@@ -146,11 +147,7 @@ class Loader:
                     raise batch
                 if batch is _END:
                     return
-                if not isinstance(batch, list | tuple) or len(batch) != 2:
-                    raise RelayError(
-                        f"{self._name}: a sample must be a pair (inputs, target): return one, or set a collate function"
-                    )
-                yield batch[0], batch[1]
+                yield batch  # type: ignore[misc]  # not _END
 
     def _explain(self, error: Exception) -> None:
         """End the workers; raise an error with the remedy if one died or couldn't pass on a batch."""

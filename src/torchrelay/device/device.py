@@ -74,8 +74,10 @@ class Device:
         if isinstance(value, dict):
             return {key: self.move(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self.move(item) for item in value)
-        return value
+            items = [self.move(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        # A graph, a packed sequence or a tokenizer's batch moves its own tensors.
+        return value.to(self.device) if hasattr(value, "to") else value
 
     def arrange(self, inputs: Any) -> Any:
         """Return inputs of shape (batch, channels, height, width) in the model's memory format, others unchanged."""

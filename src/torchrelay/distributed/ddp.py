@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchrelay.distributed.process_group import DistributedGroup
 from torchrelay.distributed.replicas import GradientTree
-from torchrelay.distributed.strategy import Strategy
+from torchrelay.distributed.strategy import OneCall, Strategy
 from torchrelay.errors import RelayError
 
 # Newer releases of PyTorch deprecate the second name.
@@ -41,7 +41,7 @@ class DDP(Strategy):
         group: DistributedGroup,
         dummy_loss: Callable[[], Tensor] | None,
         *,
-        forward: Callable[[Any], Any] | None = None,
+        forward: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__(model, group, exact=False, forward=forward)
         self._dummy_loss = dummy_loss
@@ -55,12 +55,17 @@ class DDP(Strategy):
         )
         self._wrapped.register_comm_hook(group.gradient_group, _sum)
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the model's outputs."""
         self._forward_done = True
         if not self.model.training:
-            return super().__call__(inputs)
-        return self._wrapped(inputs)
+            return super().__call__(*inputs, **named)
+        return self._wrapped(*inputs, **named)
+
+    @property
+    def module(self) -> Any:
+        """The model, called as a whole: DistributedDataParallel sees nothing else."""
+        return OneCall(self, "ddp")
 
     @contextmanager
     def no_sync(self, tree: GradientTree) -> Iterator[None]:  # noqa: ARG002 - gradients accumulate in `.grad`

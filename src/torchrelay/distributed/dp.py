@@ -13,12 +13,12 @@ from torchrelay.errors import UsageError
 
 def data_parallel(
     model: nn.Module,
-    forward: Callable[[Any], Any],
+    forward: Callable[..., Any],
     group: ProcessGroup,
     device: Device,
     exact: bool,
     say: Callable[[str], None],
-) -> Callable[[Any], Any]:
+) -> Callable[..., Any]:
     """Return the model in DataParallel over all visible CUDA devices, or `forward` if there are fewer than two.
 
     Raises:

@@ -49,7 +49,7 @@ class ExactDDP(Strategy):
         model: nn.Module,
         group: DistributedGroup,
         *,
-        forward: Callable[[Any], Any] | None = None,
+        forward: Callable[..., Any] | None = None,
         local_size: int | None = None,
     ) -> None:
         super().__init__(model, group, exact=True, forward=forward)
@@ -69,9 +69,9 @@ class ExactDDP(Strategy):
             hook = self.parameters[indices[-1]].register_post_accumulate_grad_hook
             hook(self._send_complete_buckets)  # type: ignore[no-untyped-call]
 
-    def __call__(self, inputs: Any) -> Any:
-        """Return the model's outputs."""
-        outputs = super().__call__(inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Return the model's outputs; called once for a replica, after which its buffers leave."""
+        outputs = super().__call__(*inputs, **named)
         if self._synced is not None:
             self._send_buffers()
         return outputs

@@ -28,7 +28,7 @@ from torchrelay.distributed.fsdp_checks import blocks, check_model, check_optimi
 from torchrelay.distributed.fsdp_state import gather, gather_tensor, load_sharded
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import GradientTree, give_gradients, take_gradients, tree_sum
-from torchrelay.distributed.strategy import Strategy
+from torchrelay.distributed.strategy import OneCall, Strategy
 from torchrelay.errors import RelayError
 from torchrelay.models.ema import EMA
 
@@ -85,11 +85,16 @@ class FSDP(Strategy):
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_custom_reduce_scatter(_ReduceScatter(self))  # type: ignore[arg-type]  # its base class is private
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return the model's outputs."""
         self.empty = False
         with self._explain_failure("gathered weights"):
-            return super().__call__(inputs)
+            return super().__call__(*inputs, **named)
+
+    @property
+    def module(self) -> Any:
+        """The model, called as a whole, which gathers its weights."""
+        return OneCall(self, "fsdp")
 
     @contextmanager
     def no_sync(self, tree: GradientTree) -> Iterator[None]:

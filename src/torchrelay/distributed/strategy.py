@@ -29,7 +29,30 @@ from torchrelay.distributed.replicas import (
     take_gradients,
     tree_sum,
 )
+from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
+
+
+class OneCall:
+    """Stands for a model that may only be called as a whole.
+
+    Args:
+        call: runs the model.
+        kind: of the strategy.
+    """
+
+    def __init__(self, call: Callable[..., Any], kind: str) -> None:
+        self._call, self._kind = call, kind
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Return the model's outputs."""
+        return self._call(*inputs, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UsageError(
+            f"the task uses model.{name}, and parallel.kind '{self._kind}' runs a model as a whole: use an exact run "
+            "with parallel.kind 'ddp', or let forward() do it"
+        )
 
 
 class Strategy:
@@ -51,7 +74,7 @@ class Strategy:
     collective_forward = False
 
     def __init__(
-        self, model: nn.Module, group: ProcessGroup, *, exact: bool, forward: Callable[[Any], Any] | None = None
+        self, model: nn.Module, group: ProcessGroup, *, exact: bool, forward: Callable[..., Any] | None = None
     ) -> None:
         self.model = model
         self.model_name = type(model).__name__
@@ -62,9 +85,14 @@ class Strategy:
         self._forward = forward or model
         self._tree: GradientTree | None = None  # of the current step
 
-    def __call__(self, inputs: Any) -> Any:
-        """Return the model's outputs."""
-        return self._forward(inputs)
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Return the model's outputs; called once for a replica."""
+        return self._forward(*inputs, **named)
+
+    @property
+    def module(self) -> Any:
+        """What a task of the user's computes with: the model, which may be called often, and its submodules alone."""
+        return self._forward
 
     @contextmanager
     def replica(self, *, last: bool) -> Iterator[None]:

@@ -87,7 +87,8 @@ class Predictor:
     def _probabilities(self, inputs: torch.Tensor) -> torch.Tensor:
         source = ArraySource(inputs, torch.zeros(len(inputs), dtype=torch.int64), name="images")
         evaluator = Evaluator(self.model, Classification(), self.device, views=self.test_views)
-        return evaluator.predict(self._batches(source))
+        probabilities: torch.Tensor = evaluator.predict(self._batches(source))
+        return probabilities
 
     def _batches(self, source: ArraySource) -> Batches:
         return Batches(source, self.batch_size, self.device, self.pipeline, train=False)

@@ -100,6 +100,18 @@ class TensorBoard:
             shown = shown * torch.tensor(tuple(std)).view(-1, 1, 1) + torch.tensor(tuple(mean)).view(-1, 1, 1)
         self._image(tag, png_file(image_grid(shown)), step)
 
+    def show(self, kind: str, tag: str, value: Any, step: int) -> None:
+        """Show what `tr.log.image`, `tr.log.text` or `tr.log.histogram` was given."""
+        from torch.utils.tensorboard.summary import histogram, text
+
+        if kind == "image":
+            images = value.float() / 255 if value.dtype == torch.uint8 else value
+            self.images(tag, images[None] if images.ndim == 3 else images, None, None, step)
+        elif kind == "text":
+            self._add(".media", text(tag, value), step)  # type: ignore[no-untyped-call]
+        else:
+            self._add(".media", histogram(tag, value.detach().float().cpu().numpy(), "tensorflow"), step)  # type: ignore[no-untyped-call]
+
     def figure(self, tag: str, picture: "Path | Figure", step: int) -> None:
         """Show a PNG file or a matplotlib figure."""
         if isinstance(picture, Path):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from torchrelay.data.augment.pipeline import Augment, Pipeline
 from torchrelay.data.batches import Batches, Sampling
@@ -20,14 +19,16 @@ from torchrelay.errors import UsageError, nearest
 from torchrelay.models.ema import EMA
 from torchrelay.optim.optimizers import SGD, OptimizerBase
 from torchrelay.optim.schedules import Constant, ScheduleSettings
+from torchrelay.optim.update import Update
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.targets import check_targets
-from torchrelay.tasks.task import Task
+from torchrelay.tasks.task import Task, calls_once, loss_and_outputs, total
 from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.logs import Pictures, StepLog
 from torchrelay.train.progress import Progress, RunningSums
+from torchrelay.train.record import Record, log
 from torchrelay.train.spikes import SpikeDetector
 from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
@@ -142,32 +143,40 @@ def batches_like(batches: Batches, data: Any) -> Batches:
 class Updates:
     """How the weights are updated."""
 
-    optimizer: Optimizer
+    each: list[Update]
     schedule: ScheduleSettings
-    clip_norm: float | None
     ema: EMA | None
 
 
 def make_updates(
-    optimizer: Callable[[nn.Module], Optimizer] | None,
+    optimizer: Any,
     schedule: ScheduleSettings | None,
     clip_norm: float | None,
     ema: float,
     strategy: Strategy,
+    task: Task,
 ) -> Updates:
-    """Make the optimizer of a strategy's model, SGD if none is given, and what belongs to it.
+    """Make the optimizers of a strategy's model, SGD if none is given, and what belongs to them.
 
     Raises:
-        UsageError: the optimizer can't work on what the strategy has of the parameters.
+        UsageError: an optimizer can't work on what the strategy has of the parameters, or isn't the task's.
     """
     # An average is made of the parameters that the strategy has, and before the optimizer changes them.
     average = EMA(strategy.model, ema) if ema else None
-    settings = optimizer or SGD()
-    made = settings(strategy.model)
-    strategy.check_optimizer(made)
-    if clip_norm is None and isinstance(settings, OptimizerBase):
-        clip_norm = settings.clip_norm
-    return Updates(made, schedule or Constant(), clip_norm, average)
+    names = task.updates
+    given = optimizer if isinstance(optimizer, Mapping) else {names[0]: optimizer or SGD()}
+    if list(given) != list(names):
+        raise UsageError(
+            f"{type(task).__name__} has the updates {', '.join(names)}: give an optimizer for each, such as "
+            f"optimizer={{{', '.join(f'{name!r}: ...' for name in names)}}}"
+        )
+    updates = []
+    for name, settings in given.items():
+        made = settings(task.module(strategy.model, name))
+        strategy.check_optimizer(made)
+        own = settings.clip_norm if clip_norm is None and isinstance(settings, OptimizerBase) else clip_norm
+        updates.append(Update(name, made, own, "model" if len(names) == 1 else f"model.{name}"))
+    return Updates(updates, schedule or Constant(), average)
 
 
 def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Batches]) -> Task:
@@ -177,12 +186,25 @@ def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Ba
         RelayError: a target can't be learned; the text names its sample.
     """
     task = task or Classification()
+    if type(task).loss is Task.loss and type(task).compute is Task.compute:
+        task.loss(None, None)  # raises the error that says what to define
+    for module in held_modules(task):
+        module.to(batches.device.device).eval().requires_grad_(False)
     classes = batches.source.classes
     if getattr(task, "classes", 0) is None and classes:
         task.classes = len(classes)  # type: ignore[attr-defined]
     for part in (batches, *evaluated.values()):
         check_targets(task.check, part)
     return task
+
+
+def held_modules(task: Task) -> list[nn.Module]:
+    """Return the modules that a task holds as attributes, alone or in lists, tuples and dicts."""
+    found = list[nn.Module]()
+    for value in vars(task).values():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [each for each in values if isinstance(each, nn.Module)]
+    return found
 
 
 class Parts(NamedTuple):
@@ -205,23 +227,23 @@ def join_parts(
     callbacks: Sequence[Callback],
     record: dict[str, Any],
     settle: Callable[..., None],
+    logged: Record,
 ) -> Parts:
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
-    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums)
+    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, settings.log_every)
     # A CUDA graph holds a step of one replica.
     device = batches.device.without_graph() if batches.replicas > 1 else batches.device
     train_step = TrainStep(
         strategy,
         task,
-        updates.optimizer,
+        updates.each,
         device,
         replicas=batches.replicas,
         schedule=updates.schedule.bind(len(batches), progress.total_steps),
         seed=settings.seed,
         ema=updates.ema,
         detector=SpikeDetector(settings.spike_threshold),
-        clip_norm=updates.clip_norm,
         watch_norm=settings.on_spike == "rollback",
         measure=settings.train_metrics,
         dummy_batch=batches.dummy_batch,
@@ -232,7 +254,7 @@ def join_parts(
         strategy.model, task, batches.device, evaluated, strategy=strategy, views=views, ema=updates.ema, before=settle
     )
     patience = [EarlyStopping(settings.patience)] if settings.patience else []
-    every = [StepLog(), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
+    every = [StepLog(sums, logged), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
     state = TrainingState(strategy.model, train_step, progress, batches, evaluated, every)
     return Parts(progress, train_step, evaluator, every, state)
 
@@ -240,8 +262,10 @@ def join_parts(
 def dummy_loss(strategy: Strategy, task: Task, batches: Batches) -> Tensor:
     """Go forward through a dummy batch: for a process without samples, whose forward pass the others wait for."""
     batch = batches.dummy_batch()
-    with batches.device.autocast():
-        return task.loss(strategy(batch.inputs), batch.targets)
+    with log.muted(), batches.device.autocast():
+        model = strategy if calls_once(task) else strategy.module
+        loss, _ = loss_and_outputs(task, model, batch, task.updates[0])
+    return total(loss, task)
 
 
 def full_record(

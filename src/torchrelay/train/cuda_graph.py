@@ -8,7 +8,7 @@ The first steps are called one by one, since kernels are chosen and optimizers c
 whose batch has another shape, such as an epoch's last one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device
 from torchrelay.errors import UsageError
+from torchrelay.optim.update import Update
 
 # Steps before one is recorded, as PyTorch's notes advise.
 _WARMUP = 3
@@ -52,8 +53,8 @@ class CudaGraph(Generic[Result]):
         Raises:
             UsageError: the inputs are more than a tensor.
         """
-        if not isinstance(batch.inputs, Tensor):
-            raise UsageError("device.graph takes batches of one input tensor, and these have several: leave it out")
+        if not (isinstance(batch.inputs, Tensor) and isinstance(batch.targets, Tensor) and batch.data is None):
+            raise UsageError("device.graph takes batches of one input and one target tensor: leave it out")
         self._calls += 1
         if self._calls <= _WARMUP:
             return self._call(batch)
@@ -104,7 +105,7 @@ def move_rates_to_device(optimizer: Optimizer, device: torch.device) -> None:
             group |= {"fused": True, "foreach": False}
 
 
-def check_recordable(device: Device, optimizer: Optimizer, replicas: int) -> None:
+def check_recordable(device: Device, updates: Sequence[Update], replicas: int) -> None:
     """Refuse to record steps that a CUDA graph can't hold.
 
     Raises:
@@ -124,5 +125,7 @@ def check_recordable(device: Device, optimizer: Optimizer, replicas: int) -> Non
             f"device.graph records a step of one replica, and there are {replicas}: set parallel.replicas=1, or leave "
             "it out"
         )
-    if any(group.get("rule") == "adamw" for group in optimizer.param_groups):
+    if len(updates) > 1 or updates[0].wants_closure:
+        raise UsageError("device.graph records a step of one update without a closure: leave it out")
+    if any(group.get("rule") == "adamw" for group in updates[0].optimizer.param_groups):
         raise UsageError("device.graph can't record the AdamW within muon: set optimizer.other=sgd, or leave it out")

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +17,15 @@ from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.distributed.strategy import Strategy
 from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
+from torchrelay.rng import reseed, step_seed
 from torchrelay.run.settings import Views
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.metrics import Count
 from torchrelay.tasks.targets import explain
-from torchrelay.tasks.task import Task
+from torchrelay.tasks.task import Task, calls_once, total
 from torchrelay.train.progress import RunningSums
+from torchrelay.train.record import log
+from torchrelay.train.trees import joined, pack, to_cpu, unpack
 from torchrelay.train.tta import check_tta, with_tta
 
 
@@ -97,7 +99,8 @@ class Evaluator:
         self.selects_on = next(iter(self.parts), "train")
         self.last: Evaluation | None = None
         self._model, self._task, self._device = model, task, device
-        self._forward = with_tta(strategy or model, views)
+        runner: Any = model if strategy is None else strategy if calls_once(task) else strategy.module
+        self._forward = with_tta(runner, views)
         self._group = strategy.group if strategy else ProcessGroup(0, 1, device.device)
         self.collective_forward = strategy is not None and strategy.collective_forward
         self._ema, self._before = ema, before
@@ -123,28 +126,30 @@ class Evaluator:
             self.last = evaluation
         return evaluation
 
-    def predict(self, batches: Batches) -> Tensor:
-        """Return the task's predictions for each sample, (samples, …) in the order of the data, on the CPU."""
+    def predict(self, batches: Batches) -> Any:
+        """Return the task's predictions for each sample, in the order of the data, on the CPU.
+
+        Tensors are (samples, …), also within dicts and tuples; of a list, an entry stands for each sample.
+        """
 
         def predictions(batch: Batch) -> tuple[Any, ...]:
             with self._device.autocast():
-                return (self._task.predict(self._forward(batch.inputs)),)
+                return (self._task.predict_batch(self._forward, batch),)
 
         with self._evaluating():
             rounds = self._shared(batches, predictions, lambda: False)
-            found = [prediction.cpu() for results in rounds if results is not None for prediction in results]
+            found = [to_cpu(results[0]) for results in rounds if results]
         if self._group.size == 1:
-            return torch.cat(found)
-        packed = safetensors.torch.save({"all": torch.cat(found)}) if self._group.main else None
-        on_all_ranks: Tensor = safetensors.torch.load(self._group.broadcast_bytes(packed))["all"]
-        return on_all_ranks
+            return joined(found)
+        packed = pack(joined(found)).numpy().tobytes() if self._group.main else None
+        return unpack(self._group.broadcast_bytes(packed))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Set evaluation mode and the averaged weights, if there are any; undo both."""
         self._before()
         was_training = self._model.training
-        with torch.no_grad(), nullcontext() if self._ema is None else self._ema.swap(self._model):
+        with torch.no_grad(), log.muted(), nullcontext() if self._ema is None else self._ema.swap(self._model):
             self._model.eval()
             try:
                 yield
@@ -160,11 +165,15 @@ class Evaluator:
         for results in self._shared(batches, self._outputs_and_loss, should_stop):
             if results is None:
                 return None
-            outputs, loss, targets = results
-            weight = task.weight(targets)
-            sums.add_loss(loss / weight, weight)
-            sums.add_measures(task.measure(outputs, targets), task.count(targets))
-            samples += len(targets)
+            outputs, loss, targets, number = results
+            batch_weight, mean = self._weight(targets, number), total(loss, task)
+            sums.add_loss(mean / batch_weight, batch_weight)
+            if isinstance(loss, dict):
+                sums.add_logged({name: (part, float(batch_weight)) for name, part in loss.items()})
+            if outputs is not None:
+                counted = number if type(task).count is Task.count else task.count(targets)
+                sums.add_measures(task.measure(outputs, targets), counted)
+            samples += number
             if metrics:
                 predictions = task.predict(outputs)
                 for metric in metrics.values():
@@ -174,11 +183,16 @@ class Evaluator:
         evaluation = _result(sums, samples, {name: metric.compute() for name, metric in metrics.items()})
         return evaluation if self._group.size == 1 else _send(evaluation, self._group)
 
+    def _weight(self, targets: Any, samples: int) -> Tensor | float:
+        counted = self._task.weight_of(samples)
+        return self._task.weight(targets) if counted is None else counted
+
     def _outputs_and_loss(self, batch: Batch) -> tuple[Any, ...]:
+        reseed(step_seed(0, "evaluate", int(batch.indices[0]), 0), self._device.device)
         try:
             with self._device.autocast():
-                outputs = self._forward(batch.inputs)
-                return outputs, self._task.loss(outputs, batch.targets), batch.targets
+                loss, outputs = self._task.evaluate_batch(self._forward, batch)
+                return outputs, loss, batch.targets, batch.samples
         except Exception as error:
             explain(error, batch, self._model)
             raise
@@ -189,9 +203,6 @@ class Evaluator:
         """Yield on rank 0 the results of all batches in their order; each rank computes its own.
 
         None is the last yield, on every rank, if they were told to stop.
-
-        Raises:
-            UsageError: there are several processes, and the model's output is not a tensor.
         """
         group, own = self._group, batches.epoch()
         # In a round each rank computes a batch; rank 0 has one in every round.
@@ -207,12 +218,11 @@ class Evaluator:
             if group.size == 1:
                 yield results
                 continue
-            if not all(isinstance(result, Tensor) for result in results):
-                raise UsageError("several processes can't share an evaluation of a model whose output is not a tensor")
+            packed = pack(results) if results and not group.main else None
             for source in range(min(group.size, len(batches) - start)):
-                found = [group.send_to_main(each if group.rank == source else None, source) for each in results]
+                received = group.send_to_main(packed if group.rank == source else None, source)
                 if group.main:
-                    yield tuple(found)
+                    yield results if source == 0 else self._device.move(unpack(received))
 
 
 def _send(evaluation: Evaluation, group: ProcessGroup) -> Evaluation:
@@ -229,18 +239,22 @@ def _receive(group: ProcessGroup) -> Evaluation:
     return Evaluation(**content, confusion=None if confusion is None else torch.tensor(confusion))
 
 
-def _as_targets(targets: Tensor, predictions: Tensor, metric: Any) -> Tensor:
+def _as_targets(targets: Any, predictions: Any, metric: Any) -> Any:
     """Return 0/1 targets of (batch, labels) as integers, which torchmetrics wants."""
+    if not (isinstance(targets, Tensor) and isinstance(predictions, Tensor)):
+        return targets
     wanted = targets.is_floating_point() and targets.shape == predictions.shape and not isinstance(metric, Count)
     return targets.long() if wanted else targets
 
 
-def _result(sums: RunningSums, samples: int, computed: dict[str, Tensor]) -> Evaluation:
+def _result(sums: RunningSums, samples: int, computed: dict[str, Any]) -> Evaluation:
     values = sums.means()
     tables: dict[str, list[float]] = {}
     confusion = None
     for name, value in computed.items():
-        if value.ndim == 0:
+        if isinstance(value, Mapping):  # a metric of torchmetrics with several results
+            values |= {key: float(each) for key, each in value.items() if isinstance(each, Tensor) and not each.ndim}
+        elif value.ndim == 0:
             values[name] = float(value)
         elif value.ndim == 1:
             tables[name] = value.tolist()

@@ -20,7 +20,8 @@ from torchrelay.tasks.task import Task
 from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.evaluation import Evaluator
-from torchrelay.train.progress import Best, Progress
+from torchrelay.train.progress import Best, Progress, RunningSums
+from torchrelay.train.record import Record
 from torchrelay.train.state import TrainingState
 
 # Seconds between two drawings of the curves, which take a second or two of a core.
@@ -45,9 +46,15 @@ class EarlyLog:
 
 
 class StepLog(Callback):
-    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, and the rates."""
+    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, rates, and what was logged.
 
-    def __init__(self) -> None:
+    Args:
+        sums: the running epoch's, with what the replicas have logged.
+        record: what else was logged.
+    """
+
+    def __init__(self, sums: RunningSums, record: Record) -> None:
+        self._sums, self._record = sums, record
         self.last: float | None = None
         self._losses: list[Tensor | float] = []
         self._samples = 0
@@ -72,7 +79,9 @@ class StepLog(Callback):
             "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "samples_per_second": round(self._samples / (now - self._since), 1),
         }
-        trainer.record_line("step", {"loss": self.last, **rates})
+        trainer.record_line("step", {"loss": self.last, **rates, **self._sums.lap(), **self._record.take_scalars()})
+        for (kind, name), value in self._record.take_media().items():
+            trainer.run.tensorboard.show(kind, name, value, trainer.step)
         self._losses.clear()
         self._samples, self._since = 0, now
 
@@ -122,7 +131,7 @@ class Pictures(Callback):
         run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
         if self._evaluator.collective_forward:
             run.say("no summary of the model: its weights are divided over several processes")
-        elif hasattr(batch.inputs, "shape"):
+        elif isinstance(batch.inputs, Tensor):
             try:
                 summary = summarize(trainer.model, batch.inputs[:1])
             except Exception as error:  # noqa: BLE001 - any model may raise anything, and no summary is worth a run

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.train.record import Logged
 from torchrelay.train.step import StepResult
 
 # Steps whose sums may stay on the device unread: an epoch can have millions.
 _UNREAD = 1024
+# The end of the name under which a sum's count is kept.
+_COUNT = "/count"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ class RunningSums:
         self._group, self._per_step = group, per_step
         self._losses: list[tuple[Tensor | float, Tensor | float]] = []
         self._measures: list[tuple[dict[str, Tensor | float], Tensor | float]] = []
+        self._logged: list[dict[str, Tensor | float]] = []
         self.loss = 0.0
         self.weight = 0.0
         self.measures: dict[str, float] = {}
         self.count = 0
+        self.logged: dict[str, float] = {}  # sums by name, and the counts of what they add up
+        self._lap: dict[str, float] = {}  # `logged` at the last line of metrics
 
     def add_loss(self, mean: Tensor, weight: Tensor | float) -> None:
         """Add a batch's mean loss, weighted by what its summed loss was divided by."""
@@ -57,60 +62,96 @@ class RunningSums:
         """Add measures that are summed over `count` items."""
         self._measures.append(({name: _unfragmented(value) for name, value in measures.items()}, _unfragmented(count)))
 
+    def add_logged(self, logged: Logged) -> None:
+        """Add what a replica has logged; several processes add equally many, the empty ones as well."""
+        if not logged and not self._is_shared:
+            return
+        values = {name: _unfragmented(value) for name, (value, _) in logged.items()}
+        self._logged.append(values | {name + _COUNT: count for name, (_, count) in logged.items()})
+
+    @property
+    def _is_shared(self) -> bool:
+        return self._group is not None and self._group.size > 1
+
+    def read_logged(self) -> None:
+        """Add up what is unread if something was logged; several processes call it at the same time."""
+        if self._logged:
+            self.read()
+
     def read(self) -> None:
         """Add up what is unread, which waits for the device."""
         for loss, weight in self._losses:
             # A mean over no samples is not a number.
             self.loss += float(loss) * float(weight) if float(weight) else 0.0
             self.weight += float(weight)
-        names, rows = self._rows()
-        if len(rows):
-            before = [float(self.count), *(self.measures.get(name, 0.0) for name in names)]
-            # NumPy's `accumulate` adds one after another, as a loop would; its `sum` adds in pairs.
-            count, *totals = np.add.accumulate(np.vstack([before, rows]), axis=0)[-1].tolist()
-            self.count = int(count)
-            self.measures |= dict(zip(names, totals, strict=True))
+        measured = [values | {_COUNT: count} for values, count in self._measures]
+        sums = self._added(measured, {**self.measures, _COUNT: float(self.count)})
+        self.count, self.measures = int(sums.pop(_COUNT)), sums
+        self.logged = self._added(self._logged, self.logged)
         self._losses.clear()
         self._measures.clear()
+        self._logged.clear()
 
-    def _rows(self) -> tuple[list[str], npt.NDArray[np.float64]]:
-        """Return the measures' names, and counts and measures, (rows, 1 + names), in the order of one process."""
-        names = next((list(measures) for measures, _ in self._measures if measures), list(self.measures))
-        group = self._group if self._group is not None and self._group.size > 1 and self._measures else None
+    def _added(self, rows: list[dict[str, Tensor | float]], before: dict[str, float]) -> dict[str, float]:
+        """Return sums with all processes' rows added, one after another in the order of one process."""
+        names = list(dict.fromkeys(name for row in rows for name in row) | dict.fromkeys(before))
+        group = self._group if self._is_shared and rows else None
         if group is not None:
             # A process that has had no sample yet doesn't know the names.
             names = json.loads(group.broadcast_bytes(json.dumps(names).encode()))
-        own = [[float(count), *(float(values.get(name, 0.0)) for name in names)] for values, count in self._measures]
-        rows = np.array(own, dtype=np.float64).reshape(len(own), 1 + len(names))
-        if group is None:
-            return names, rows
-        gathered = group.gather(torch.from_numpy(rows)).numpy()
-        # Within a step the last rank's rows come first, as the last replica is computed first.
-        steps = gathered.reshape(group.size, len(own) // self._per_step, self._per_step, 1 + len(names))
-        return names, steps[::-1].transpose(1, 0, 2, 3).reshape(-1, 1 + len(names))
+        own = [[float(row.get(name, 0.0)) for name in names] for row in rows]
+        table = np.array(own, dtype=np.float64).reshape(len(own), len(names))
+        if group is not None and names:
+            gathered = group.gather(torch.from_numpy(table)).numpy()
+            # Within a step the last rank's rows come first, as the last replica is computed first.
+            steps = gathered.reshape(group.size, len(own) // self._per_step, self._per_step, len(names))
+            table = steps[::-1].transpose(1, 0, 2, 3).reshape(-1, len(names))
+        # NumPy's `accumulate` adds one after another, as a loop would; its `sum` adds in pairs.
+        start = np.array([[before.get(name, 0.0) for name in names]], dtype=np.float64)
+        return dict(zip(names, np.add.accumulate(np.vstack([start, table]), axis=0)[-1].tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss and the mean measures of everything added."""
+        """Return the mean loss, the mean measures and the means of what was logged, of everything added."""
         self.read()
         values = {"loss": self.loss / self.weight if self.weight else 0.0}
-        return values | {name: value / max(self.count, 1) for name, value in self.measures.items()}
+        measures = {name: value / max(self.count, 1) for name, value in self.measures.items()}
+        return values | measures | _logged_means(self.logged, {})
+
+    def lap(self) -> dict[str, float]:
+        """Return the means of what was logged since the last lap, of what has been read."""
+        before, self._lap = self._lap, dict(self.logged)
+        return _logged_means(self.logged, before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint inside an epoch."""
         self.read()
-        return {"loss": self.loss, "weight": self.weight, "measures": dict(self.measures), "count": self.count}
+        state = {"loss": self.loss, "weight": self.weight, "measures": dict(self.measures), "count": self.count}
+        return state | ({"logged": dict(self.logged), "lap": dict(self._lap)} if self.logged else {})
 
     def clear(self) -> None:
         """Start again from zero."""
         self._losses.clear()
         self._measures.clear()
+        self._logged.clear()
         self.loss, self.weight, self.count, self.measures = 0.0, 0.0, 0, {}
+        self.logged, self._lap = {}, {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the sums of a checkpoint."""
         self.clear()
         self.loss, self.weight, self.count = state["loss"], state["weight"], state["count"]
         self.measures = dict(state["measures"])
+        self.logged, self._lap = dict(state.get("logged", {})), dict(state.get("lap", {}))
+
+
+def _logged_means(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Return the means by name of what was added between two states of the sums."""
+    grown = {name: value - before.get(name, 0.0) for name, value in now.items()}
+    return {
+        name: value / grown[name + _COUNT]
+        for name, value in grown.items()
+        if not name.endswith(_COUNT) and grown[name + _COUNT]
+    }
 
 
 def _unfragmented(value: Tensor | float) -> Tensor | float:
@@ -151,6 +192,7 @@ class Progress:
         steps_per_epoch: global batches of an epoch.
         max_steps: the step after which the run ends early; None: after all epochs.
         sums: of the running epoch's loss and measures.
+        log_every: steps after which what was logged is added up.
 
     Attributes:
         step: optimizer steps taken; the position within the epoch follows from it.
@@ -166,8 +208,14 @@ class Progress:
     """
 
     def __init__(
-        self, epochs: int, steps_per_epoch: int, max_steps: int | None = None, sums: RunningSums | None = None
+        self,
+        epochs: int,
+        steps_per_epoch: int,
+        max_steps: int | None = None,
+        sums: RunningSums | None = None,
+        log_every: int = 50,
     ) -> None:
+        self._log_every = log_every
         self.epochs, self.steps_per_epoch, self.max_steps = epochs, steps_per_epoch, max_steps
         self.step = 0
         self.epochs_done = 0
@@ -216,6 +264,10 @@ class Progress:
         self.sums.add_loss(result.loss, result.weight)
         for measures, count in result.measures:
             self.sums.add_measures(measures, count)
+        for logged in result.logged:
+            self.sums.add_logged(logged)
+        if self.step % self._log_every == 0:
+            self.sums.read_logged()
 
     def end_epoch(self) -> None:
         """Count the epoch, unless `max_steps` ended it before its last batch."""

@@ -24,6 +24,7 @@ from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
 from torchrelay.train import recovery
 from torchrelay.train.logs import EarlyLog
+from torchrelay.train.record import Record, log
 from torchrelay.train.signals import StopSignal
 from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState
@@ -44,8 +45,9 @@ class Session:
         settings: what to do on a loss spike.
         folder: the run's.
         saving: when to save and what to keep.
-        log: where people read along, and what was said before the run's log is open.
+        early: where people read along, and what was said before the run's log is open.
         record: what goes into recipe.toml.
+        logged: what `tr.log` is given meanwhile.
 
     Attributes:
         run: the open run folder; on rank 0, while `hold` lasts.
@@ -59,15 +61,16 @@ class Session:
         settings: RunSettings,
         folder: str | Path | None,
         saving: CheckpointSettings | None,
-        log: EarlyLog,
+        early: EarlyLog,
         record: dict[str, Any],
+        logged: Record,
     ) -> None:
-        self.folder, self.terminal, self.record = None if folder is None else Path(folder), log.terminal, record
+        self.folder, self.terminal, self.record = None if folder is None else Path(folder), early.terminal, record
         self.run: RunFolder | None = None
         self.checkpoints: Checkpointer | None = None
         self.save_due = False
         self._state, self._settings, self._group = state, settings, state.strategy.group
-        self._signal, self._log = StopSignal(), log
+        self._signal, self._early, self.logged = StopSignal(), early, logged
         if self.folder is not None:
             self.checkpoints = Checkpointer(
                 self.folder / "checkpoints",
@@ -93,9 +96,10 @@ class Session:
             stack.enter_context(self._state.train_step.device.explain_errors(self._state.batches.batch_size))
             stack.enter_context(self._signal)
             stack.callback(self._close)
+            stack.enter_context(log.to(self.logged))
             if self.folder is not None and self._group.main:
                 self.run = RunFolder(self.folder, self.terminal, resume=resume)
-                for note in self._log.notes:
+                for note in self._early.notes:
                     self.run.note(note)
             yield
 
@@ -150,11 +154,11 @@ class Session:
             self.say(f"resuming with {threads} thread{plural} per operation, as the run began (see device.threads)")
         if self.run is not None:
             self._compare(self.run, contents, accept_changes)
-        groups = state.train_step.optimizer.param_groups
+        groups = state.train_step.groups
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         state.restore(contents)
         if accept_changes:  # then the recipe's rates and decays count, not the saved ones
-            for group, fresh in zip(state.train_step.optimizer.param_groups, options, strict=True):
+            for group, fresh in zip(state.train_step.groups, options, strict=True):
                 group.update(fresh)
         self._rewind(contents.state["metrics_lines"])
         progress = state.progress

@@ -41,42 +41,48 @@ class SpikeDetector:
 
     def __init__(self, threshold: float | None = None) -> None:
         self.threshold = threshold
-        self._recent: deque[float] = deque(maxlen=_WINDOW)
-        self._unread: list[tuple[int, Tensor, Tensor | None]] = []
+        self._recent: dict[str, deque[float]] = {}
+        self._unread: list[tuple[int, Tensor, Tensor | None, str]] = []
 
-    def check(self, step: int, loss: Tensor, grad_norm: Tensor | None = None) -> Spike | None:
-        """Look at a step's mean loss and gradient norm before its update; on a GPU, keep them for `read`."""
+    def check(self, step: int, loss: Tensor, grad_norm: Tensor | None = None, update: str = "model") -> Spike | None:
+        """Look at a step's mean loss and gradient norm before an update; on a GPU, keep them for `read`."""
         if loss.is_cpu:
-            return self._judge(step, loss.item(), 0.0 if grad_norm is None else grad_norm.item())
-        self._unread.append((step, loss, grad_norm))
+            return self._judge(step, loss.item(), 0.0 if grad_norm is None else grad_norm.item(), update)
+        self._unread.append((step, loss, grad_norm, update))
         return None
 
     def read(self) -> Spike | None:
         """Look at the steps kept since the last call, which waits for the device; return the first spike of them."""
         unread, self._unread = self._unread, []
-        for step, loss, grad_norm in unread:
-            spike = self._judge(step, loss.item(), 0.0 if grad_norm is None else grad_norm.item())
+        for step, loss, grad_norm, update in unread:
+            spike = self._judge(step, loss.item(), 0.0 if grad_norm is None else grad_norm.item(), update)
             if spike is not None:
                 return spike
         return None
 
-    def _judge(self, step: int, loss: float, grad_norm: float) -> Spike | None:
+    def _judge(self, step: int, loss: float, grad_norm: float, update: str) -> Spike | None:
         if not math.isfinite(loss):
             return Spike(step, f"the loss of step {step} is {loss}")
         if not math.isfinite(grad_norm):
             return Spike(step, f"the norm of the gradient of step {step} is {grad_norm}")
-        if self.threshold is not None and len(self._recent) >= _FEWEST:
-            usual = median(self._recent)
+        recent = self._recent.get(update)
+        if recent is None:
+            recent = self._recent[update] = deque(maxlen=_WINDOW)
+        if self.threshold is not None and len(recent) >= _FEWEST:
+            usual = median(recent)
             if loss > self.threshold * usual:
                 return Spike(step, f"the loss of step {step} is {loss:.4g}; the median before was {usual:.4g}", True)
-        self._recent.append(loss)
+        recent.append(loss)
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the recent losses."""
-        return {"recent": list(self._recent)}
+        """Return the recent losses: a list, or of several updates one each."""
+        recent = {update: list(losses) for update, losses in self._recent.items()}
+        return {"recent": next(iter(recent.values()), []) if len(recent) < 2 else recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from recent losses; unread ones belong to steps that are rolled back."""
-        self._recent = deque(state["recent"], maxlen=_WINDOW)
+        recent = state["recent"]
+        by_update: dict[str, list[float]] = recent if isinstance(recent, dict) else {"model": recent}
+        self._recent = {update: deque(losses, maxlen=_WINDOW) for update, losses in by_update.items()}
         self._unread.clear()

@@ -1,7 +1,8 @@
 """Step 7: one optimizer step on a global batch, eager or recorded as a CUDA graph."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from math import fsum
 from operator import add
@@ -19,13 +20,16 @@ from torchrelay.distributed.strategy import Strategy
 from torchrelay.models.ema import EMA
 from torchrelay.optim.groups import clear_gradients
 from torchrelay.optim.schedules import Constant, Schedule
+from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.targets import explain
-from torchrelay.tasks.task import Task
+from torchrelay.tasks.task import Task, calls_once, count, loss_and_outputs, total, weight
 from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
+from torchrelay.train.record import Logged, log, loss_parts
 from torchrelay.train.spikes import Spike, SpikeDetector
 
 # Making a context takes longer than entering it.
 _NO_GRAD = torch.no_grad()
+_UNKNOWN = torch.tensor(float("nan"))
 
 
 def _unmarked(_phase: str) -> None:
@@ -42,9 +46,10 @@ class StepResult:
     """What a step found. The tensors are on the device: reading one waits for it.
 
     Attributes:
-        loss: () mean loss over the global batch.
+        loss: () mean loss over the global batch; of several updates, the sum of theirs.
         weight: what the summed loss was divided by.
         measures: the task's measures of each of this process's replicas.
+        logged: what `tr.log` was given in each of them, and the parts of the loss, as sums with their counts.
         grad_norm: () norm of the gradient before clipping, where it was asked for.
         spike: why the step was not taken.
     """
@@ -52,6 +57,7 @@ class StepResult:
     loss: Tensor
     weight: Tensor | float
     measures: list[Measures]
+    logged: list[Logged]
     grad_norm: Tensor | None = None
     spike: Spike | None = None
 
@@ -64,10 +70,10 @@ class TrainStep:
     Args:
         strategy: holds the model, and adds the gradients of its replicas.
         task: what a batch means.
-        optimizer: of the model's parameters.
+        optimizer: of the model's parameters; or an update each, of a task with several.
         device: where and in which precision the model computes.
         replicas: parts of a global batch, over all processes.
-        schedule: of the learning rate; constant if not given.
+        schedule: of the learning rates; constant if not given.
         seed: of the model's randomness, such as dropout.
         ema: the moving average of the weights to update.
         detector: looks at the loss before the update.
@@ -78,14 +84,14 @@ class TrainStep:
         before_update: called before each update, when staged weights must have been copied.
 
     Raises:
-        UsageError: `device.graph` is set, and such steps can't be recorded.
+        UsageError: `device.graph` is set, and such steps can't be recorded; or the optimizers aren't the task's.
     """
 
     def __init__(
         self,
         strategy: Strategy,
         task: Task,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Update],
         device: Device,
         *,
         replicas: int = 1,
@@ -99,25 +105,38 @@ class TrainStep:
         dummy_batch: Callable[[], Batch] | None = None,
         before_update: Callable[[], None] = lambda: None,
     ) -> None:
-        self.strategy, self.task, self.optimizer, self.device = strategy, task, optimizer, device
-        for group in optimizer.param_groups:
+        self.strategy, self.task, self.device = strategy, task, device
+        if isinstance(optimizer, Optimizer):
+            optimizer = [Update(task.updates[0], optimizer, clip_norm)]
+        self.updates = list(optimizer)
+        for group in self.groups:
             group.setdefault("initial_lr", group["lr"])
         self.schedule = schedule or Constant().bind(1, 1)
         self.ema, self.detector = ema, detector or SpikeDetector()
         self.scaler = device.scaler()
-        self._replicas, self._seed, self._clip_norm, self._before_update = replicas, seed, clip_norm, before_update
+        self._replicas, self._seed, self._before_update = replicas, seed, before_update
         # fp16 overflows on purpose: its scaler skips such a step.
         self._watch_norm = watch_norm and not self.scaler.is_enabled()
         self._measure = measure and type(task).measure is not Task.measure
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._model = strategy if calls_once(task) else strategy.module
         # A process without samples must know whether a weight is a tensor.
         several = strategy.group.size > 1 and dummy_batch is not None
-        self._dummy_weight = task.weight(dummy_batch().targets) if several and dummy_batch else 0.0
+        self._dummy_weight = weight(task, dummy_batch()) if several and dummy_batch else 0.0
         self._graph: CudaGraph[StepResult] | None = None
         if device.settings.graph:
-            check_recordable(device, optimizer, replicas)
-            move_rates_to_device(optimizer, device.device)
+            check_recordable(device, self.updates, replicas)
+            move_rates_to_device(self.optimizer, device.device)
             self._graph = CudaGraph(device.device, self._take)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; loading a state replaces them."""
+        return [group for update in self.updates for group in update.optimizer.param_groups]
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the first update."""
+        return self.updates[0].optimizer
 
     # [one step]
     def step(self, batch: Batch, step: int, mark: Mark = _unmarked) -> StepResult:
@@ -131,72 +150,101 @@ class TrainStep:
         Raises:
             RelayError: the batch can't be learned from; the text names the sample.
         """
-        for group in self.optimizer.param_groups:
+        for group in self.groups:
             set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
-        rng.reseed(rng.step_seed(self._seed, "model", step, 0), self.device.device)
         try:
-            if self._graph is not None and mark is _unmarked:
-                result = self._graph(batch)  # calls, records or replays `_take`
+            if len(self.updates) == 1:
+                result = self._update(self.updates[0], batch, step, mark)
             else:
-                result = self.backward(batch, step, mark)
+                results = []
+                for update in self.updates:
+                    with alone(update, self.updates):
+                        results.append(self._update(update, batch, step, mark))
+                result = joined(results)
         except Exception as error:
             explain(error, batch, self.strategy.model)  # raises an error that names the sample, if one is to blame
             raise
-        result.spike = self.detector.check(step + 1, result.loss, result.grad_norm)
-        if result.spike is None and (self._graph is None or mark is not _unmarked):
-            self._before_update()
-            self.scaler.step(self.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
-            self.scaler.update()
-        clear_gradients(self.optimizer)
-        if self.ema is not None and result.spike is None:
-            self.ema.update(self.strategy.model, step)
+        if result.spike is None:
+            if self._graph is None:
+                self.scaler.update()
+            if self.ema is not None:
+                self.ema.update(self.strategy.model, step)
         return result
 
-    def backward(self, batch: Batch, step: int, mark: Mark = _unmarked) -> StepResult:
-        """Leave the gradient of the mean loss over the global batch in the parameters."""
-        weight, measures = self._weight(batch), list[Measures]()
-        if self._replicas == 1:
-            loss = self._replica(batch.inputs, batch.targets, weight, measures, mark)
+    def _update(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
+        """Compute an update's gradient, look at its loss, and update the weights."""
+        buffers = self.strategy.buffers
+        if update.wants_closure:
+            buffers.keep()
+        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
+        if self._graph is not None and mark is _unmarked:
+            result = self._graph(batch)  # calls, records or replays `_take`
         else:
-            loss = self._own_replicas(batch, step, weight, measures, mark)
-        return StepResult(loss, weight, measures, self._clip())
+            result = self.backward(batch, step, mark, update)
+        result.spike = self.detector.check(step + 1, result.loss, result.grad_norm, update.stream)
+        if result.spike is None and (self._graph is None or mark is not _unmarked):
+            self._before_update()
+            if update.wants_closure:
+                update.step(result.loss, lambda: self._again(update, batch, step), buffers.restore)
+            else:
+                self.scaler.step(update.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
+        clear_gradients(update.optimizer)
+        return result
 
-    def _own_replicas(
-        self, batch: Batch, step: int, weight: Tensor | float, measures: list[Measures], mark: Mark
-    ) -> Tensor:
+    def _again(self, update: Update, batch: Batch, step: int) -> Tensor:
+        """Compute an update's gradient again, with the same random numbers, at the weights as they are now."""
+        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
+        return self.backward(batch, step, update=update).loss
+
+    def backward(self, batch: Batch, step: int, mark: Mark = _unmarked, update: Update | None = None) -> StepResult:
+        """Leave the gradient of the mean loss over the global batch in the parameters."""
+        update = update or self.updates[0]
+        result = StepResult(_UNKNOWN, self._weight(batch), [], [])
+        if self._replicas == 1:
+            result.loss = self._replica(batch, result, update, mark)
+        else:
+            result.loss = self._own_replicas(batch, step, result, update, mark)
+        result.grad_norm = self._clip(update)
+        return result
+
+    def _own_replicas(self, batch: Batch, step: int, result: StepResult, update: Update, mark: Mark) -> Tensor:
         """Compute this process's replicas, the first one last; add the gradients and losses of all processes."""
         losses = []
-        for replica, (inputs, targets) in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
-            rng.reseed(rng.step_seed(self._seed, "model", step, replica), self.device.device)
-            with self.strategy.replica(last=replica == batch.first_replica):
-                losses.append(self._replica(inputs, targets, weight, measures, mark))
+        for number, replica in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
+            rng.reseed(rng.step_seed(self._seed, update.stream, step, number), self.device.device)
+            with self.strategy.replica(last=number == batch.first_replica):
+                losses.append(self._replica(replica, result, update, mark))
         return self.strategy.reduce(losses)
 
-    def _replica(
-        self, inputs: Any, targets: Tensor, weight: Tensor | float, measures: list[Measures], mark: Mark
-    ) -> Tensor:
+    def _replica(self, batch: Batch, result: StepResult, update: Update, mark: Mark) -> Tensor:
         """Go forward and backward through a replica's part of the batch; return its share of the mean loss."""
-        if not len(targets):
-            if self._measure:
-                measures.append(({}, 0))
+        if not batch.samples:
+            result.measures += [({}, 0)] if self._measure else []
+            result.logged.append({})
             return torch.zeros((), device=self.device.device)
+        log.begin(first=batch.first_replica == 0)
         with self.device.autocast():
-            outputs = self.strategy(inputs)
-            loss = self.task.loss(outputs, targets)
+            loss, outputs = loss_and_outputs(self.task, self._model, batch, update.name)
+        logged = log.end()
+        sum_of_loss = loss if isinstance(loss, Tensor) and not loss.ndim else total(loss, self.task)
         mark("forward")
-        backward_from_mean(loss, weight, self.scaler.scale)
+        backward_from_mean(sum_of_loss, result.weight, self.scaler.scale)
         mark("backward")
-        if self._measure:
+        if self._measure and outputs is not None:
             with _NO_GRAD:
-                measures.append((self.task.measure(outputs, targets), self.task.count(targets)))
+                result.measures.append((self.task.measure(outputs, batch.targets), count(self.task, batch)))
             mark("measure")
-        return mean_loss(loss, weight)
+        result.logged.append(logged)
+        if isinstance(loss, dict) or len(self.updates) > 1:
+            name = f"loss_{update.name}" if len(self.updates) > 1 else ""
+            logged |= loss_parts(loss, result.weight, name, first=batch.first_replica == 0)
+        return mean_loss(sum_of_loss, result.weight)
 
     # [end of one step]
 
     def _take(self, batch: Batch) -> StepResult:
         """Take a whole step as a CUDA graph can record it: without decisions, without reading the learning rate."""
-        result = self.backward(batch, 0, _unmarked)
+        result = self.backward(batch, 0)
         self.optimizer.step()
         clear_gradients(self.optimizer)
         return result
@@ -206,7 +254,7 @@ class TrainStep:
         weight_of_size = self.task.weight_of(batch.size)
         if weight_of_size is not None:
             return weight_of_size
-        weights: list[Any] = [self.task.weight(targets) for _, targets in batch.replicas() if len(targets)]
+        weights: list[Any] = [self.task.weight(replica.targets) for replica in batch.replicas() if replica.samples]
         group = self.strategy.group
         if group.size > 1:
             weights += [0.0 * self._dummy_weight] * (len(batch.replica_sizes) - len(weights))
@@ -214,22 +262,23 @@ class TrainStep:
             own = torch.stack(weights) if on_device else torch.tensor(weights, dtype=torch.float64)
             gathered = group.gather(own).flatten()
             weights = list(gathered.unbind()) if on_device else gathered.tolist()
-        total: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else fsum(weights)
-        return total
+        sum_of_all: Tensor | float = reduce(add, weights) if isinstance(weights[0], Tensor) else fsum(weights)
+        return sum_of_all
 
-    def _clip(self) -> Tensor | None:
+    def _clip(self, update: Update) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm before, if somebody asks for it."""
-        if self._clip_norm is None:
-            return self.strategy.grad_norm(self._parameters) if self._watch_norm else None
-        self.scaler.unscale_(self.optimizer)
-        norm = self.strategy.clip_grad_norm(self._parameters, self._clip_norm)
+        if update.clip_norm is None:
+            return self.strategy.grad_norm(update.parameters) if self._watch_norm else None
+        self.scaler.unscale_(update.optimizer)
+        norm = self.strategy.clip_grad_norm(update.parameters, update.clip_norm)
         return norm if self._watch_norm else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of everything that a step changes beside the weights."""
+        states = {update.name: update.optimizer.state_dict() for update in self.updates}
         return {
             "guard": self.detector.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": states if len(states) > 1 else self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -237,12 +286,22 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; the optimizer's state is complete, whatever the strategy."""
         self.detector.load_state_dict(state["guard"])
-        self.strategy.load_state(self.optimizer, state["optimizer"])
+        for update in self.updates:
+            saved = state["optimizer"] if len(self.updates) == 1 else state["optimizer"][update.name]
+            self.strategy.load_state(update.optimizer, saved)
         if self._graph is not None:
             self._graph.forget()  # it works on the optimizer's old state
             move_rates_to_device(self.optimizer, self.device.device)
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def joined(results: Sequence[StepResult]) -> StepResult:
+    """Return the result of a step of several updates: the sum of their losses, and all that they logged."""
+    logged = [dict(ChainMap(*each)) for each in zip(*(result.logged for result in results), strict=True)]
+    measures = next((result.measures for result in results if result.measures), [])
+    loss, spike = reduce(add, (result.loss for result in results)), next((r.spike for r in results if r.spike), None)
+    return replace(results[0], loss=loss, measures=measures, logged=logged, spike=spike)
 
 
 def set_learning_rate(group: dict[str, Any], rate: float) -> None:

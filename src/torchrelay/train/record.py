@@ -1,0 +1,138 @@
+"""Step 7: `tr.log`: values of a task's or a callback's own, which nothing waits for.
+
+What a task logs while it computes a replica is added up like its measures, on the device, so it doesn't depend on how
+many processes share a step. The rest is rank 0's: what callbacks log, and images, texts and histograms.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchrelay.errors import UsageError
+
+# Values by name: their sum, and how many they are.
+Logged = dict[str, tuple[Tensor | float, float]]
+# Kinds of values that TensorBoard shows.
+MEDIA = ("image", "text", "histogram")
+
+
+class Record:
+    """What was logged since the last line of metrics.
+
+    Attributes:
+        scalars: of callbacks.
+        media: the last value of each image, text and histogram, by kind and name.
+    """
+
+    def __init__(self) -> None:
+        self.scalars: Logged = {}
+        self.media: dict[tuple[str, str], Any] = {}
+
+    def take_scalars(self) -> dict[str, float]:
+        """Return the means of the scalars, and forget them."""
+        means = {name: float(total) / count for name, (total, count) in self.scalars.items()}
+        self.scalars.clear()
+        return means
+
+    def take_media(self) -> dict[tuple[str, str], Any]:
+        """Return the last images, texts and histograms, and forget them."""
+        media, self.media = self.media, {}
+        return media
+
+
+class Log:
+    """Logs values of one's own from a task or a callback.
+
+    Values by one name are averaged until the next line of metrics.jsonl, which `run.log_every` decides, and over the
+    epoch. Images, texts and histograms go to TensorBoard, the last of each name with each line. In an evaluation
+    nothing is logged.
+    """
+
+    def __init__(self) -> None:
+        self._record: Record | None = None
+        self._replica: Logged | None = None  # of the replica that is being computed
+        self._is_first = True  # whether that is the batch's first replica
+        self._is_muted = False
+
+    def __call__(self, name: str, value: Tensor | float) -> None:
+        """Log a number, or a tensor of one element: its mean reaches metrics.jsonl, TensorBoard and the plots.
+
+        Raises:
+            UsageError: the value is something else, or nothing is being trained.
+        """
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise UsageError(f"tr.log('{name}') got a tensor of shape {tuple(value.shape)}: give one number")
+            value = value.detach().reshape(())
+        if self._is_muted:
+            return
+        scalars = self._replica if self._replica is not None else self._open(name).scalars
+        total, count = scalars.get(name, (0.0, 0))
+        scalars[name] = total + value, count + 1
+
+    def image(self, name: str, images: Tensor) -> None:
+        """Show images, floats in [0, 1] or bytes (batch, channels, height, width), in TensorBoard."""
+        self._show("image", name, images)
+
+    def text(self, name: str, text: str) -> None:
+        """Show a text, as Markdown, in TensorBoard."""
+        self._show("text", name, text)
+
+    def histogram(self, name: str, values: Tensor) -> None:
+        """Show how the elements of a tensor are distributed, in TensorBoard."""
+        self._show("histogram", name, values)
+
+    def _show(self, kind: str, name: str, value: Any) -> None:
+        if not self._is_muted and (self._replica is None or self._is_first):
+            self._open(name).media[kind, name] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    def _open(self, name: str) -> Record:
+        if self._record is None:
+            raise UsageError(f"tr.log('{name}') is for tasks and callbacks, and nothing is being trained")
+        return self._record
+
+    # For the trainer's parts
+
+    @contextmanager
+    def to(self, record: Record) -> Iterator[None]:
+        """Log into a record meanwhile."""
+        before, self._record = self._record, record
+        try:
+            yield
+        finally:
+            self._record, self._replica = before, None
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Log nothing meanwhile."""
+        before, self._is_muted = self._is_muted, True
+        try:
+            yield
+        finally:
+            self._is_muted = before
+
+    def begin(self, *, first: bool) -> None:
+        """Begin to collect what a replica logs; not a context manager, which would take longer than the rest."""
+        self._replica, self._is_first = {}, first
+
+    def end(self) -> Logged:
+        """Return what the replica has logged."""
+        logged, self._replica = self._replica or {}, None
+        return logged
+
+
+log = Log()
+
+
+def loss_parts(loss: Any, weight: Tensor | float, name: str, *, first: bool) -> Logged:
+    """Return a replica's share of the mean of each part of the loss, and of the whole under a name if there is one.
+
+    The shares of a step's replicas add up to the mean over the global batch, which counts once.
+    """
+    parts = dict(loss) if isinstance(loss, dict) else {}
+    if name:
+        parts[name] = torch.stack([*loss.values()]).sum() if isinstance(loss, dict) else loss
+    return {each: (part.detach() / weight, float(first)) for each, part in parts.items()}
