@@ -128,7 +128,8 @@ def ragged() -> dict[str, Any]:
     lengths = [1 + i * 5 % 4 for i in range(SAMPLES)]
     samples = [(numbers(n, 4) + i, {"boxes": numbers(n, 4)}) for i, n in enumerate(lengths)]
     data = tr.data.dataset(Listed(samples), collate=collate)
-    return {"model": Detector(), "train": data, "test": data, "task": Boxes()}
+    optimizer = tr.optim.SGD(lr=1e-4)
+    return {"model": Detector(), "train": data, "test": data, "task": Boxes(), "optimizer": optimizer}
 
 
 # ------------------------------------------------------------------------------------------------ losses that need the model
