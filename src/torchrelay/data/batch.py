@@ -8,6 +8,8 @@ from torch import Tensor
 
 from torchrelay.data.order import Positions
 
+# Bytes.
+_ALIGNMENT = 64
 # The entries of a dict that are its targets, in this order.
 TARGET_NAMES = ("targets", "target", "labels", "label")
 
@@ -117,4 +119,13 @@ def cut(value: Any, part: slice) -> Any:
         items = [cut(item, part) for item in value]
         is_named_tuple = hasattr(value, "_fields")
         return type(value)(*items) if is_named_tuple else type(value)(items)
-    return value[part]  # a tensor, or a list with one item per sample
+    return aligned(value[part]) if isinstance(value, Tensor) else value[part]
+
+
+def aligned(values: Tensor) -> Tensor:
+    """Return values at an address that is a multiple of 64 bytes, as that of a tensor of its own is.
+
+    The bits of a matrix product depend on it (Intel's "Conditional Numerical Reproducibility of oneMKL"), and where a
+    slice begins depends on how many samples were gathered at once.
+    """
+    return values.clone() if values.is_cpu and values.data_ptr() % _ALIGNMENT else values

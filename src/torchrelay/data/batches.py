@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from torchrelay.data.augment.pipeline import Pipeline
-from torchrelay.data.batch import Batch, inputs_and_targets, replica_sizes
+from torchrelay.data.batch import Batch, aligned, inputs_and_targets, replica_sizes
 from torchrelay.data.order import Positions, order
 from torchrelay.data.prefetch import gather, prefetch, side_stream
 from torchrelay.data.sources import ArraySource, DatasetSource, Source
@@ -220,7 +220,7 @@ class Batches:
             inputs, targets = gather(self._inputs, index, pin), gather(self._targets, index, pin)
             sizes = [len(share.indices) for share in shares]
             for share, x, y in zip(shares, torch.split(inputs, sizes), torch.split(targets, sizes), strict=True):
-                yield (self.device.move(x), self.device.move(y)), share
+                yield (self.device.move(aligned(x)), self.device.move(aligned(y))), share
 
     def _read_dataset(self, epoch: int, start: int) -> Iterator[tuple[list[Any], _Share]]:
         """Yield collated batches: one for the share, or one for each replica where the user collates."""

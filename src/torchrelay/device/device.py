@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -42,6 +42,16 @@ class DeviceSettings(Settings):
     """Let cuDNN choose kernels by timing them: faster, but the bits vary (needs run.exact=false)."""
 
 
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return nested dicts, lists and tuples with a function of each tensor in them, or whatever else has a `to`."""
+    if isinstance(value, Mapping):
+        return {key: mapped(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [mapped(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return function(value) if hasattr(value, "to") else value
+
+
 @dataclass(frozen=True)
 class Device:
     """A device that is set up, as `set_up` returns it."""
@@ -68,16 +78,12 @@ class Device:
 
     def move(self, value: Any) -> Any:
         """Move a tensor, or the tensors of a tuple, list or dict, to the device; on CUDA without waiting."""
-        if isinstance(value, Tensor):
-            # MPS may read memory that was freed in the meantime.
-            return value.to(self.device, non_blocking=self.device.type == "cuda")
-        if isinstance(value, dict):
-            return {key: self.move(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self.move(item) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        # A graph, a packed sequence or a tokenizer's batch moves its own tensors.
-        return value.to(self.device) if hasattr(value, "to") else value
+
+        def moved(item: Any) -> Any:
+            # MPS may read memory that was freed in the meantime. A graph or a packed sequence moves its own tensors.
+            return item.to(self.device, non_blocking=True) if self.device.type == "cuda" else item.to(self.device)
+
+        return mapped(moved, value)
 
     def arrange(self, inputs: Any) -> Any:
         """Return inputs of shape (batch, channels, height, width) in the model's memory format, others unchanged."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchrelay.data.batch import aligned
+from torchrelay.device.device import mapped
 from torchrelay.distributed.process_group import ProcessGroup
 from torchrelay.distributed.replicas import (
     Buffers,
@@ -163,9 +165,12 @@ class Strategy:
 
     def load_state(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
         """Load a checkpoint's state into a model, its optimizer or its moving average."""
-        target.load_state_dict(state)
-        if isinstance(target, Optimizer):
-            _restore_memory_format(target)
+        if not isinstance(target, Optimizer):
+            target.load_state_dict(state)
+            return
+        # A file's tensors begin anywhere, and LBFGS multiplies its own.
+        target.load_state_dict(mapped(aligned, state))
+        _restore_memory_format(target)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class TensorBoard:
         elif kind == "text":
             self._add(".media", text(tag, value), step)  # type: ignore[no-untyped-call]
         else:
-            self._add(".media", histogram(tag, value.detach().float().cpu().numpy(), "tensorflow"), step)  # type: ignore[no-untyped-call]
+            self._add(".media", histogram(tag, value.detach().float().cpu().numpy(), "auto"), step)  # type: ignore[no-untyped-call]
 
     def figure(self, tag: str, picture: "Path | Figure", step: int) -> None:
         """Show a PNG file or a matplotlib figure."""

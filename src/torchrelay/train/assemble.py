@@ -28,7 +28,7 @@ from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.logs import Pictures, StepLog
 from torchrelay.train.progress import Progress, RunningSums
-from torchrelay.train.record import Record, log
+from torchrelay.train.record import log
 from torchrelay.train.spikes import SpikeDetector
 from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
@@ -227,7 +227,6 @@ def join_parts(
     callbacks: Sequence[Callback],
     record: dict[str, Any],
     settle: Callable[..., None],
-    logged: Record,
 ) -> Parts:
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
@@ -254,7 +253,7 @@ def join_parts(
         strategy.model, task, batches.device, evaluated, strategy=strategy, views=views, ema=updates.ema, before=settle
     )
     patience = [EarlyStopping(settings.patience)] if settings.patience else []
-    every = [StepLog(sums, logged), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
+    every = [StepLog(progress), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
     state = TrainingState(strategy.model, train_step, progress, batches, evaluated, every)
     return Parts(progress, train_step, evaluator, every, state)
 

@@ -169,7 +169,7 @@ class Evaluator:
             batch_weight, mean = self._weight(targets, number), total(loss, task)
             sums.add_loss(mean / batch_weight, batch_weight)
             if isinstance(loss, dict):
-                sums.add_logged({name: (part, float(batch_weight)) for name, part in loss.items()})
+                sums.add_logged({name: (part, batch_weight) for name, part in loss.items()})
             if outputs is not None:
                 counted = number if type(task).count is Task.count else task.count(targets)
                 sums.add_measures(task.measure(outputs, targets), counted)

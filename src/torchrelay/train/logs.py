@@ -20,8 +20,7 @@ from torchrelay.tasks.task import Task
 from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.evaluation import Evaluator
-from torchrelay.train.progress import Best, Progress, RunningSums
-from torchrelay.train.record import Record
+from torchrelay.train.progress import Best, Progress
 from torchrelay.train.state import TrainingState
 
 # Seconds between two drawings of the curves, which take a second or two of a core.
@@ -46,15 +45,14 @@ class EarlyLog:
 
 
 class StepLog(Callback):
-    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last one, rates, and what was logged.
+    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last, the rates, what was logged.
 
     Args:
-        sums: the running epoch's, with what the replicas have logged.
-        record: what else was logged.
+        progress: which knows what was logged.
     """
 
-    def __init__(self, sums: RunningSums, record: Record) -> None:
-        self._sums, self._record = sums, record
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self.last: float | None = None
         self._losses: list[Tensor | float] = []
         self._samples = 0
@@ -79,8 +77,9 @@ class StepLog(Callback):
             "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "samples_per_second": round(self._samples / (now - self._since), 1),
         }
-        trainer.record_line("step", {"loss": self.last, **rates, **self._sums.lap(), **self._record.take_scalars()})
-        for (kind, name), value in self._record.take_media().items():
+        logged = self._progress.sums.lap() | self._progress.logged.take_scalars()
+        trainer.record_line("step", {"loss": self.last, **rates, **logged})
+        for (kind, name), value in self._progress.logged.take_media().items():
             trainer.run.tensorboard.show(kind, name, value, trainer.step)
         self._losses.clear()
         self._samples, self._since = 0, now

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchrelay.distributed.process_group import ProcessGroup
-from torchrelay.train.record import Logged
+from torchrelay.train.record import Logged, Record
 from torchrelay.train.step import StepResult
 
 # Steps whose sums may stay on the device unread: an epoch can have millions.
@@ -67,7 +67,7 @@ class RunningSums:
         if not logged and not self._is_shared:
             return
         values = {name: _unfragmented(value) for name, (value, _) in logged.items()}
-        self._logged.append(values | {name + _COUNT: count for name, (_, count) in logged.items()})
+        self._logged.append(values | {name + _COUNT: _unfragmented(count) for name, (_, count) in logged.items()})
 
     @property
     def _is_shared(self) -> bool:
@@ -204,6 +204,7 @@ class Progress:
         evaluated_at: after which step the model was last evaluated, the metrics, and the score: higher is better.
         stopwatch: of the running epoch, for people.
         last_loss: the last mean loss on record, for people.
+        logged: what `tr.log` was given, except by the replicas.
         phase: what happens instead of training, such as "evaluating"; for people.
     """
 
@@ -221,7 +222,7 @@ class Progress:
         self.epochs_done = 0
         self.best: Best | None = None
         self.skipped: dict[int, list[int]] = {}
-        self.sums = sums or RunningSums()
+        self.sums, self.logged = sums or RunningSums(), Record()
         self.stop_reason: str | None = None
         self.interrupted = False
         self.evaluated_at: tuple[int, dict[str, float], float | None] = (-1, {}, None)

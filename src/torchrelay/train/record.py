@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchrelay.errors import UsageError
 
-# Values by name: their sum, and how many they are.
-Logged = dict[str, tuple[Tensor | float, float]]
+# Values by name: their sum, and what it is divided by.
+Logged = dict[str, tuple[Tensor | float, Tensor | float]]
 # Kinds of values that TensorBoard shows.
 MEDIA = ("image", "text", "histogram")
 
@@ -33,7 +33,7 @@ class Record:
 
     def take_scalars(self) -> dict[str, float]:
         """Return the means of the scalars, and forget them."""
-        means = {name: float(total) / count for name, (total, count) in self.scalars.items()}
+        means = {name: float(total) / float(count) for name, (total, count) in self.scalars.items()}
         self.scalars.clear()
         return means
 
@@ -47,8 +47,8 @@ class Log:
     """Logs values of one's own from a task or a callback.
 
     Values by one name are averaged until the next line of metrics.jsonl, which `run.log_every` decides, and over the
-    epoch. Images, texts and histograms go to TensorBoard, the last of each name with each line. In an evaluation
-    nothing is logged.
+    epoch; what a callback logs after a line was written is in the next. Images, texts and histograms go to TensorBoard,
+    the last of each name with each line. In an evaluation nothing is logged.
     """
 
     def __init__(self) -> None:
@@ -128,11 +128,11 @@ log = Log()
 
 
 def loss_parts(loss: Any, weight: Tensor | float, name: str, *, first: bool) -> Logged:
-    """Return a replica's share of the mean of each part of the loss, and of the whole under a name if there is one.
+    """Return the sum of each part of a replica's loss, and of the whole under a name if there is one.
 
-    The shares of a step's replicas add up to the mean over the global batch, which counts once.
+    What they are divided by is the weight of the global batch, so it counts for the first replica only.
     """
     parts = dict(loss) if isinstance(loss, dict) else {}
     if name:
         parts[name] = torch.stack([*loss.values()]).sum() if isinstance(loss, dict) else loss
-    return {each: (part.detach() / weight, float(first)) for each, part in parts.items()}
+    return {each: (part.detach(), weight if first else 0.0) for each, part in parts.items()}

@@ -24,7 +24,7 @@ from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
 from torchrelay.train import recovery
 from torchrelay.train.logs import EarlyLog
-from torchrelay.train.record import Record, log
+from torchrelay.train.record import log
 from torchrelay.train.signals import StopSignal
 from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState
@@ -47,7 +47,6 @@ class Session:
         saving: when to save and what to keep.
         early: where people read along, and what was said before the run's log is open.
         record: what goes into recipe.toml.
-        logged: what `tr.log` is given meanwhile.
 
     Attributes:
         run: the open run folder; on rank 0, while `hold` lasts.
@@ -63,14 +62,13 @@ class Session:
         saving: CheckpointSettings | None,
         early: EarlyLog,
         record: dict[str, Any],
-        logged: Record,
     ) -> None:
         self.folder, self.terminal, self.record = None if folder is None else Path(folder), early.terminal, record
         self.run: RunFolder | None = None
         self.checkpoints: Checkpointer | None = None
         self.save_due = False
         self._state, self._settings, self._group = state, settings, state.strategy.group
-        self._signal, self._early, self.logged = StopSignal(), early, logged
+        self._signal, self._early = StopSignal(), early
         if self.folder is not None:
             self.checkpoints = Checkpointer(
                 self.folder / "checkpoints",
@@ -96,7 +94,7 @@ class Session:
             stack.enter_context(self._state.train_step.device.explain_errors(self._state.batches.batch_size))
             stack.enter_context(self._signal)
             stack.callback(self._close)
-            stack.enter_context(log.to(self.logged))
+            stack.enter_context(log.to(self._state.progress.logged))
             if self.folder is not None and self._group.main:
                 self.run = RunFolder(self.folder, self.terminal, resume=resume)
                 for note in self._early.notes:

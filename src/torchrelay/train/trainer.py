@@ -35,7 +35,6 @@ from torchrelay.train.callbacks import Callback
 from torchrelay.train.evaluation import Evaluation, score
 from torchrelay.train.logs import EarlyLog, best_text, counters, epoch_text, introduction, unit
 from torchrelay.train.progress import Best
-from torchrelay.train.record import Record
 from torchrelay.train.session import Session
 from torchrelay.train.spikes import Spike
 from torchrelay.train.step import StepResult
@@ -109,25 +108,16 @@ class Trainer:
         self.strategy = build_strategy(
             model, parallel.kind, group, here, exact=exact, dummy_loss=self._dummy_loss, say=log.say
         )
-        # 6. Loss: before the optimizers, of which a task may have several
+        # 6. Loss: before the optimizers, as a task may have several
         self.task = assemble.prepare_task(task, self.batches, evaluated)
         # 5. Optimizer and schedule
         updates = assemble.make_updates(optimizer, schedule, clip_norm, ema, self.strategy, self.task)
         # 7. Train and test: the parts that the loop calls
-        logged, record = Record(), assemble.full_record(record, parallel, self.settings, self.batches, self.strategy)
+        record = assemble.full_record(record, parallel, self.settings, self.batches, self.strategy)
         self.progress, self.train_step, self.evaluator, self.callbacks, self.state = assemble.join_parts(
-            self.strategy,
-            self.task,
-            updates,
-            self.batches,
-            evaluated,
-            self.settings,
-            callbacks,
-            record,
-            self._settle,
-            logged,
+            self.strategy, self.task, updates, self.batches, evaluated, self.settings, callbacks, record, self._settle
         )
-        self.session = Session(self.state, self.settings, run, checkpoint, log, record, logged)
+        self.session = Session(self.state, self.settings, run, checkpoint, log, record)
 
     def _dummy_loss(self) -> Tensor:
         return assemble.dummy_loss(self.strategy, self.task, self.batches)

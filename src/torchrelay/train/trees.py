@@ -7,19 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrelay.device.device import mapped
 from torchrelay.errors import RelayError
 
 
 def to_cpu(value: Any) -> Any:
     """Return the same with all tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, Mapping):
-        return {key: to_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [to_cpu(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return mapped(lambda each: each.to("cpu"), value)
 
 
 def joined(batches: Sequence[Any]) -> Any:
