@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
-from torchrelay.data.batch import Batch, replica_sizes
+from torchrelay.data.batch import Arguments, Batch, replica_sizes
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource, arrays, dataset, statistics
 from torchrelay.device.device import DeviceSettings, set_up
@@ -385,15 +385,28 @@ class Triple(Lone):
         return torch.ones(3), 1, 2
 
 
-@pytest.mark.parametrize("data", [Lone(), Triple()])
-def test_a_sample_that_is_no_pair_is_refused(data):
-    with pytest.raises(RelayError, match=r"must be a pair \(inputs, target\)"):
-        next(batches(dataset(data)).epoch())
+def test_samples_need_not_be_pairs():
+    (lone,) = batches(dataset(Lone()), 6).epoch()
+    assert lone.inputs.shape == (6, 3)
+    assert lone.targets is None
+    (triple,) = batches(dataset(Triple()), 6).epoch()
+    assert isinstance(triple.inputs, Arguments)
+    assert [tuple(each.shape) for each in triple.inputs] == [(6, 3), (6,)]
+    assert triple.targets.tolist() == [2] * 6
+    assert len(triple.data) == 3
 
 
-def test_a_collate_function_that_returns_nothing_does_not_end_the_epoch():
-    with pytest.raises(RelayError, match="must be a pair"):
+def test_a_collate_function_that_returns_nothing_is_named():
+    with pytest.raises(RelayError, match="the collate function returned None: let it return the batch"):
         list(batches(dataset(Lone(), collate=lambda samples: None)).epoch())
+
+
+def test_a_float_sample_begins_at_an_aligned_address_in_whatever_batch_it_is_gathered():
+    source = arrays(torch.randn(100, 5), torch.zeros(100))
+    for start in (0, 3):
+        for batch in batches(source, 10, replicas=4).epoch(0, start):
+            for replica in batch.replicas():
+                assert not len(replica.inputs) or replica.inputs.data_ptr() % 64 == 0
 
 
 class Faulty(Noisy):

@@ -12,6 +12,7 @@ from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.errors import UsageError
 from torchrelay.optim.muon import MuonOptimizer
+from torchrelay.optim.update import Update
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
 from torchrelay.train.step import set_learning_rate
@@ -128,7 +129,9 @@ def test_what_cannot_be_recorded_is_refused(device, settings, optimizer, replica
     made = (OPTIMIZERS | {"muon-adamw": tr.optim.Muon()})[optimizer](Net())
     assert isinstance(made, MuonOptimizer) == optimizer.startswith("muon")
     with pytest.raises(UsageError, match=says):
-        check_recordable(Device(torch.device(device), DeviceSettings(graph=True, **settings)), made, replicas)
+        check_recordable(
+            Device(torch.device(device), DeviceSettings(graph=True, **settings)), [Update("main", made)], replicas
+        )
 
 
 def test_nothing_is_recorded_unasked(digits, quiet):

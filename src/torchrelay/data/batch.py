@@ -104,7 +104,7 @@ class Batch:
         if len(indices) and self.data is not None:
             data = cut(self.data, part)
             inputs, targets = inputs_and_targets(data)
-        elif len(indices):
+        elif self.inputs is not None:
             inputs, targets = cut(self.inputs, part), cut(self.targets, part)
         return Batch(inputs, targets, indices, (len(indices),), self.name, replica, self.size, data)
 

@@ -147,6 +147,8 @@ class Loader:
                     raise batch
                 if batch is _END:
                     return
+                if any(each is None for each in batch):  # type: ignore[attr-defined]
+                    raise RelayError(f"{self._name}: the collate function returned None: let it return the batch")
                 yield batch  # type: ignore[misc]  # not _END
 
     def _explain(self, error: Exception) -> None:
