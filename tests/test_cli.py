@@ -94,7 +94,6 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
         ("train digit", "there is no recipe 'digit', neither a shipped one nor a file; did you mean 'digits'?"),
         ("train nothing.toml", "there is no recipe 'nothing.toml', neither a shipped one nor a file"),
         ("train digits --set run.epoch=3", "digits: unknown key 'run.epoch'; did you mean 'epochs'?"),
-        ("train digits --set epochs=3", "--set epochs=3: write section.key=value, such as optimizer.lr=0.02"),
         ("train digits --set model.name=resnet81", "there is no model 'resnet81'; did you mean 'resnet18'?"),
         ("train digits --set model.options.widht=3", "has no option 'widht'; did you mean 'widths'?"),
         ("train digits --set data.name=digts", "data.name 'digts' is unknown; did you mean 'digits'?"),

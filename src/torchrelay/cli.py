@@ -96,11 +96,28 @@ class _Parser(argparse.ArgumentParser):
         if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             known = [name.strip(" '") for name in choice[2].split(",")]
             message, suggestion = f"there is no command '{choice[1]}'", nearest(choice[1], known)
-        elif message.startswith("unrecognized arguments: -"):
-            option = message.split()[2].partition("=")[0]
-            message, suggestion = f"there is no option '{option}'", nearest(option, self._option_string_actions)
+        elif unknown := re.match(r"unrecognized arguments: (-*)([^\s=]+)(?:[= ](.*))?", message):
+            option = unknown[1] + unknown[2]
+            if unknown[1]:
+                message, suggestion = f"there is no option '{option}'", nearest(option, self._option_string_actions)
+            if "--set" in self._option_string_actions and (unknown[1] or unknown[3]):
+                suggestion = _meant(unknown[2], unknown[3] or "VALUE") or suggestion
         suggestion = suggestion or f"; see '{self.prog} --help'"
         self.exit(UsageError.exit_code, f"error: {message}{suggestion}\n")
+
+
+def _meant(name: str, value: str) -> str:
+    """Return what does the same as an option that there isn't; "" if nothing is known."""
+    instead = {
+        "resume": "torchrelay resume FOLDER",
+        "gpus": f"--devices {value}",
+        "gpu": f"CUDA_VISIBLE_DEVICES={value} before the command",
+    }
+    if name in instead:
+        return f"; write {instead[name]}"
+    from torchrelay.recipe import recipe
+
+    return f"; {meant}" if (meant := recipe.meant(name, value)) else ""
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -126,7 +143,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     # The processes of `--devices` run the same command line.
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     if rest:  # argparse would name the whole program, which doesn't know a command's options
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+        first, given = rest[0], options.arguments[options.arguments.index(rest[0]) + 1 :]
+        # Its value may have been taken for the recipe.
+        value = [given[0]] if "=" not in first and first.startswith("-") and given and given[0][0] != "-" else []
+        commands.choices[options.command].error(f"unrecognized arguments: {' '.join([first, *value])}")
     return options
 
 

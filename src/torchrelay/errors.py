@@ -37,8 +37,9 @@ class RenamedWarning(FutureWarning):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name nearest to `name`, or an empty string if none is similar."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{match[0]}'?" if match else ""
+    lower = {each.lower(): each for each in known}
+    match = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean '{lower[match[0]]}'?" if match else ""
 
 
 def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:

@@ -1,19 +1,25 @@
 """The base class of all settings of a recipe.
 
 A setting lives beside the code that uses it (the optimizer's in `optim`, the device's in `device`); `recipe` only
-composes these classes. `torchrelay recipe` prints the docstring under a field beside its value.
+composes these classes. `torchrelay recipe` prints the docstring under a field beside its value. What is wrong with a
+value is said in one line and in plain words; pydantic's own errors are neither.
 """
 
 import ast
+import difflib
 import inspect
+import json
+import re
 import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
-from torchrelay.errors import warn_renamed
+from torchrelay.errors import UsageError, nearest, warn_renamed
 
 # Keys and transforms of recipes that have a new name. The old ones are accepted for one release.
 RENAMED = {
@@ -21,6 +27,37 @@ RENAMED = {
     "optimizer.normalise_weights": "optimizer.normalize_weights",
 }
 RENAMED_TRANSFORMS = {"colour_jitter": "color_jitter", "centre_crop": "center_crop"}
+
+_PLAIN_WORDS = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a string",
+    "a valid boolean": "true or false",
+    "a valid list": "a list",
+    "a valid tuple": "a list",
+    "a valid dictionary or object to extract fields from": "a table",
+    "a valid dictionary": "a table",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "more than",
+    "List should have": "a list with",
+    "Tuple should have": "a list with",
+}
+# What people call keys that have another name here.
+_ALIASES = {
+    "learning_rate": "lr",
+    "batch": "batch_size",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "num_workers": "workers",
+    "optim": "optimizer.name",
+    "data": "data.root",
+    "data_dir": "data.root",
+    "device": "device.name",
+    "dropout": "model.options.dropout",
+    "steps": "max_steps",
+}
+_SIMILAR = 0.75  # how alike a key must be to what somebody wrote
 
 
 def rename_keys(recipe: dict[str, Any], warn: bool = True) -> dict[str, Any]:
@@ -66,6 +103,24 @@ class Settings(BaseModel):
         protected_namespaces=(),
     )
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise UsageError(f"{type(self).__name__}: {explain(error, type(self))}") from None
+
+    # Without it, pydantic would build nested settings by `__init__`, whose error couldn't say where they stand.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            own = type(self).__name__
+            raise UsageError(
+                f"{own}.{name} can't be set, since settings never change: make others by {own}(…)"
+            ) from None
+
     @model_validator(mode="before")
     @classmethod
     def _accept_old_names(cls, values: Any) -> Any:
@@ -103,3 +158,128 @@ class Settings(BaseModel):
             if name in properties:
                 properties[name]["description"] = meaning
         return schema
+
+
+# ------------------------------------------------------------------------------------------------ what is wrong
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """Return one line for the first of pydantic's errors: the key, what is wrong, and the remedy.
+
+    Args:
+        error: raised by the settings.
+        root: their class.
+    """
+    # A misspelled key comes first: it explains why the right one is missing.
+    first, *others = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
+    place = [str(part) for part in first["loc"]]
+    names = _without_tags(place, root)
+    dotted, found = ".".join(names), first["input"]
+    # The errors of a union's members about one value count as one.
+    alike = [o for o in others if _without_tags([str(part) for part in o["loc"]], root) == names]
+    more = f" (and {len(others) - len(alike)} more)" if len(others) > len(alike) else ""
+    if first["type"] == "extra_forbidden":
+        *sections, key = place
+        dotted = ".".join([*_without_tags(sections, root), key])
+        return f"unknown key '{dotted}'{_remedy(root, sections, key, found)}{more}"
+    if first["type"] == "value_error":
+        return f"{dotted}: {first['msg'].removeprefix('Value error, ')}{more}".removeprefix(": ")
+    if first["type"] == "missing":
+        return f"{dotted} is missing{more}"
+    wanted = " or ".join(dict.fromkeys(in_plain_words(each["msg"]) for each in (first, *alike)))
+    given = "" if isinstance(found, dict) else f", not {str(found).lower() if isinstance(found, bool) else repr(found)}"
+    example = _example(root, names) if first["type"].endswith(("_type", "_parsing", "_from_float")) else ""
+    return f"{dotted or root.__name__} should be {wanted}{given}{example}{more}"
+
+
+def in_plain_words(message: str) -> str:
+    """Return what pydantic says that a value should be, in plain words."""
+    message = message.removeprefix("Input should be ").partition(", unable to")[0].partition(", got a number")[0]
+    message = message.partition(" or instance of")[0].partition(" after validation")[0]
+    for theirs, plain in _PLAIN_WORDS.items():
+        message = message.replace(theirs, plain)
+    return message
+
+
+def keys_named(root: type[BaseModel], name: str) -> list[str]:
+    """Return the dotted keys that somebody may mean by a name without a section, such as "lr" or "batch-size"."""
+    wanted = name.lower().replace("-", "_")
+    wanted = _ALIASES.get(wanted, wanted)
+    if "." in wanted:
+        section, _, key = wanted.partition(".")
+        return (
+            [wanted] if key.partition(".")[0] in _keys(root, [section] if section in root.model_fields else []) else []
+        )
+    if wanted in root.model_fields and "name" in _keys(root, [wanted]):
+        return [f"{wanted}.name"]
+    keys = [(key, f"{section}.{key}") for section in root.model_fields for key in _keys(root, [section])]
+    near = difflib.get_close_matches(wanted, [key for key, _ in keys], n=1, cutoff=_SIMILAR)
+    return [dotted for key, dotted in keys if key in near]
+
+
+def _remedy(root: type[BaseModel], sections: Sequence[str], key: str, value: Any) -> str:
+    """Return which key somebody may mean who wrote an unknown one: of this section, or of another one."""
+    known = _keys(root, sections)
+    inside = next(iter(value), "") if isinstance(value, dict) else ""
+    if near := nearest(key, known):
+        return near
+    elsewhere = [dotted for dotted in keys_named(root, inside or key) if dotted.partition(".")[0] not in sections]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return "; known here: " + ", ".join(known)
+
+
+def _example(root: type[BaseModel], names: Sequence[str]) -> str:
+    """Return an example of a key's value: its default, or the one that its meaning gives."""
+    *sections, key = names or [""]
+    for owner in _owners(root, sections):
+        if key not in owner.model_fields:
+            continue
+        field: FieldInfo = owner.model_fields[key]
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, bool | int | float | str):
+            return f" (such as {key} = {json.dumps(default)})"
+        meanings: dict[str, str] = owner.meanings() if hasattr(owner, "meanings") else {}
+        meaning = meanings.get(key, "")
+        if found := re.search(r"such as (\[.*\])", meaning):
+            return f" (such as {key} = {found[1]})"
+    return ""
+
+
+def members(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the settings classes that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not None:
+        for argument in get_args(annotation):
+            yield from members(argument)
+
+
+def _keys(root: type[BaseModel], sections: Sequence[str]) -> list[str]:
+    """Return the keys known in a section."""
+    return sorted({key for owner in _owners(root, sections) for key in owner.model_fields})
+
+
+def _owners(root: type[BaseModel], sections: Sequence[str]) -> list[type[BaseModel]]:
+    """Return the settings that a section may hold; a union's tag in the path chooses among its members."""
+    candidates = [root]
+    for section in sections:
+        inside = [
+            m for c in candidates if section in c.model_fields for m in members(c.model_fields[section].annotation)
+        ]
+        tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == section]
+        candidates = inside or tagged or candidates
+    return candidates
+
+
+def _without_tags(place: Sequence[str], root: type[BaseModel]) -> list[str]:
+    """Return an error's location without the parts that say which member of a union pydantic tried."""
+    kept: list[str] = []
+    candidates = [root]
+    for part in place:
+        inside = [m for c in candidates if part in c.model_fields for m in members(c.model_fields[part].annotation)]
+        known = any(part in c.model_fields for c in candidates)
+        if known or part.isdecimal() or not kept:
+            kept.append(part)
+        candidates = inside or candidates
+    return kept

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 from torch.utils.data import TensorDataset
 
 from torchrelay.data.settings import DataSettings, load
@@ -49,7 +48,7 @@ def test_data_that_needs_a_root_asks_for_it(name):
 
 
 def test_a_mean_needs_a_deviation():
-    with pytest.raises(ValidationError, match="go together"):
+    with pytest.raises(UsageError, match="go together"):
         DataSettings(mean=[0.5])
 
 
@@ -80,7 +79,7 @@ def test_a_function_that_returns_no_pair_is_refused():
 
 
 def test_a_random_transform_cannot_prepare_test_images():
-    with pytest.raises(ValidationError, match="flip"):
+    with pytest.raises(UsageError, match="flip"):
         DataSettings(prepare=["flip"])
 
 

@@ -267,12 +267,12 @@ def test_another_optimizer_has_the_learning_rate_that_torch_gives_it():
 
 
 def test_what_has_settings_of_its_own_is_no_other():
-    with pytest.raises(ValidationError, match="has settings of its own: use optim"):
+    with pytest.raises(UsageError, match="has settings of its own: use optim"):
         Other(name="AdamW")
 
 
 def test_settings_cannot_be_changed_after_they_were_checked():
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(UsageError, match=r"SGD\.lr can't be set, since settings never change"):
         SGD().lr = 3.0
 
 

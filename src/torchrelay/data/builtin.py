@@ -1,16 +1,19 @@
 """Step 2: the built-in datasets: digits, CIFAR-10, CIFAR-100 and text files."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from torchrelay.data.image_files import SUFFIXES
 from torchrelay.data.sources import ArraySource, arrays, split
 from torchrelay.errors import RelayError, UsageError
 
 # The reference recipe's. Its deviations are averaged over the images' own, so they are below those of all pixels.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+_SILENCE = 30.0  # seconds without data after which a download has failed
 _BRIGHTEST = 16  # the largest pixel value of scikit-learn's digits
 
 
@@ -56,9 +59,18 @@ def cifar100(root: str | Path, download: bool = False) -> tuple[ArraySource, Arr
 def _cifar(kind: str, name: str, root: str | Path, download: bool) -> tuple[ArraySource, ArraySource]:
     import torchvision
 
+    folder = Path(root).expanduser()
+    if _holds_pictures(folder) and not (folder / getattr(torchvision.datasets, kind).base_folder).is_dir():
+        raise UsageError(
+            f"data.root {root} holds pictures, and not {kind}'s files: to train on them, add "
+            "--set data.name=image-folder"
+        )
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE)  # torchvision sets none and would wait forever
+
     def read(train: bool) -> ArraySource:
         try:
-            data: Any = getattr(torchvision.datasets, kind)(Path(root).expanduser(), train=train, download=download)
+            data: Any = getattr(torchvision.datasets, kind)(folder, train=train, download=download)
         except RuntimeError as error:
             remedy = "check the connection" if download else "set data.download=true, or data.root to its folder"
             raise RelayError(f"{kind} isn't in {root}, or its files are damaged: {remedy}") from error
@@ -72,7 +84,15 @@ def _cifar(kind: str, name: str, root: str | Path, download: bool) -> tuple[Arra
             images, torch.tensor(data.targets), tuple(data.classes), name, CIFAR_MEAN, CIFAR_STD, stamp=stamp
         )
 
-    return read(True), read(False)
+    try:
+        return read(True), read(False)
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Return whether a folder has pictures in the folders below it, as an image folder has."""
+    return any(path.suffix.lower() in SUFFIXES for depth in ("*/*", "*/*/*") for path in folder.glob(depth))
 
 
 def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple[ArraySource, ArraySource]:
@@ -92,7 +112,8 @@ def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple
     try:
         content = Path(source).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data.root {source} can't be read as text: {error}") from None
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"data.root {source} can't be read as text ({cause}): give a text file in UTF-8") from None
     characters = tuple(sorted(set(content)))
     index = {character: i for i, character in enumerate(characters)}
     tokens = torch.tensor([index[character] for character in content])

@@ -126,9 +126,8 @@ def load(settings: DataSettings, seed: int, code: ModuleType | None = None, log:
 
 
 def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) -> Parts:
-    function = getattr(code, settings.name, None)
-    # A function that the file only imports isn't meant.
-    if code is not None and inspect.isfunction(function) and function.__module__ == code.__name__:
+    function: Any = getattr(code, settings.name, None)
+    if code is not None and _is_own(function, code):
         return _call(function, settings)
     match settings.name:
         case "digits":
@@ -152,10 +151,16 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
                 max_errors=settings.max_errors,
                 log=log,
             )
-    known = ("digits", "cifar10", "cifar100", "image-folder", "text")
+    own = [key for key, value in vars(code).items() if _is_own(value, code)] if code else []
+    known = (*own, "digits", "cifar10", "cifar100", "image-folder", "text")
     raise UsageError(
         f"data.name '{settings.name}' is unknown{nearest(settings.name, known) or '; known: ' + ', '.join(known)}"
     )
+
+
+def _is_own(value: Any, code: ModuleType) -> bool:
+    """Return whether the user's file defines this function; one that it only imports isn't meant."""
+    return inspect.isfunction(value) and value.__module__ == code.__name__
 
 
 def _call(function: Callable[..., Any], settings: DataSettings) -> Parts:
@@ -173,5 +178,10 @@ def _call(function: Callable[..., Any], settings: DataSettings) -> Parts:
 
 def _root(settings: DataSettings) -> Path:
     if settings.root is None:
-        raise UsageError(f"data.root isn't set: set it to the folder of {settings.name}, such as --set data.root=data")
+        what = {"text": "a text file, such as --set data.root=book.txt"}.get(
+            settings.name, f"the folder of {settings.name}, such as --set data.root=data"
+        )
+        raise UsageError(f"data.root isn't set: set it to {what}")
+    if "://" in settings.root:
+        raise UsageError(f"data.root {settings.root} is an address: download the data, and set data.root to its path")
     return Path(settings.root)

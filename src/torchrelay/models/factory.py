@@ -7,7 +7,9 @@ order; "timm/NAME" looks in timm only. Importing this package imports neither li
 import fnmatch
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +21,7 @@ from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.library import build_timm, build_torchvision, timm_names, torchvision_names
 from torchrelay.models.small import NETWORKS
 from torchrelay.models.weights import SUFFIXES, Log, load_weights
-from torchrelay.settings import Settings
+from torchrelay.settings import Settings, in_plain_words
 
 
 class ModelSettings(Settings):
@@ -153,9 +155,11 @@ def _from_library(name: str, code: ModuleType | None) -> tuple[Callable[..., nn.
     if plain != name:
         raise UsageError(f"timm has no model '{plain}'{nearest(plain, in_timm)}")
     own = [key for key in vars(code) if _from_code(key, code)] if code else []
-    hint = nearest(name, [*own, *NETWORKS, *torchvision_names(), *in_timm])
+    hint = nearest(name, own) or nearest(name, [*NETWORKS, *torchvision_names(), *in_timm])
+    own_file = getattr(code, "__file__", None)
+    defined = f"; {Path(own_file).name} defines {', '.join(own) or 'none'}" if own_file else ""
     more = "" if in_timm else "; timm's models need pip install 'torchrelay[timm]'"
-    raise UsageError(f"there is no model '{name}'{hint}{more}")
+    raise UsageError(f"there is no model '{name}'{defined}{hint}{more}")
 
 
 def _call(settings: ModelSettings, builder: Callable[..., Any], facts: dict[str, Any]) -> nn.Module:
@@ -178,8 +182,13 @@ def _call(settings: ModelSettings, builder: Callable[..., Any], facts: dict[str,
         model = builder(**keywords)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"model.options.{place} of '{name}' is wrong: {first['msg']}") from error
+        option = str(first["loc"][0])
+        default = signature.parameters[option].default
+        usual = json.dumps(default)
+        raise UsageError(
+            f"model.options.{option} of '{name}' should be {in_plain_words(first['msg'])}, not {first['input']!r} "
+            f"(such as --set 'model.options.{option}={usual}')"
+        ) from error
     if not isinstance(model, nn.Module):
         raise RelayError(f"'{name}' returned {type(model).__name__}, not a torch.nn.Module")
     return model

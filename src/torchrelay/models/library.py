@@ -8,7 +8,12 @@ import http.client
 import importlib.util
 import re
 import socket
+import ssl
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from torch import nn
 from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.weights import Log, find_head, read_weights
 
+_CONNECT = 10.0  # seconds to wait for the Hugging Face Hub's first answer
 _SILENCE = 30.0  # seconds without data after which a download has failed
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 _OWN_KEYWORDS = ("num_classes", "weights", "progress", "in_chans", "pretrained")  # which model.options can't hold
@@ -232,10 +238,12 @@ def build_timm(
         raise UsageError(f"model 'timm/{name}' can't be built with these model.options and data: {error}") from error
     if not pretrained:
         return model
+    online = _hub_answers()
     try:
-        model = timm.create_model(name, pretrained=True, **keywords)
+        with nullcontext() if online else _offline():
+            model = timm.create_model(name, pretrained=True, **keywords)
     except Exception as error:  # each of its download backends raises its own errors
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0] if online else "no connection to the Hub"
         raise RelayError(
             f"the pretrained weights of 'timm/{name}' can't be had ({cause}): "
             "fetch the file elsewhere and set model.pretrained to its path, or leave it out"
@@ -246,3 +254,29 @@ def build_timm(
     if new_head or config is None or config.num_classes != classes:
         log(f"the head '{find_head(model)}' is new: {classes} classes")
     return model
+
+
+def _hub_answers() -> bool:
+    """Return whether the Hugging Face Hub can be reached: its library retries for a minute, with a line each time."""
+    from huggingface_hub import constants
+
+    try:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 - the library's own address
+        urllib.request.urlopen(request, timeout=_CONNECT).close()  # noqa: S310
+    except urllib.error.HTTPError:
+        return True
+    except OSError as error:
+        return isinstance(getattr(error, "reason", error), ssl.SSLError)
+    return True
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the Hub's library look in its cache only."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

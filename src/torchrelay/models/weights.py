@@ -7,7 +7,7 @@ PyTorch's restricted unpickler reads it, and a file with more than tensors is re
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         inside = path / "model.safetensors"
         remedy = f"name {inside}" if inside.is_file() else f"name a file in it ending in {', '.join(SUFFIXES)}"
         raise RelayError(f"{path} is a folder, not a file of weights: {remedy}")
+    if not path.is_file() and re.match(r"\w+:/", str(path)):
+        raise UsageError(f"model.pretrained {path} is an address: download the file, and give its path")
     if not path.is_file():
         there = [str(p) for p in path.parent.glob("*") if p.suffix in SUFFIXES]
         raise UsageError(f"there is no file of weights at {path}{nearest(str(path), there) or ': check the path'}")
@@ -118,6 +120,12 @@ def _check(source: str, found: dict[str, Tensor], expected: dict[str, Tensor], h
     reshaped = [name for name in found if name in expected and found[name].shape != expected[name].shape]
     if not (missing or unexpected or reshaped):
         return
+    if (classes := class_counts(found, expected, head)) is not None:
+        theirs, ours = classes
+        raise RelayError(
+            f"{source} doesn't fit, nothing was loaded: it was trained for {theirs} classes, and the model has {ours}: "
+            "set model.new_head=true to train a new head"
+        )
     parts = (
         _listed("missing", [f"{name} {_shape(expected[name])}" for name in missing]),
         _listed("unexpected", [f"{name} {_shape(found[name])}" for name in unexpected]),
@@ -129,6 +137,28 @@ def _check(source: str, found: dict[str, Tensor], expected: dict[str, Tensor], h
     only_head = head is not None and all(name.startswith(f"{head}.") for name in missing + unexpected + reshaped)
     remedy = "set model.new_head = true to train a new head" if only_head else "it seems to be another model's"
     raise RelayError(f"{source} doesn't fit, nothing was loaded: {'; '.join(filter(None, parts))}: {remedy}")
+
+
+def class_counts(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], head: str | None
+) -> tuple[int, int] | None:
+    """Return the numbers of classes of two state dicts if nothing but these tells them apart.
+
+    Args:
+        found: tensors from elsewhere.
+        expected: those of the model.
+        head: the name of the model's last layer.
+    """
+    others = [name for name in expected if name in found and found[name].shape != expected[name].shape]
+    if (
+        head is None
+        or not others
+        or found.keys() - expected.keys()
+        or not all(n.startswith(f"{head}.") for n in others)
+    ):
+        return None
+    theirs, ours = found[others[0]], expected[others[0]]
+    return None if theirs.ndim != ours.ndim or not ours.ndim else (theirs.shape[0], ours.shape[0])
 
 
 def _listed(kind: str, items: list[str]) -> str:

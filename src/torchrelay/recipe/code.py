@@ -14,6 +14,8 @@ import torch
 from torchrelay import __version__
 from torchrelay.errors import RelayError, UsageError
 
+_LARGEST = 10 * 2**20  # bytes of a file of code
+
 
 def load_code(path: str | Path) -> ModuleType:
     """Run a Python file and return it as a module.
@@ -26,8 +28,12 @@ def load_code(path: str | Path) -> ModuleType:
         RelayError: the file raised an error; the text quotes it and its line.
     """
     file = Path(path)
+    if file.is_dir():
+        raise UsageError(f"--code {path} is a folder: give a Python file, such as my_net.py")
     if not file.is_file():
         raise UsageError(f"--code {path}: there is no such file")
+    if file.stat().st_size > _LARGEST:
+        raise UsageError(f"--code {path} has {file.stat().st_size:,} bytes, too many for code: give a Python file")
     spec = importlib.util.spec_from_file_location(f"torchrelay_code_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UsageError(f"--code {path}: this isn't a Python file: give one, such as my_net.py")

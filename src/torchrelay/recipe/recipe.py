@@ -5,10 +5,11 @@ names only what torchrelay, torchvision, timm and torch.optim have, so that a re
 """
 
 import json
+import shlex
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
@@ -23,26 +24,11 @@ from torchrelay.optim.optimizers import SGD, OptimizerSettings
 from torchrelay.optim.schedules import Constant, ScheduleSettings
 from torchrelay.recipe import shipped
 from torchrelay.run.settings import RunSettings
-from torchrelay.settings import Settings, rename_keys
+from torchrelay.settings import Settings, explain, keys_named, rename_keys
 from torchrelay.tasks.task import LossSettings
 
 Table = dict[str, Any]  # a TOML table
-_PLAIN_WORDS = {
-    "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid string": "a string",
-    "a valid boolean": "true or false",
-    "a valid list": "a list",
-    "a valid tuple": "a list",
-    "a valid dictionary or object to extract fields from": "a table",
-    "a valid dictionary": "a table",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "more than",
-    "List should have": "a list with",
-    "Tuple should have": "a list with",
-    " after validation": "",
-}
+_LARGEST = 2**20  # bytes of a recipe
 # The other keys of these sections depend on the name.
 _KINDS = ("optimizer.name=", "schedule.name=")
 
@@ -103,7 +89,7 @@ def parse(table: Table, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}") from None
+        raise UsageError(f"{where}: {explain(error, Recipe)}") from None
     for key in _booleans_for_numbers(table, recipe.model_dump()):
         raise UsageError(f"{where}: {key} should be a number, not true or false")
     return recipe
@@ -116,12 +102,21 @@ def schema() -> str:
 
 def _read(name: str) -> Table:
     path = shipped.path(name) or Path(name)
+    if (path / "recipe.toml").is_file():
+        raise UsageError(f"{name} is a run's folder: resume it by torchrelay resume, or give its {name}/recipe.toml")
+    if name and path.name and path.is_dir():
+        raise UsageError(
+            f"{name} is a folder, and a recipe is a TOML file; to train on its images: "
+            f"torchrelay train image-folder --set {shlex.quote(f'data.root={name}')}"
+        )
     if not path.is_file():
         names = shipped.headers()
         raise UsageError(
             f"there is no recipe '{name}', neither a shipped one nor a file"
             f"{nearest(name, names) or '; the shipped ones are ' + ', '.join(names)}"
         )
+    if path.stat().st_size > _LARGEST:
+        raise UsageError(f"{name} has {path.stat().st_size:,} bytes, too many for a recipe: give its TOML file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -134,7 +129,8 @@ def _apply(table: Table, override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not sections or not all((*sections, last)):
-        raise UsageError(f"--set {override}: write section.key=value, such as optimizer.lr=0.02")
+        remedy = meant(last, text if equals else "VALUE") or "write section.key=value, such as optimizer.lr=0.02"
+        raise UsageError(f"--set {override}: {remedy}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -155,6 +151,15 @@ def _apply(table: Table, override: str) -> None:
     table[last] = value
 
 
+def meant(name: str, value: str) -> str:
+    """Return which override somebody may mean who gave a key without its section; "" if none."""
+    keys = keys_named(Recipe, name) if name else []
+    if len(keys) > 2:
+        return f"'{name}' is a key of several sections: choose {', '.join(keys[:-1])} or {keys[-1]}"
+    candidates = " or ".join(f"--set {shlex.quote(f'{key}={value}')}" for key in keys)
+    return candidates and f"write {candidates}"
+
+
 def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[str]:
     """Yield the keys whose value is a boolean that pydantic took for 1 or 0."""
     if isinstance(given, dict) and isinstance(parsed, dict):
@@ -165,73 +170,6 @@ def _booleans_for_numbers(given: Any, parsed: Any, key: str = "") -> Iterator[st
             yield from _booleans_for_numbers(*pair, f"{key}.{number}")
     elif isinstance(given, bool) and not isinstance(parsed, bool) and isinstance(parsed, int | float):
         yield key
-
-
-def _explain(error: ValidationError) -> str:
-    """Return one line for the first of pydantic's errors: the key, what is wrong, and the remedy."""
-    # A misspelled key comes first: it explains why the right one is missing.
-    first, *others = sorted(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
-    place = [str(part) for part in first["loc"]]
-    dotted = ".".join(_without_tags(place))
-    # The errors of a union's members about one value count as one.
-    alike = [o for o in others if _without_tags([str(part) for part in o["loc"]]) == _without_tags(place)]
-    more = f" (and {len(others) - len(alike)} more)" if len(others) > len(alike) else ""
-    if first["type"] == "extra_forbidden":
-        *sections, key = place
-        known = _keys(Recipe, sections)
-        dotted = ".".join([*_without_tags(sections), key])
-        return f"unknown key '{dotted}'{nearest(key, known) or '; known here: ' + ', '.join(known)}{more}"
-    if first["type"] == "value_error":
-        return f"{dotted}: {first['msg'].removeprefix('Value error, ')}{more}"
-    wanted = " or ".join(dict.fromkeys(_in_plain_words(found["msg"]) for found in (first, *alike)))
-    if first["type"] == "missing":
-        return f"{dotted} is missing{more}"
-    found = first["input"]
-    given = "" if isinstance(found, dict) else f", not {str(found).lower() if isinstance(found, bool) else repr(found)}"
-    return f"{dotted} should be {wanted}{given}{more}"
-
-
-def _in_plain_words(message: str) -> str:
-    """Return what pydantic says that a value should be, in plain words."""
-    message = message.removeprefix("Input should be ").partition(", unable to")[0].partition(", got a number")[0]
-    message = message.partition(" or instance of")[0]
-    for theirs, plain in _PLAIN_WORDS.items():
-        message = message.replace(theirs, plain)
-    return message
-
-
-def _members(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the settings classes that a field may hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) is not None:
-        for argument in get_args(annotation):
-            yield from _members(argument)
-
-
-def _keys(model: type[BaseModel], sections: Sequence[str]) -> list[str]:
-    """Return the keys known in a section; a union's tag in the path chooses among its members."""
-    candidates = [model]
-    for section in sections:
-        inside = [
-            m for c in candidates if section in c.model_fields for m in _members(c.model_fields[section].annotation)
-        ]
-        tagged = [c for c in candidates if "name" in c.model_fields and c.model_fields["name"].default == section]
-        candidates = inside or tagged or candidates
-    return sorted({key for candidate in candidates for key in candidate.model_fields})
-
-
-def _without_tags(place: Sequence[str]) -> list[str]:
-    """Return an error's location without the parts that say which member of a union pydantic tried."""
-    kept: list[str] = []
-    candidates: list[type[BaseModel]] = [Recipe]
-    for part in place:
-        inside = [m for c in candidates if part in c.model_fields for m in _members(c.model_fields[part].annotation)]
-        known = any(part in c.model_fields for c in candidates)
-        if known or part.isdecimal() or not kept:
-            kept.append(part)
-        candidates = inside or candidates
-    return kept
 
 
 def _lines(recipe: Recipe) -> Iterator[str]:

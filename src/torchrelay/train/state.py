@@ -81,6 +81,12 @@ class TrainingState:
         try:
             self.strategy.load_state(self.model, contents.model)
         except RuntimeError as error:
+            theirs, ours = len(contents.state["data"]["classes"]), len(self.batches.source.classes)
+            if theirs != ours:
+                raise RelayError(
+                    f"the checkpoint was trained for {theirs} classes, and {self.batches.source.name} has {ours}: give "
+                    "the data that it was trained on"
+                ) from error
             raise RelayError(
                 f"the checkpoint's weights don't fit {self.strategy.model_name}: {str(error).splitlines()[-1].strip()}"
             ) from error
