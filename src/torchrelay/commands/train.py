@@ -2,6 +2,7 @@
 
 import argparse
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,8 +48,9 @@ def run(options: argparse.Namespace) -> None:
 
     loaded = recipe.load(options.recipe, options.overrides)
     folder = options.run or _default_folder(run_name(options.recipe, options.overrides))
-    # Before the data is read, which may take long; when other ranks look, rank 0 may have written already.
-    if process.rank() == 0 and not process.is_restart(folder):
+    # Before the data is read, which may take long. Of several processes rank 0 checks it once all have met, so that an
+    # error doesn't leave the others waiting.
+    if os.environ.get("WORLD_SIZE", "1") == "1" and not process.is_restart(folder):
         check_free(folder)
     if run_in_processes(options, loaded, folder, "--run", str(folder)):
         return
