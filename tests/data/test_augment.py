@@ -775,3 +775,12 @@ def test_the_largest_number_stays_below_every_limit():
     largest = torch.tensor(1 - 2.0**-24)
     limits = torch.cat((torch.arange(1, 100_000), 2 ** torch.arange(25), 2 ** torch.arange(2, 25) - 1))
     assert bool(((largest * limits).long() < limits).all())
+
+
+@pytest.mark.parametrize("moving", [augment.Flip(), augment.RandAugment(), augment.CutMix()])
+def test_images_whose_targets_are_images_are_not_moved(moving):
+    images, masks = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.int64)
+    given = {"seed": 0, "epoch": 0, "position": 0, "indices": torch.arange(2)}
+    with pytest.raises(UsageError, match="moves an image's pixels but not those of its target"):
+        Pipeline((moving,), classes=2).train(images, masks, **given)
+    Pipeline((augment.ColorJitter(brightness=0.5),)).train(images, masks, **given)

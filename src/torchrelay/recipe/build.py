@@ -17,9 +17,11 @@ from torchrelay.recipe.code import environment
 from torchrelay.recipe.recipe import Recipe
 from torchrelay.run.terminal import Terminal
 from torchrelay.tasks.classification import Classification, balanced_weights
+from torchrelay.tasks.detection import Detection
 from torchrelay.tasks.multilabel import MultiLabel
 from torchrelay.tasks.next_token import NextToken
 from torchrelay.tasks.regression import Regression
+from torchrelay.tasks.segmentation import Segmentation
 from torchrelay.tasks.task import LossSettings, Task
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.trainer import Trainer
@@ -105,6 +107,8 @@ def build_task(settings: LossSettings, train: Source, code: ModuleType | None = 
         "bce": lambda: MultiLabel(weights, len(train.classes) or None),
         "mse": Regression,
         "next_token": lambda: NextToken(settings.label_smoothing),
+        "segmentation": lambda: Segmentation(len(train.classes) or None),
+        "detection": Detection,
     }
     if settings.name not in tasks:
         raise UsageError(

@@ -2,19 +2,23 @@
 
 from torchrelay.data.labels import TargetError
 from torchrelay.tasks.classification import Classification
+from torchrelay.tasks.detection import Detection
 from torchrelay.tasks.metrics import Count
 from torchrelay.tasks.multilabel import MultiLabel
 from torchrelay.tasks.next_token import NextToken
 from torchrelay.tasks.regression import Regression
+from torchrelay.tasks.segmentation import Segmentation
 from torchrelay.tasks.task import LossSettings, Task
 
 __all__ = [
     "Classification",
     "Count",
+    "Detection",
     "LossSettings",
     "MultiLabel",
     "NextToken",
     "Regression",
+    "Segmentation",
     "TargetError",
     "Task",
 ]

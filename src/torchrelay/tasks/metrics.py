@@ -82,6 +82,47 @@ class TopAccuracy(Count):
         return self.counts[0] / self.counts[1].clamp(min=1).double()
 
 
+class PixelConfusion(Count):
+    """(classes, classes) int64: the pixels of each true class (row) by predicted class (column).
+
+    Args:
+        classes: their number.
+        ignore: the class of pixels that don't count.
+    """
+
+    def __init__(self, classes: int, ignore: int) -> None:
+        super().__init__(classes, classes)
+        self._ignore = ignore
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch of classes of the same shape."""
+        classes = len(self.counts)
+        # Ignored pixels have a bin of their own, as leaving them out would wait for the device.
+        pairs = torch.where(targets == self._ignore, classes**2, targets.long() * classes + predictions)
+        self.counts += torch.bincount(pairs.flatten(), minlength=classes**2 + 1)[:-1].view(classes, classes)
+
+    def compute(self) -> Tensor:
+        """Return the counts."""
+        return self.counts
+
+
+class IoUByClass(PixelConfusion):
+    """(classes,) float64: each class's intersection over union; NaN for one neither present nor predicted."""
+
+    def compute(self) -> Tensor:
+        """Return the diagonal divided by the pixels that are of the class or predicted as it."""
+        both = self.counts.diagonal()
+        return both / (self.counts.sum(0) + self.counts.sum(1) - both).double()
+
+
+class MeanIoU(IoUByClass):
+    """Float64 scalar: the mean of the classes' intersections over unions, without those that are NaN."""
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return super().compute().nanmean()
+
+
 class F1ByLabel(Count):
     """(labels,) float32: each label's F1 score at a threshold of 0.5; 0 for one neither present nor predicted."""
 

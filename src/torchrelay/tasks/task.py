@@ -23,7 +23,7 @@ class LossSettings(Settings):
     """The loss, which also decides what the targets mean."""
 
     name: str = "cross_entropy"
-    """cross_entropy (classes), bce (several labels each), mse (numbers), next_token (texts), or a task in --code."""
+    """cross_entropy, bce (several labels each), mse, next_token, segmentation, detection, or a task in --code."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the target that is spread evenly over all classes (cross_entropy, next_token)."""
     class_weights: list[float] | Literal["balanced"] | None = None

@@ -4,6 +4,7 @@ import math
 
 from torchrelay.data.batches import Batches
 from torchrelay.tasks.classification import Classification
+from torchrelay.tasks.detection import Detection
 from torchrelay.tasks.task import Task
 
 _ABSURD = 3.0  # times the loss of guessing, or of the first epoch
@@ -18,6 +19,13 @@ def of_batches(batches: Batches) -> str | None:
         f"hint: a batch of {batches.batch_size:,} holds all {samples:,} training samples, so an epoch is one step; "
         "a smaller data.batch_size takes more steps"
     )
+
+
+def of_task(task: Task) -> str | None:
+    """Return the hint that mean average precision isn't measured."""
+    if not isinstance(task, Detection) or task.has_map:
+        return None
+    return "hint: only losses are measured, no mean average precision: pip install 'torchrelay[detection]' adds it"
 
 
 def of_loss(task: Task, loss: float, first: float, lr: float) -> str | None:

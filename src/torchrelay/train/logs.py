@@ -122,8 +122,9 @@ class Pictures(Callback):
     def on_start(self, trainer: Training) -> None:
         """Show the first batch as the model sees it, and what the model costs."""
         run = trainer.run
-        if self._progress.step == 0 and (hint := hints.of_batches(self._batches)):
-            trainer.say(hint)
+        for hint in (hints.of_batches(self._batches), hints.of_task(trainer.task)):
+            if self._progress.step == 0 and hint:
+                trainer.say(hint)
         if run is None or self._progress.step > 0:
             return
         batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline

@@ -45,6 +45,7 @@ _Any = (
     | Mixup
     | CutMix
 )
+_Moving = Flip | AlternatingFlip | PaddedCrop | RandomResizedCrop | TrivialAugment | RandAugment | Mixup | CutMix
 # The random streams keep the names that they were released with, and so their numbers.
 _STREAM_NAMES = {"color_jitter": "colour_jitter"}
 
@@ -163,6 +164,7 @@ class Pipeline:
         """
         if not self._takes(inputs, [*self.prepare, *self.transforms]):
             return inputs, targets
+        self._refuse_moving(inputs, targets)
         images = self._prepared(inputs)
         positions = torch.arange(position, position + len(images))
         samples = torch.as_tensor(indices)
@@ -180,6 +182,16 @@ class Pipeline:
     def evaluate(self, inputs: Any) -> Any:
         """Return the inputs of a batch for evaluation: prepared and normalized."""
         return self._finished(self._prepared(inputs), inputs) if self._takes(inputs, self.prepare) else inputs
+
+    def _refuse_moving(self, images: Tensor, targets: Any) -> None:
+        """Raise a UsageError if a transform would move the pixels of images whose targets are images too."""
+        if isinstance(targets, Tensor) and targets.ndim > 2 and targets.shape[-2:] == images.shape[-2:]:
+            for transform in self.transforms:
+                if isinstance(transform, _Moving):
+                    raise UsageError(
+                        f"transform '{_name(transform)}' moves an image's pixels but not those of its target: leave it "
+                        "out, or transform both in a Dataset"
+                    )
 
     def _takes(self, inputs: Any, transforms: Sequence[Augment | ImageTransform]) -> bool:
         """Return whether the inputs are images; raise a UsageError if they aren't and a transform needs images."""
