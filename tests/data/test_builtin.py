@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 
-from torchrelay.data import cifar10, cifar100, digits, text
+from torchrelay.data import breast_cancer, cifar10, cifar100, digits, text, wine
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -31,6 +31,17 @@ def test_the_digits_parts_have_a_fifth_of_every_class():
 def test_the_digits_are_the_same_every_time_and_others_with_another_seed():
     assert digits()[0].fingerprint() == digits()[0].fingerprint()
     assert digits(seed=1)[0].fingerprint() != digits()[0].fingerprint()
+
+
+@pytest.mark.parametrize(("read", "samples", "features", "classes"), [(breast_cancer, 569, 30, 2), (wine, 178, 13, 3)])
+def test_a_tables_features_are_standardized_by_its_training_part(read, samples, features, classes):
+    train, test = read()
+    assert len(train) + len(test) == samples
+    assert train.inputs.shape[1:] == test.inputs.shape[1:] == (features,)
+    assert len(train.classes) == classes
+    torch.testing.assert_close(train.inputs.mean(0), torch.zeros(features), atol=1e-5, rtol=0)
+    torch.testing.assert_close(train.inputs.std(0, correction=0), torch.ones(features))
+    assert test.inputs.mean(0).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("read", [cifar10, cifar100])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from idx import write_idx
 from torchrelay.recipe import shipped
 
 # Small data in place of CIFAR-10, less of it in a step, and a small network in place of a ResNet.
@@ -21,6 +22,8 @@ CIFAR = ("data.name=tiny", "data.batch_size=8")
 SMALL = ("model.name=small-cnn", "device.precision=float32")
 DATA = {
     "digits": (),
+    "tables": (),
+    "fashion-mnist": ("data.root=.", "data.batch_size=8"),
     "characters": ("data.root=book.txt", "data.batch_size=8"),
     "image-folder": ("data.root=photographs", "data.batch_size=8", "data.cache=false", *SMALL),
     "cifar10-small": (*CIFAR, *SMALL),
@@ -44,6 +47,7 @@ QUICK = ("digits", "image-folder")
 def test_a_shipped_recipe_trains_on_two_devices_as_it_stands(cli, tmp_path, name):
     (tmp_path / "tiny.py").write_text(CODE)
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    write_idx(tmp_path, samples=24)
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
     for number, image in enumerate(pixels):
         path = tmp_path / "photographs" / "ab"[number % 2] / f"{number}.png"

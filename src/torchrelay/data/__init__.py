@@ -3,8 +3,9 @@
 from torchrelay.data import augment
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
-from torchrelay.data.builtin import cifar10, cifar100, digits, text
+from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, text, wine
 from torchrelay.data.folder import image_folder, image_parts
+from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.settings import DataSettings, load
 from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, as_source, dataset, split
 
@@ -19,13 +20,17 @@ __all__ = [
     "arrays",
     "as_source",
     "augment",
+    "breast_cancer",
     "cifar10",
     "cifar100",
     "dataset",
     "digits",
+    "fashion_mnist",
     "image_folder",
     "image_parts",
     "load",
+    "mnist",
     "split",
     "text",
+    "wine",
 ]

@@ -1,6 +1,7 @@
-"""Step 2: the built-in datasets: digits, CIFAR-10, CIFAR-100 and text files."""
+"""Step 2: the built-in datasets: digits and tables of scikit-learn, CIFAR-10, CIFAR-100 and text files."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,55 @@ def digits(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySo
     Raises:
         RelayError: scikit-learn isn't installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise RelayError(
-            "the digits come with scikit-learn, which isn't installed: pip install 'torchrelay[digits]'"
-        ) from None
-    data = load_digits()
+    data = _from_scikit_learn("digits")
     images = np.round(data.images * (255 / _BRIGHTEST)).astype(np.uint8)[:, None]
     return split(arrays(images, data.target, tuple("0123456789"), "digits"), test_share, seed)
+
+
+def breast_cancer(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySource]:
+    """Return the training and test part of scikit-learn's table of 569 tumors: 30 features, 2 classes.
+
+    The features are float32, shifted and scaled to a mean of 0 and a deviation of 1 in the training part.
+
+    Args:
+        test_share: the test part's share of each class.
+        seed: determines the test samples.
+
+    Raises:
+        RelayError: scikit-learn isn't installed.
+    """
+    return _table("breast_cancer", test_share, seed)
+
+
+def wine(test_share: float = 0.2, seed: int = 0) -> tuple[ArraySource, ArraySource]:
+    """Return the training and test part of scikit-learn's table of 178 wines: 13 features, 3 classes.
+
+    See `breast_cancer`.
+    """
+    return _table("wine", test_share, seed)
+
+
+def _table(name: str, test_share: float, seed: int) -> tuple[ArraySource, ArraySource]:
+    data = _from_scikit_learn(name)
+    classes = tuple(str(each) for each in data.target_names)
+    parts = split(arrays(data.data, data.target, classes, name.replace("_", "-")), test_share, seed)
+    features = parts[0].inputs.numpy().astype(np.float64)
+    mean, deviation = features.mean(0), features.std(0)
+
+    def standardized(part: ArraySource) -> ArraySource:
+        return replace(part, inputs=torch.from_numpy((part.inputs.numpy() - mean) / deviation).float())
+
+    return standardized(parts[0]), standardized(parts[1])
+
+
+def _from_scikit_learn(name: str) -> Any:
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise RelayError(
+            f"data '{name}' comes with scikit-learn, which isn't installed: pip install 'torchrelay[digits]'"
+        ) from None
+    return getattr(datasets, f"load_{name}")()
 
 
 def cifar10(root: str | Path, download: bool = False) -> tuple[ArraySource, ArraySource]:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from torchrelay.data.augment.pipeline import Augment, Prepare
-from torchrelay.data.builtin import cifar10, cifar100, digits, text
+from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, text, wine
 from torchrelay.data.folder import image_parts
+from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.sources import ArraySource, Parts, as_source, split
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
@@ -19,9 +20,13 @@ from torchrelay.settings import Settings
 Log = Callable[[str], None]
 
 
+# The data that comes in one part.
+_SPLIT = {"digits": digits, "breast-cancer": breast_cancer, "wine": wine}
 # The keys that only some data uses; a function in --code uses its options alone.
 _USED = {
-    "digits": {"test_share"},
+    **{key: {"test_share"} for key in _SPLIT},
+    "mnist": {"root"},
+    "fashion-mnist": {"root"},
     "cifar10": {"root", "download"},
     "cifar100": {"root", "download"},
     "text": {"root", "length", "test_share"},
@@ -33,7 +38,7 @@ class DataSettings(Settings):
     """The samples, their batches and their augmentation."""
 
     name: str = "digits"
-    """digits, cifar10, cifar100, image-folder, text, or a function in --code that returns (train, test)."""
+    """digits, mnist, fashion-mnist, cifar10, cifar100, image-folder, text, breast-cancer, wine; or one in --code."""
     root: str | None = None
     """The folder (or the text file) that contains the data."""
     download: bool = False
@@ -47,7 +52,7 @@ class DataSettings(Settings):
     drop_last: bool = False
     """Leave out the last batch of an epoch if it is smaller."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """The test part's share of the samples, if the data has no test part (digits, image-folder, text)."""
+    """The test part's share of the samples, if the data has no test part: digits, tables, image-folder, text."""
     validation: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the training samples that select "best" and stop early; 0: an image folder's `val`, or the test part."""
     size: int | None = Field(default=None, ge=1)
@@ -129,13 +134,13 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
     function: Any = getattr(code, settings.name, None)
     if code is not None and _is_own(function, code):
         return _call(function, settings)
+    if (shuffled := _SPLIT.get(settings.name)) is not None:
+        return Parts(*shuffled(settings.test_share, seed))
     match settings.name:
-        case "digits":
-            return Parts(*digits(settings.test_share, seed))
-        case "cifar10":
-            return Parts(*cifar10(_root(settings), settings.download))
-        case "cifar100":
-            return Parts(*cifar100(_root(settings), settings.download))
+        case "mnist" | "fashion-mnist" as name:
+            return Parts(*(mnist if name == "mnist" else fashion_mnist)(_root(settings)))
+        case "cifar10" | "cifar100" as name:
+            return Parts(*(cifar10 if name == "cifar10" else cifar100)(_root(settings), settings.download))
         case "text":
             return Parts(*text(_root(settings), settings.length, settings.test_share))
         case "image-folder":
@@ -152,7 +157,7 @@ def _load(settings: DataSettings, seed: int, code: ModuleType | None, log: Log) 
                 log=log,
             )
     own = [key for key, value in vars(code).items() if _is_own(value, code)] if code else []
-    known = (*own, "digits", "cifar10", "cifar100", "image-folder", "text")
+    known = (*own, *_USED)
     raise UsageError(
         f"data.name '{settings.name}' is unknown{nearest(settings.name, known) or '; known: ' + ', '.join(known)}"
     )
