@@ -10,6 +10,8 @@ On the CPU the same lines run on NumPy arrays: 160 operations on some hundred nu
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -122,3 +124,15 @@ def reseed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed & _LOW)
     random.seed(seed)
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """Leave the global generators of PyTorch, NumPy and Python as they were, whatever draws from them meanwhile."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

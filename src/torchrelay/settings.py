@@ -121,6 +121,17 @@ class Settings(BaseModel):
                 f"{own}.{name} can't be set, since settings never change: make others by {own}(…)"
             ) from None
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Show the signature as one would write a call; pydantic's shows how each value is checked."""
+        kind, nothing = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+        defaults = {
+            name: nothing if info.is_required() else info.get_default(call_default_factory=True)
+            for name, info in cls.model_fields.items()
+        }
+        parameters = [inspect.Parameter(name, kind, default=default) for name, default in defaults.items()]
+        cls.__signature__ = inspect.Signature(parameters)
+
     @model_validator(mode="before")
     @classmethod
     def _accept_old_names(cls, values: Any) -> Any:
@@ -210,6 +221,8 @@ def keys_named(root: type[BaseModel], name: str) -> list[str]:
         return (
             [wanted] if key.partition(".")[0] in _keys(root, [section] if section in root.model_fields else []) else []
         )
+    if wanted in root.model_fields and not any(members(root.model_fields[wanted].annotation)):
+        return [wanted]  # these settings have no sections
     if wanted in root.model_fields and "name" in _keys(root, [wanted]):
         return [f"{wanted}.name"]
     keys = [(key, f"{section}.{key}") for section in root.model_fields for key in _keys(root, [section])]

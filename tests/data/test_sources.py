@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from torchrelay.data.accept import as_source
 from torchrelay.data.files import Files
 from torchrelay.data.sources import (
     ArraySource,
     DatasetSource,
     arrays,
-    as_source,
     channel_statistics,
     dataset,
     split,

@@ -466,7 +466,7 @@ def test_a_second_run_in_a_folder_is_refused(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run, epochs=1).fit()
     with pytest.raises(
-        UsageError, match="holds a run already: choose another folder, or resume it by: torchrelay resume"
+        UsageError, match=r"holds a run already: choose another folder, or resume it by: trainer\.resume"
     ):
         build(digits, quiet, run).fit()
     with pytest.raises(UsageError, match="holds no run to resume"):
@@ -584,7 +584,7 @@ with StopSignal() as stop:
 def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
     with pytest.raises(UsageError, match="batch_size is 0: it must be a whole number of 1 or more"):
         build(digits, quiet, batch_size=0)
-    with pytest.raises(ValueError, match="epochs"):
+    with pytest.raises(UsageError, match="epochs"):
         build(digits, quiet, epochs=0)
 
 

@@ -1,13 +1,14 @@
 """Step 2: data: sources of samples, their order, their augmentation and their batches."""
 
 from torchrelay.data import augment
+from torchrelay.data.accept import as_source
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, text, wine
 from torchrelay.data.folder import image_folder, image_parts
 from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.settings import DataSettings, load
-from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, as_source, dataset, split
+from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, dataset, split
 
 __all__ = [
     "ArraySource",

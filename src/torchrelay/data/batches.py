@@ -22,7 +22,7 @@ from torchrelay.data.order import Positions, order
 from torchrelay.data.prefetch import gather, prefetch, side_stream
 from torchrelay.data.sources import ArraySource, DatasetSource, Source
 from torchrelay.data.workers import Key, Loader
-from torchrelay.device.device import Device
+from torchrelay.device.device import Device, mapped
 from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.rng import words
 
@@ -62,6 +62,7 @@ class Batches:
         world_size: the number of processes.
         workers: processes that read a dataset; arrays need none.
         drop_last: leave out the last batch of an epoch if it is smaller.
+        dtype: of the model's parameters; inputs that are floats are converted unless it is float32.
 
     Raises:
         UsageError: an argument has a value that it can't have.
@@ -83,6 +84,7 @@ class Batches:
         world_size: int = 1,
         workers: int = 0,
         drop_last: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         _check_arguments(batch_size, sampling, replicas if train else world_size, rank, world_size, workers)
         self.source = source
@@ -92,6 +94,7 @@ class Batches:
         self.pipeline = pipeline
         self.seed = seed
         self.train = train
+        self.dtype = dtype
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
         self.samples, self.has_targets = len(source), not isinstance(source, ArraySource) or source.has_targets
@@ -183,9 +186,14 @@ class Batches:
             )
         elif len(share.indices):
             inputs = self.pipeline.evaluate(inputs)
+        if self.dtype != torch.float32:
+            inputs = mapped(self._converted, inputs)
         inputs, first, size = self.device.arrange(inputs), share.first_replica, share.size
         data = None if is_pair else data
         return Batch(inputs, targets, share.indices, share.replica_sizes, self.name, first, size, data)
+
+    def _converted(self, inputs: Any) -> Any:
+        return inputs.to(self.dtype) if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
 
     def _shares(self, epoch: int, start: int) -> Iterator[_Share]:
         """Yield this process's share of each batch from `start` on; only the order of its own positions is computed."""

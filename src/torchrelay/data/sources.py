@@ -139,16 +139,23 @@ class Parts:
     validation: Source | None = None
 
 
-def arrays(inputs: Any, targets: Any = None, classes: Sequence[str] = (), name: str = "arrays") -> ArraySource:
-    """Return a source of arrays. uint8 inputs stay uint8, other integers become int64, everything else float32.
+def arrays(
+    inputs: Any,
+    targets: Any = None,
+    classes: Sequence[str] = (),
+    name: str = "arrays",
+    dtype: torch.dtype = torch.float32,
+) -> ArraySource:
+    """Return a source of arrays. uint8 inputs stay uint8, other integers become int64, everything else `dtype`.
 
     Args:
         inputs: a tensor or a NumPy array (samples, …). Images are uint8 (samples, channels, height, width) or, with
             1 or 3 channels, (samples, height, width, channels), which is permuted; float images are in [0, 1].
-        targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, everything else float32.
+        targets: (samples, …) class indices, numbers, or 0/1 labels; integers become int64, everything else `dtype`.
             None: the samples have no targets.
         classes: names of the classes or labels.
         name: the source's name in logs and errors.
+        dtype: float32, or float64 for a model in double precision.
 
     Raises:
         UsageError: they can't be converted to tensors.
@@ -158,7 +165,7 @@ def arrays(inputs: Any, targets: Any = None, classes: Sequence[str] = (), name: 
     y = x.new_empty(len(x), 0) if targets is None and x.ndim else _tensor(targets, f"{name}: targets")
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3):
         x = x.permute(0, 3, 1, 2).contiguous()
-    return ArraySource(x if x.dtype == torch.uint8 else _widened(x), _widened(y), tuple(classes), name)
+    return ArraySource(x if x.dtype == torch.uint8 else _widened(x, dtype), _widened(y, dtype), tuple(classes), name)
 
 
 def _tensor(values: Any, name: str) -> Tensor:
@@ -191,9 +198,9 @@ def _mismatch(values: Any) -> str:
     return ""
 
 
-def _widened(values: Tensor) -> Tensor:
-    """Return integers as int64, and floats and booleans as float32."""
-    return values.float() if values.is_floating_point() or values.dtype == torch.bool else values.long()
+def _widened(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return integers as int64, and floats and booleans in a type of floats."""
+    return values.to(dtype) if values.is_floating_point() or values.dtype == torch.bool else values.long()
 
 
 def dataset(
@@ -210,26 +217,6 @@ def dataset(
         collate: turns a list of samples into a batch, each replica's own; None: `torch.utils.data.default_collate`.
     """
     return DatasetSource(data, tuple(classes or getattr(data, "classes", ())), type(data).__name__, collate)
-
-
-def as_source(data: Any) -> Source:
-    """Return a source of what a user may give: a source, a torch Dataset, or a pair (inputs, targets).
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if isinstance(data, ArraySource | DatasetSource):
-        return data
-    if isinstance(data, Dataset):
-        return dataset(data)
-    if isinstance(data, Tensor | np.ndarray):
-        return arrays(data)
-    if isinstance(data, tuple | list) and len(data) == 2:
-        return arrays(*data)
-    raise UsageError(
-        f"{type(data).__name__} can't be used as data: give a source of torchrelay.data, a torch Dataset, or "
-        "(inputs, targets)"
-    )
 
 
 def split(source: Source, share: float, seed: int) -> tuple[ArraySource, ArraySource]:

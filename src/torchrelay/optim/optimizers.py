@@ -20,10 +20,9 @@ from torchrelay.settings import Settings
 
 _OURS = ("sgd", "adamw", "muon")
 _REFUSED = {
-    "lbfgs": "evaluates the loss several times a step, and a training step here does it once: use 'adamw'",
     "sparseadam": "takes sparse gradients only, and a training step here has none: use 'adam'",
 }
-_OTHERS = {  # by their names in lower case
+OTHERS = {  # by their names in lower case
     name.lower(): found
     for name, found in vars(torch.optim).items()
     if inspect.isclass(found) and issubclass(found, Optimizer) and found is not Optimizer
@@ -250,8 +249,15 @@ class Other(OptimizerBase):
         return self
 
     def __call__(self, model: nn.Module) -> Optimizer:
-        """Return the torch optimizer of that name."""
-        return self._build(self.parameter_groups(model))
+        """Return the torch optimizer of that name.
+
+        Raises:
+            UsageError: it takes one group of parameters, and `groups` makes several.
+        """
+        groups = self.parameter_groups(model)
+        if self.name == "LBFGS" and len(groups) > 1:
+            raise UsageError("torch.optim.LBFGS has one learning rate for all parameters: leave optimizer.groups out")
+        return self._build(groups)
 
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
         built: Optimizer = _class_named(self.name)(groups, lr=self.lr, **self.options)
@@ -271,10 +277,10 @@ def _class_named(name: Any) -> Any:
         raise ValueError(
             f"'{name}' has settings of its own: use optim.{ {'sgd': 'SGD', 'adamw': 'AdamW'}.get(lower, 'Muon') }"
         )
-    if lower not in _OTHERS:
-        known = (*_OURS, *_OTHERS)
+    if lower not in OTHERS:
+        known = (*_OURS, *OTHERS)
         raise ValueError(f"there is no optimizer '{name}'{nearest(lower, known) or ': use ' + ', '.join(known)}")
-    return _OTHERS[lower]
+    return OTHERS[lower]
 
 
 def _kind(value: Any) -> str:

@@ -39,10 +39,9 @@ def check_free(path: Path) -> None:
         UsageError: it does.
     """
     if (path / "recipe.toml").exists():
-        raise UsageError(
-            f"{path} holds a run already: choose another folder, or resume it by: "
-            f"torchrelay resume {shlex.quote(str(path))}"
-        )
+        by_script = 'started_from = "python"' in (path / "recipe.toml").read_text(encoding="utf-8")
+        way = "trainer.resume(), in place of fit()" if by_script else f"torchrelay resume {shlex.quote(str(path))}"
+        raise UsageError(f"{path} holds a run already: choose another folder, or resume it by: {way}")
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     others = [name for name in names if not name.startswith((".", "spike-step-")) and name not in _OWN]
     if others:

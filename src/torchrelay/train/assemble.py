@@ -1,58 +1,51 @@
 """Step 7: what the trainer's constructor makes of its arguments, in the order in which it needs it."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from torchrelay.data.augment.pipeline import Augment, Pipeline
-from torchrelay.data.batches import Batches, Sampling
-from torchrelay.data.sources import ArraySource, as_source, statistics
+from torchrelay.data.accept import as_source, options_of
+from torchrelay.data.augment.pipeline import Pipeline
+from torchrelay.data.batches import Batches
+from torchrelay.data.sources import statistics
 from torchrelay.device.device import Device, DeviceSettings, set_up
+from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import ProcessGroup, init_process_group
 from torchrelay.distributed.replicas import ParallelSettings, count_replicas
 from torchrelay.distributed.strategy import Strategy
-from torchrelay.errors import UsageError, nearest
+from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
-from torchrelay.optim.optimizers import SGD, OptimizerBase
-from torchrelay.optim.schedules import Constant, ScheduleSettings
+from torchrelay.optim.accept import Factor, ScheduleLike, as_optimizer, as_schedule, make
+from torchrelay.optim.optimizers import OptimizerBase
+from torchrelay.optim.schedules import ScheduleBase
 from torchrelay.optim.update import Update
 from torchrelay.run.settings import RunSettings
-from torchrelay.tasks.classification import Classification
+from torchrelay.tasks.accept import TaskLike, as_task
 from torchrelay.tasks.targets import check_targets
 from torchrelay.tasks.task import Task, calls_once, loss_and_outputs, total
+from torchrelay.train.arguments import (
+    BatchOptions,
+    CallbacksLike,
+    DeviceLike,
+    OptimizersLike,
+    as_callbacks,
+    as_device,
+    refuse,
+)
 from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.evaluation import Evaluator
-from torchrelay.train.logs import Pictures, StepLog
+from torchrelay.train.logs import EarlyLog, Pictures, StepLog
 from torchrelay.train.progress import Progress, RunningSums
 from torchrelay.train.record import log
 from torchrelay.train.spikes import SpikeDetector
 from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
-
-
-class BatchOptions(TypedDict, total=False):
-    """How `Trainer` makes batches of the data."""
-
-    batch_size: int
-    """Samples of a global batch; 256 if not given."""
-    augment: Sequence[Augment]
-    """Batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`."""
-    prepare: Sequence[Augment]
-    """What training and test images alike go through first, such as `[augment.Resize(size=112)]`."""
-    normalize: bool
-    """Whether images are normalized by the data's channel means and standard deviations; they are by default."""
-    sampling: Sampling
-    """"shuffle" (the default), "balanced" (every class equally often) or "sequential"."""
-    drop_last: bool
-    """Whether an epoch's last batch is left out if it is smaller; it isn't by default."""
-    workers: int
-    """Processes that read a Dataset; arrays need none."""
-    normalise: bool
-    """The former spelling of `normalize`."""
 
 
 def run_settings(settings: RunSettings | None, epochs: int | None, seed: int | None) -> RunSettings:
@@ -61,17 +54,16 @@ def run_settings(settings: RunSettings | None, epochs: int | None, seed: int | N
     return RunSettings(**((settings or RunSettings()).model_dump() | changes))
 
 
-def prepare_device(
-    device: str | DeviceSettings | Device, parallel: ParallelSettings, exact: bool
-) -> tuple[Device, ProcessGroup, int]:
+def prepare_device(given: DeviceLike, parallel: ParallelSettings, exact: bool) -> tuple[Device, ProcessGroup, int]:
     """Set up the device unless it is, join the process group, and count the replicas.
 
     Raises:
         UsageError: this machine has no such device, or so many processes can't share the replicas.
         RelayError: the other processes can't be reached.
     """
-    if not isinstance(device, Device):
-        device = set_up(device if isinstance(device, DeviceSettings) else DeviceSettings(name=device), exact)
+    device = as_device(given)
+    if isinstance(device, DeviceSettings):
+        device = set_up(device, exact)
     group = init_process_group(device.device, parallel.timeout)
     return device, group, count_replicas(parallel, group.size, exact)
 
@@ -84,8 +76,19 @@ def make_batches(
     group: ProcessGroup,
     replicas: int,
     seed: int,
+    dtype: torch.dtype,
 ) -> tuple[Batches, dict[str, Batches]]:
     """Return the batches of the training data, and of each other part that is given.
+
+    Args:
+        train: training data, as a user gave it.
+        evaluated: other parts by name, likewise; None where there is none.
+        options: of the batches; those of a DataLoader count where they aren't given.
+        device: of the batches.
+        group: the processes that share them.
+        replicas: parts of a batch.
+        seed: of the order.
+        dtype: of the model's parameters.
 
     Raises:
         UsageError: there is no such option.
@@ -93,10 +96,10 @@ def make_batches(
     if "normalise" in options:
         warnings.warn("Trainer(normalise=…) is now Trainer(normalize=…)", FutureWarning, stacklevel=3)
         options["normalize"] = options["normalise"]
-    for name in options:
-        if name not in BatchOptions.__annotations__:
-            raise UsageError(f"Trainer has no argument '{name}'{nearest(name, BatchOptions.__annotations__)}")
-    source = as_source(train)
+    refuse("Trainer", options, [*BatchOptions.__annotations__])
+    source = as_source(train, dtype)
+    if isinstance(train, DataLoader):
+        options = cast(BatchOptions, options_of(train) | options)
     pipeline = Pipeline(
         transforms=tuple(options.get("augment", ())),
         prepare=tuple(options.get("prepare", ())),
@@ -106,7 +109,7 @@ def make_batches(
 
     def batches(data: Any, training: bool) -> Batches:
         return Batches(
-            as_source(data),
+            as_source(data, dtype),
             options.get("batch_size", 256),
             device,
             pipeline,
@@ -118,24 +121,50 @@ def make_batches(
             world_size=group.size,
             workers=options.get("workers", 0),
             drop_last=options.get("drop_last", False) and training,
+            dtype=dtype,
         )
 
     parts = {name: batches(data, training=False) for name, data in evaluated.items() if data is not None}
     return batches(source, training=True), parts
 
 
+def make_strategy(
+    model: nn.Module,
+    parallel: ParallelSettings,
+    group: ProcessGroup,
+    device: Device,
+    exact: bool,
+    dummy_loss: Callable[[], Tensor],
+    say: Callable[[str], None],
+) -> Strategy:
+    """Move the model to the device and return the strategy that `parallel.kind` names; see `build_strategy`."""
+    return build_strategy(model, parallel.kind, group, device, exact=exact, dummy_loss=dummy_loss, say=say)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type of a model's parameters."""
+    return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+
+
+def stacked(inputs: Any) -> Any:
+    """Return a list of arrays of one shape, a sample each, as a tensor, and other data as they are."""
+    each = isinstance(inputs, list) and all(isinstance(sample, Tensor | np.ndarray) for sample in inputs)
+    if not each or len({tuple(sample.shape) for sample in inputs}) != 1:
+        return inputs
+    return torch.stack([torch.as_tensor(sample) for sample in inputs])
+
+
 def batches_like(batches: Batches, data: Any) -> Batches:
-    """Return data to predict on in the batches of a trainer: a source, a Dataset, or a tensor of inputs."""
-    if isinstance(data, Tensor):
-        data = ArraySource(data, torch.zeros(len(data), dtype=torch.int64))
+    """Return other data in batches like those of a trainer."""
     return Batches(
-        as_source(data),
+        as_source(data, batches.dtype),
         batches.batch_size,
         batches.device,
         batches.pipeline,
         train=False,
         rank=batches.rank,
         world_size=batches.world_size,
+        dtype=batches.dtype,
     )
 
 
@@ -144,13 +173,13 @@ class Updates:
     """How the weights are updated."""
 
     each: list[Update]
-    schedule: ScheduleSettings
+    schedule: ScheduleBase | Factor
     ema: EMA | None
 
 
 def make_updates(
-    optimizer: Any,
-    schedule: ScheduleSettings | None,
+    optimizer: OptimizersLike | None,
+    schedule: ScheduleLike | None,
     clip_norm: float | None,
     ema: float,
     strategy: Strategy,
@@ -158,34 +187,56 @@ def make_updates(
 ) -> Updates:
     """Make the optimizers of a strategy's model, SGD if none is given, and what belongs to them.
 
+    Args:
+        optimizer: as a user gave it; a mapping without a name holds one for each of the task's updates.
+        schedule: as a user gave it.
+        clip_norm: the largest norm of a gradient; None: as the optimizer's settings say.
+        ema: the decay of an average of the weights; 0: none.
+        strategy: has the model's parameters.
+        task: has the updates.
+
     Raises:
         UsageError: an optimizer can't work on what the strategy has of the parameters, or isn't the task's.
     """
     # An average is made of the parameters that the strategy has, and before the optimizer changes them.
     average = EMA(strategy.model, ema) if ema else None
     names = task.updates
-    given = optimizer if isinstance(optimizer, Mapping) else {names[0]: optimizer or SGD()}
+    several = isinstance(optimizer, Mapping) and "name" not in optimizer and (len(names) > 1 or names[0] in optimizer)
+    given: Mapping[str, Any] = optimizer if several else {names[0]: optimizer}  # type: ignore[assignment]
     if list(given) != list(names):
         raise UsageError(
             f"{type(task).__name__} has the updates {', '.join(names)}: give an optimizer for each, such as "
             f"optimizer={{{', '.join(f'{name!r}: ...' for name in names)}}}"
         )
     updates = []
-    for name, settings in given.items():
-        made = settings(task.module(strategy.model, name))
+    for name, each in given.items():
+        factory = as_optimizer(each)
+        made = make(factory, task.module(strategy.model, name))
         strategy.check_optimizer(made)
-        own = settings.clip_norm if clip_norm is None and isinstance(settings, OptimizerBase) else clip_norm
+        own = factory.clip_norm if clip_norm is None and isinstance(factory, OptimizerBase) else clip_norm
         updates.append(Update(name, made, own, "model" if len(names) == 1 else f"model.{name}"))
-    return Updates(updates, schedule or Constant(), average)
+    return Updates(updates, as_schedule(schedule), average)
 
 
-def prepare_task(task: Task | None, batches: Batches, evaluated: Mapping[str, Batches]) -> Task:
+def prepare_task(
+    given: TaskLike | None, loss: TaskLike | None, batches: Batches, evaluated: Mapping[str, Batches], log: EarlyLog
+) -> Task:
     """Return the task, classification if none is given; it knows the classes and has checked all targets in memory.
 
+    Args:
+        given: as a user gave it.
+        loss: another name of the same.
+        batches: of the training data.
+        evaluated: of the other parts.
+        log: learns what a loss of PyTorch's became.
+
     Raises:
+        UsageError: it is no task.
         RelayError: a target can't be learned; the text names its sample.
     """
-    task = task or Classification()
+    if given is not None and loss is not None:
+        raise UsageError("task and loss are two names of one argument: give one of them")
+    task = as_task(loss if given is None else given, batches, log.notes.append)
     if type(task).loss is Task.loss and type(task).compute is Task.compute:
         task.loss(None, None)  # raises the error that says what to define
     for module in held_modules(task):
@@ -224,7 +275,7 @@ def join_parts(
     batches: Batches,
     evaluated: Mapping[str, Batches],
     settings: RunSettings,
-    callbacks: Sequence[Callback],
+    callbacks: CallbacksLike,
     record: dict[str, Any],
     settle: Callable[..., None],
 ) -> Parts:
@@ -253,7 +304,12 @@ def join_parts(
         strategy.model, task, batches.device, evaluated, strategy=strategy, views=views, ema=updates.ema, before=settle
     )
     patience = [EarlyStopping(settings.patience)] if settings.patience else []
-    every = [StepLog(progress), Pictures(batches, evaluator, progress, task, record), *patience, *callbacks]
+    every = [
+        StepLog(progress),
+        Pictures(batches, evaluator, progress, task, record),
+        *patience,
+        *as_callbacks(callbacks),
+    ]
     state = TrainingState(strategy.model, train_step, progress, batches, evaluated, every)
     return Parts(progress, train_step, evaluator, every, state)
 

@@ -105,11 +105,13 @@ class Evaluator:
         self.collective_forward = strategy is not None and strategy.collective_forward
         self._ema, self._before = ema, before
 
-    def evaluate(self, part: str = "test", should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    def evaluate(
+        self, part: str | Batches = "test", should_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
         """Evaluate on a part of the data.
 
         Args:
-            part: its name, such as "test".
+            part: its name, such as "test"; or batches of other data.
             should_stop: asked before each round of batches by all processes.
 
         Returns:
@@ -118,10 +120,10 @@ class Evaluator:
         Raises:
             UsageError: there is no such part.
         """
-        if part not in self.parts:
+        if isinstance(part, str) and part not in self.parts:
             raise UsageError(f"there is no {part} data to evaluate on: give Trainer(..., {part}=...)")
         with self._evaluating():
-            evaluation = self._sum_up(self.parts[part], should_stop)
+            evaluation = self._sum_up(self.parts[part] if isinstance(part, str) else part, should_stop)
         if evaluation is not None and part == self.selects_on:
             self.last = evaluation
         return evaluation

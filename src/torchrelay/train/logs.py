@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -200,6 +201,16 @@ def introduction(state: TrainingState, name: str) -> str:
         f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
         f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
         f"{shared * (replicas > 1)}{ungraphed * (replicas > 1 and state.batches.device.settings.graph)}"
+    )
+
+
+def description(state: TrainingState, folder: Path | None) -> str:
+    """Return what a trainer shows of itself: the model, the data, and where it stands."""
+    source, progress = state.batches.source, state.progress
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    return (
+        f"{state.strategy.model_name} with {parameters:,} parameters, {len(source):,} samples of {source.name}, "
+        f"step {progress.step:,} of {progress.total_steps:,}, {'no run folder' if folder is None else f'run {folder}'}"
     )
 
 

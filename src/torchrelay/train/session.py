@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchrelay import rng
 from torchrelay.checkpoint.checkpointer import Checkpointer
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.schedule import CheckpointSettings
@@ -91,7 +92,7 @@ class Session:
         if resume and self.folder is None:
             raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
         with ExitStack() as stack:
-            stack.enter_context(self._state.train_step.device.explain_errors(self._state.batches.batch_size))
+            stack.enter_context(self.alone())
             stack.enter_context(self._signal)
             stack.callback(self._close)
             stack.enter_context(log.to(self._state.progress.logged))
@@ -99,6 +100,13 @@ class Session:
                 self.run = RunFolder(self.folder, self.terminal, resume=resume)
                 for note in self._early.notes:
                     self.run.note(note)
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Explain the device's errors meanwhile, and leave the global generators as they were."""
+        device = self._state.train_step.device
+        with device.explain_errors(self._state.batches.batch_size), rng.kept(device.device):
             yield
 
     def _close(self) -> None:
@@ -282,7 +290,9 @@ class Session:
         self.checkpoints.wait()
         # Whoever started the processes ends all of them when one ends.
         self._group.barrier("the last checkpoint")
-        return Interrupted(f"{done}, saved; resume with: torchrelay resume {shlex.quote(str(self.folder))}")
+        by_script = self.record["environment"].get("started_from") == "python"
+        way = "trainer.resume()" if by_script else f"torchrelay resume {shlex.quote(str(self.folder))}"
+        return Interrupted(f"{done}, saved; resume with: {way}")
 
     def _rewind(self, lines: int) -> None:
         if self.run is not None:

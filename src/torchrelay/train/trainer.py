@@ -11,51 +11,46 @@
         after a loss spike, roll back to the checkpoint before it
 """
 
+from __future__ import annotations
+
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Never, Unpack
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.batch import Batch
-from torchrelay.device.device import Device, DeviceSettings
-from torchrelay.distributed.build import build_strategy
-from torchrelay.distributed.replicas import ParallelSettings
-from torchrelay.optim.schedules import ScheduleSettings
-from torchrelay.run.folder import RunFolder
-from torchrelay.run.settings import RunSettings
-from torchrelay.run.terminal import Terminal
-from torchrelay.tasks.task import Task
-from torchrelay.train import assemble
-from torchrelay.train.callbacks import Callback
+from torchrelay.train import arguments, assemble
 from torchrelay.train.evaluation import Evaluation, score
 from torchrelay.train.logs import EarlyLog, best_text, counters, epoch_text, introduction, unit
-from torchrelay.train.progress import Best
+from torchrelay.train.parts import Parts
 from torchrelay.train.session import Session
 from torchrelay.train.spikes import Spike
 from torchrelay.train.step import StepResult
 
 
-class Trainer:
+class Trainer(Parts):
     """Trains a model: the seven steps in their order.
 
     Args:
         model: any module; its initial weights are the caller's.
-        train: training data: a source of `torchrelay.data`, a map-style Dataset, or a pair (inputs, targets).
+        train: training data: a source of `torchrelay.data`, a map-style Dataset, a pair (inputs, targets), a dict of
+            equally long tensors, a list of samples, or a DataLoader of one of these.
         test: test data, likewise; each sample is evaluated once.
         validation: data by which "best" and early stopping go instead of the test data.
         task: what a batch means; classification if not given.
-        optimizer: settings such as `optim.SGD(lr=0.1)`, or any function from a model to a torch optimizer.
-        schedule: how the learning rate changes by step, such as `optim.Cosine()`.
+        loss: another name of `task`; both take a task, or a loss of PyTorch's such as `nn.CrossEntropyLoss()`.
+        optimizer: settings such as `optim.SGD(lr=0.1)`, a torch optimizer or its class, a name, or any function from a
+            model to a torch optimizer.
+        schedule: how the learning rate changes by step, such as `optim.Cosine()`; or a function from the step to the
+            factor of the rate.
         epochs: passes over the training data; short for `settings.epochs`.
         seed: of all randomness; short for `settings.seed`.
         run: the run's folder; without one nothing is written and nothing can be resumed.
         settings: seed, exactness, intervals, patience.
-        device: a name such as "cuda:1", `DeviceSettings`, or a device that is set up.
+        device: a name such as "cuda:1", a torch.device, `DeviceSettings`, or a device that is set up.
         parallel: into how many replicas a global batch is divided, and how devices share them.
         ema: decay of an exponential average of the weights, which is evaluated in their place; 0: none.
         clip_norm: the largest norm of the gradient; the optimizer settings' if not given.
@@ -77,39 +72,40 @@ class Trainer:
         test: Any = None,
         *,
         validation: Any = None,
-        task: Task | None = None,
-        optimizer: Callable[[nn.Module], Optimizer] | None = None,
-        schedule: ScheduleSettings | None = None,
+        task: arguments.TaskLike | None = None,
+        loss: arguments.TaskLike | None = None,
+        optimizer: arguments.OptimizersLike | None = None,
+        schedule: arguments.ScheduleLike | None = None,
         epochs: int | None = None,
         seed: int | None = None,
         run: str | Path | None = None,
-        settings: RunSettings | None = None,
-        device: str | DeviceSettings | Device = "auto",
-        parallel: ParallelSettings | None = None,
+        settings: arguments.RunSettings | None = None,
+        device: arguments.DeviceLike = "auto",
+        parallel: arguments.ParallelSettings | None = None,
         ema: float = 0.0,
         clip_norm: float | None = None,
-        checkpoint: CheckpointSettings | None = None,
-        callbacks: Sequence[Callback] = (),
-        terminal: Terminal | None = None,
+        checkpoint: arguments.CheckpointSettings | None = None,
+        callbacks: arguments.CallbacksLike = (),
+        terminal: arguments.Terminal | None = None,
         record: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
-        **data: Unpack[assemble.BatchOptions],
+        **data: Unpack[arguments.BatchOptions],
     ) -> None:
         # 1. Prepare
-        self.settings, parallel = assemble.run_settings(settings, epochs, seed), parallel or ParallelSettings()
+        self.settings = assemble.run_settings(settings, epochs, seed)
+        parallel = parallel or arguments.ParallelSettings()
         # 4. Device: before the data, which is augmented on it
         here, group, replicas = assemble.prepare_device(device, parallel, self.settings.exact)
-        log = EarlyLog((terminal or Terminal()) if group.main else Terminal(quiet=True), notes)
+        log = EarlyLog((terminal or arguments.Terminal()) if group.main else arguments.Terminal(quiet=True), notes)
         # 2. Data
         parts = {"validation": validation, "test": test}
-        self.batches, evaluated = assemble.make_batches(train, parts, data, here, group, replicas, self.settings.seed)
+        dtype, seed = assemble.dtype_of(model), self.settings.seed
+        self.batches, evaluated = assemble.make_batches(train, parts, data, here, group, replicas, seed, dtype)
         # 3. Model
         self.model, exact = model, self.settings.exact
-        self.strategy = build_strategy(
-            model, parallel.kind, group, here, exact=exact, dummy_loss=self._dummy_loss, say=log.say
-        )
+        self.strategy = assemble.make_strategy(model, parallel, group, here, exact, self._dummy_loss, log.say)
         # 6. Loss: before the optimizers, as a task may have several
-        self.task = assemble.prepare_task(task, self.batches, evaluated)
+        self.task = assemble.prepare_task(task, loss, self.batches, evaluated, log)
         # 5. Optimizer and schedule
         updates = assemble.make_updates(optimizer, schedule, clip_norm, ema, self.strategy, self.task)
         # 7. Train and test: the parts that the loop calls
@@ -127,17 +123,22 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def fit(self, *, resume: bool = False, accept_changes: bool = False) -> dict[str, float]:
+    def fit(
+        self, *data: Never, resume: bool = False, accept_changes: bool = False, **others: Never
+    ) -> dict[str, float]:
         """Train until the end and return the last evaluation's metrics.
 
         Args:
+            data: none; the constructor has it, and whatever `others` could be.
             resume: whether to continue from the newest whole checkpoint, as `resume()` does.
             accept_changes: whether to resume even if the data or the recipe changed, to another result.
+            others: none.
 
         Raises:
             Interrupted: a signal stopped the run, and a checkpoint is saved.
             RelayError: the run can't continue; the text says why and what to do.
         """
+        arguments.refuse_in_fit(data, others)
         with self._around_loop(resume, accept_changes):
             while self.progress.continues:
                 self.model.train()
@@ -254,16 +255,21 @@ class Trainer:
         if self.best is not None:
             self.say(best_text(self.best, self.task, self.selects_on))
 
-    def evaluate(self, split: str = "test") -> Evaluation:
-        """Run the model over the test or the validation data, each sample once.
+    def evaluate(self, data: Any = "test") -> Evaluation:
+        """Run the model over data, each sample once.
+
+        Args:
+            data: "test", "validation", or other data as the constructor takes it.
 
         Raises:
             UsageError: the trainer was given no such data.
         """
-        with self.device.explain_errors(self.batches.batch_size):
-            evaluation = self.evaluator.evaluate(split)
+        with self.session.alone():
+            part = data if isinstance(data, str) else assemble.batches_like(self.batches, data)
+            evaluation = self.evaluator.evaluate(part)
         assert evaluation is not None  # noqa: S101 - nothing stops it
-        self._keep(split, evaluation)
+        if isinstance(data, str):
+            self._keep(data, evaluation)
         return evaluation
 
     def _evaluate(self, splits: Iterable[str]) -> dict[str, dict[str, float]]:
@@ -284,9 +290,9 @@ class Trainer:
             self.progress.evaluated(evaluation.values, score(self.task, evaluation.values))
 
     def predict(self, data: Any) -> Any:
-        """Return the task's predictions for a source, a Dataset or a tensor (samples, …); see `Evaluator.predict`."""
-        with self.device.explain_errors(self.batches.batch_size):
-            return self.evaluator.predict(assemble.batches_like(self.batches, data))
+        """Return the task's predictions for data, or inputs alone (samples, …); see `Evaluator.predict`."""
+        with self.session.alone():
+            return self.evaluator.predict(assemble.batches_like(self.batches, assemble.stacked(data)))
 
     def save(self, *, training_continues: bool = False) -> None:
         """Save a checkpoint; see `Session.save`."""
@@ -295,46 +301,6 @@ class Trainer:
     def load(self, which: str = "best") -> Path:
         """Load the weights of the checkpoint "best", "last" or of a step's number; return its folder."""
         return self.session.load_weights(which)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken."""
-        return self.progress.step
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer of the model's parameters."""
-        return self.train_step.optimizer
-
-    @property
-    def device(self) -> Device:
-        """Where and in which precision the model computes."""
-        return self.train_step.device
-
-    @property
-    def run(self) -> RunFolder | None:
-        """The open run folder: on rank 0, while the loop runs."""
-        return self.session.run
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the training data's classes."""
-        return self.batches.source.classes
-
-    @property
-    def best(self) -> Best | None:
-        """The best evaluation so far."""
-        return self.progress.best
-
-    @property
-    def last_evaluation(self) -> Evaluation | None:
-        """The last evaluation of the part that `selects_on` names."""
-        return self.evaluator.last
-
-    @property
-    def selects_on(self) -> str:
-        """The part of the data by which the best model is selected: "validation", "test" or "train"."""
-        return self.evaluator.selects_on
 
     def stop(self, reason: str) -> None:
         """End the training after this step or epoch, as early stopping does; the run counts as done."""

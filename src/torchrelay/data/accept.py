@@ -1,0 +1,157 @@
+"""Step 2: what a user may give as data, and what it becomes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from torchrelay.data.sources import ArraySource, DatasetSource, Source, arrays, dataset
+from torchrelay.errors import UsageError
+
+_INSTEAD_OF = {  # samplers of PyTorch's
+    "WeightedRandomSampler": 'give sampling="balanced"',
+    "SubsetRandomSampler": "give torch.utils.data.Subset(dataset, indices)",
+    "DistributedSampler": "leave it out, as processes share each batch by themselves",
+}
+
+
+class Samples(Dataset[Any]):
+    """A list of samples as a dataset."""
+
+    def __init__(self, samples: Sequence[Any]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample."""
+        return self._samples[index]
+
+
+class Columns(Dataset[dict[str, Tensor]]):
+    """A dict of equally long tensors as a dataset of dicts, a sample each.
+
+    Args:
+        columns: tensors or arrays by name.
+
+    Raises:
+        UsageError: they aren't equally long.
+    """
+
+    def __init__(self, columns: Mapping[str, Any]) -> None:
+        try:
+            self._columns = {name: torch.as_tensor(column, device="cpu") for name, column in columns.items()}
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(
+                f"a dict of {', '.join(sorted({type(column).__name__ for column in columns.values()}))} can't be used "
+                "as data: give equally long tensors by name, from which samples are taken as dicts"
+            ) from None
+        lengths = {name: len(column) if column.ndim else 1 for name, column in self._columns.items()}
+        if len(set(lengths.values())) != 1:
+            listed = ", ".join(f"'{name}' {length}" for name, length in lengths.items()) or "nothing"
+            raise UsageError(f"a dict as data needs equally long tensors, an entry a sample, and has {listed}")
+        self._length = next(iter(lengths.values()))
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return a sample."""
+        return {name: column[index] for name, column in self._columns.items()}
+
+
+def as_source(data: Any, dtype: torch.dtype = torch.float32) -> Source:
+    """Return a source of what a user may give.
+
+    Args:
+        data: a source; a torch Dataset, or anything with `__getitem__` and `__len__`; a pair (inputs, targets) of
+            tensors or arrays; a dict of equally long tensors; a list of samples; a DataLoader, whose dataset and
+            collate function are taken.
+        dtype: of the model's parameters; where that is float64, arrays keep it.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    if isinstance(data, ArraySource | DatasetSource):
+        return data
+    if isinstance(data, DataLoader):
+        return _of_loader(data)
+    if isinstance(data, Tensor | np.ndarray):
+        return arrays(data, dtype=kept)
+    if isinstance(data, Mapping):
+        return dataset(Columns(data))
+    if isinstance(data, list) and all(isinstance(sample, tuple | dict) for sample in data):
+        return dataset(Samples(data))
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return arrays(data[0], data[1], dtype=kept)
+    if isinstance(data, Iterator):
+        raise UsageError(
+            f"a {type(data).__name__} can be read once and in its own order, and a run reads in any order again and "
+            "again: give list(...) of it, or a Dataset"
+        )
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, str | list | tuple)):
+        return dataset(data)
+    raise UsageError(
+        f"{type(data).__name__} can't be used as data: give a source of torchrelay.data, a torch Dataset, or "
+        "(inputs, targets)"
+    )
+
+
+def _of_loader(loader: DataLoader[Any]) -> Source:
+    source = as_source(loader.dataset)
+    if loader.collate_fn is default_collate or isinstance(loader.dataset, IterableDataset):
+        return source
+    return dataset(loader.dataset, source.classes, loader.collate_fn)
+
+
+def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return what a DataLoader of training data says of its batches, as arguments of `Trainer`.
+
+    Raises:
+        UsageError: its order can't be had here; the text says what to give instead.
+    """
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        found = f"a batch_sampler ({_name(loader.batch_sampler)})" if loader.batch_sampler else "no batch_size"
+        raise UsageError(
+            f"the DataLoader has {found}, and here a batch follows from (seed, epoch, position): give its dataset, and "
+            "batch_size=, sampling= and drop_last= to Trainer"
+        )
+    is_random = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    if not is_random and not isinstance(sampler, SequentialSampler):
+        instead = _INSTEAD_OF.get(
+            _name(sampler), 'give its dataset, and sampling="shuffle", "balanced" or "sequential"'
+        )
+        raise UsageError(
+            f"the DataLoader has a {_name(sampler)}, whose order doesn't follow from (seed, epoch, position): {instead}"
+        )
+    if loader.worker_init_fn is not None:
+        raise UsageError(
+            "the DataLoader has a worker_init_fn, which isn't called here, as all generators are seeded for each "
+            "sample: let the dataset do the rest, and leave it out"
+        )
+    return {
+        "batch_size": loader.batch_size,
+        "sampling": "shuffle" if is_random else "sequential",
+        "drop_last": loader.drop_last,
+        "workers": loader.num_workers,
+    }
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
