@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torchrelay.errors import RelayError
     from torchrelay.models.factory import ModelSettings
     from torchrelay.recipe.recipe import Recipe
+    from torchrelay.recipe.trained import load
     from torchrelay.run.settings import RunSettings
     from torchrelay.tasks.classification import Classification
     from torchrelay.tasks.multilabel import MultiLabel
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "augment",
     "data",
+    "load",
     "log",
     "models",
     "optim",
@@ -73,6 +75,7 @@ _MODULE_OF = {
     "RunSettings": "run.settings",
     "Task": "tasks.task",
     "Trainer": "train.trainer",
+    "load": "recipe.trained",
     "log": "train.record",
 }
 

@@ -232,8 +232,17 @@ def lbfgs() -> dict[str, Any]:
     return {"model": net(), "train": data, "test": data, "optimizer": optimizer}
 
 
+def criterion() -> dict[str, Any]:
+    """What a PyTorch user has: a loss that ignores some labels and weighs the others, and an optimizer."""
+    labels = torch.where(torch.arange(SAMPLES) % 5 == 0, -100, LABELS)
+    model, arrays = nn.Linear(4, 3), (numbers(SAMPLES, 4), labels)
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return {"model": model, "train": arrays, "test": arrays, "loss": loss, "optimizer": optimizer}
+
+
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    each.__name__: each for each in (tuples, dicts, padded, ragged, vae, gan, distillation, sam, lbfgs)
+    each.__name__: each for each in (tuples, dicts, padded, ragged, vae, gan, distillation, sam, lbfgs, criterion)
 }
 
 

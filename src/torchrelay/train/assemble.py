@@ -329,6 +329,7 @@ def full_record(
     settings: RunSettings,
     batches: Batches,
     strategy: Strategy,
+    task: Task,
 ) -> dict[str, Any]:
     """Return what recipe.toml says of a run: its recipe, or what is known of one that was started from Python."""
     own = {
@@ -336,6 +337,6 @@ def full_record(
         "data": {"name": batches.source.name, "batch_size": batches.batch_size},
         "model": {"name": strategy.model_name},
         "device": batches.device.settings.model_dump(mode="json", exclude_none=True),
-        "environment": {"started_from": "python", "torch": torch.__version__},
+        "environment": {"started_from": "python", "torch": torch.__version__, "task": type(task).__name__},
     }
     return (record or own) | {"parallel": parallel.model_dump() | {"replicas": batches.replicas}}

@@ -109,7 +109,7 @@ class Trainer(Parts):
         # 5. Optimizer and schedule
         updates = assemble.make_updates(optimizer, schedule, clip_norm, ema, self.strategy, self.task)
         # 7. Train and test: the parts that the loop calls
-        record = assemble.full_record(record, parallel, self.settings, self.batches, self.strategy)
+        record = assemble.full_record(record, parallel, self.settings, self.batches, self.strategy, self.task)
         self.progress, self.train_step, self.evaluator, self.callbacks, self.state = assemble.join_parts(
             self.strategy, self.task, updates, self.batches, evaluated, self.settings, callbacks, record, self._settle
         )

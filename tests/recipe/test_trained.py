@@ -1,0 +1,80 @@
+"""A run's folder gives back its model: the predictions are those of the trainer."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import torchrelay as tr
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.recipe import recipe
+from torchrelay.recipe.build import build_trainer
+
+INPUTS = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(20) % 3
+
+
+class Own(tr.Task):
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+    def predict(self, outputs):
+        return outputs.argmax(1)
+
+
+def linear() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+def test_a_recipes_run_needs_its_folder_alone(tmp_path, quiet, digits):
+    run = tmp_path / "run"
+    trainer = build_trainer(recipe.load("digits", ["run.epochs=1", "model.ema=0.9"]), run, terminal=quiet)
+    trainer.fit()
+    trained = tr.load(run)
+    assert trained.classes == trainer.classes
+    assert trained.step == trainer.step
+    images = digits[1].inputs[:30]
+    expected = trainer.predict(images)
+    assert torch.equal(trained.predict(images), expected)
+    assert torch.equal(trained.predict(images.numpy()), expected)
+    assert torch.equal(trained.predict(list(images)), expected)
+    assert torch.equal(tr.load(str(run), "last").predict(digits[1]), trainer.predict(digits[1]))
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(images[i, 0].numpy()).save(tmp_path / "images" / f"{i}.png")
+    paths = sorted((tmp_path / "images").iterdir())
+    assert torch.equal(trained.predict(paths), trained.predict(tmp_path / "images"))
+    torch.testing.assert_close(trained.predict(str(paths[0])), expected[:1])  # a batch of another size
+    (tmp_path / "images" / "2.png").write_text("no image")
+    with pytest.raises(RelayError, match=r"2\.png"):
+        trained.predict(tmp_path / "images")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss": nn.NLLLoss()}, {"loss": nn.MultiMarginLoss()}, {"task": Own()}, {"loss": nn.CrossEntropyLoss}],
+)
+def test_a_run_from_python_needs_its_model(tmp_path, quiet, changes):
+    torch.manual_seed(0)
+    trainer = tr.Trainer(
+        linear(), (INPUTS, LABELS), (INPUTS, LABELS), run=tmp_path / "run", epochs=2, terminal=quiet, **changes
+    )
+    trainer.fit()
+    trainer.load("best")
+    own = {"task": Own()} if "task" in changes else {}
+    assert torch.equal(tr.load(tmp_path / "run", model=linear(), **own).predict(INPUTS), trainer.predict(INPUTS))
+    with pytest.raises(UsageError, match=r"was started from Python: give its model too, tr\.load\("):
+        tr.load(tmp_path / "run")
+    with pytest.raises(RelayError, match="the checkpoint's weights don't fit Linear: size mismatch"):
+        tr.load(tmp_path / "run", model=nn.Linear(5, 3), **own)
+    with pytest.raises(UsageError, match="the run wasn't trained on images in memory"):
+        tr.load(tmp_path / "run", model=linear(), **own).predict("a.png")
+    if own:
+        with pytest.raises(UsageError, match=r"trained by a task of your own, Own: give tr\.load\(\.\.\., task=Own"):
+            tr.load(tmp_path / "run", model=linear())
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    with pytest.raises(UsageError, match="isn't a run: it has no recipe"):
+        tr.load(tmp_path)
