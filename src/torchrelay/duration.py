@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -93,5 +93,34 @@ def _without_clock(duration: Duration) -> Duration:
     return duration
 
 
+def _interval(value: Any) -> "int | Duration":
+    """Parse an interval: a whole number, whose unit its setting knows, or a duration."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"{value} is no interval: give 1 or more")
+        return value
+    interval = value if isinstance(value, Duration) else Duration(value)
+    if not interval.amount:
+        raise ValueError(f"'{interval}' is no interval: write '1 epoch', '200 steps' or '10 min'")
+    return interval
+
+
+def steps_between(interval: "int | Duration", steps_per_epoch: int, total_steps: int, unit: str) -> int:
+    """Return an interval in steps; 0 if the clock measures it.
+
+    Args:
+        interval: a duration, or a whole number.
+        steps_per_epoch: global batches of an epoch.
+        total_steps: steps of the whole run.
+        unit: that of a whole number: "epochs" or "steps".
+    """
+    if not isinstance(interval, Duration):
+        return interval if unit == "steps" else interval * steps_per_epoch
+    return interval.steps(steps_per_epoch, total_steps) if interval.seconds is None else 0
+
+
+_INTERVAL = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["200 steps", "10 min"]}]}
+Interval = Annotated[int | Duration, PlainValidator(_interval), WithJsonSchema(_INTERVAL)]
+"""How often something happens: a whole number, or a duration such as "200 steps" or "10 min"."""
 StepDuration = Annotated[Duration, AfterValidator(_without_clock)]
 """A duration on which a result depends and which therefore may not be wall-clock time."""

@@ -417,8 +417,8 @@ class Faulty(Noisy):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_in_a_dataset_is_not_covered_up(workers):
-    with pytest.raises(KeyError, match="a mistake of the user's"):
+def test_a_mistake_in_a_dataset_names_the_sample_and_the_line(workers):
+    with pytest.raises(RelayError, match=r"sample \d+ can't be read: KeyError: .*a mistake of the user's.* line \d+\)"):
         list(batches(dataset(Faulty()), workers=workers).epoch())
 
 

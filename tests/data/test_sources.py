@@ -110,12 +110,11 @@ def test_no_samples_are_refused():
     [
         (np.array(["cat", "dog"]), r"targets of <U3 can't be converted to a tensor: give numbers"),
         (["cat", "dog"], "targets of list can't be converted to a tensor: give numbers"),
-        (None, "targets of NoneType can't be converted to a tensor: give numbers"),
         ([[1, 2], [3, 4], [5]], "as sample 2 has 1 entries and sample 0 has 2 entries"),
         ([0, 1, "2"], "as sample 2 has str and sample 0 has int"),
         ([torch.zeros(2), torch.zeros(3)], r"as sample 1 has shape \(3,\) and sample 0 has shape \(2,\)"),
     ],
-    ids=["strings", "a list of strings", "nothing", "rows of several lengths", "a string", "tensors of several shapes"],
+    ids=["strings", "a list of strings", "rows of several lengths", "a string", "tensors of several shapes"],
 )
 def test_what_makes_no_tensor_is_refused_with_the_odd_sample(values, text):
     with pytest.raises(UsageError, match=text) as found:

@@ -233,7 +233,7 @@ def test_a_recipe_with_old_names_is_no_change_to_a_run():
         # unknown keys, at each level
         ("rum.epochs=3", "digits: unknown key 'rum'; did you mean 'run'?"),
         ("run.epoch=3", "digits: unknown key 'run.epoch'; did you mean 'epochs'?"),
-        ("run.qqqqq=3", "digits: unknown key 'run.qqqqq'; known here: epochs, evaluate_every, exact, log_every,"),
+        ("run.qqqqq=3", "digits: unknown key 'run.qqqqq'; known here: epochs, evaluate_batches, evaluate_every,"),
         ("optimizer.lrr=1", "digits: unknown key 'optimizer.lrr'; did you mean 'lr'?"),
         ("schedule.warmpu=1", "digits: unknown key 'schedule.warmpu'; did you mean 'warmup'?"),
         ('data.augment=[{name="crop", paddding=1}]', "unknown key 'data.augment.0.paddding'; did you mean 'padding'?"),

@@ -1,6 +1,8 @@
 """Callbacks: when each hook is called, what a checkpoint keeps of them, and those that ship."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings
-from torchrelay.errors import UsageError
+from torchrelay.errors import Interrupted, RelayError, UsageError
 
 
 def build(digits, quiet, run=None, **changes) -> tr.Trainer:
@@ -99,7 +101,7 @@ def test_a_callback_goes_on_from_the_checkpoint(digits, quiet, tmp_path):
                 raise RuntimeError("stumbled")
 
     first = Recorder()
-    with pytest.raises(RuntimeError, match="stumbled"):
+    with pytest.raises(RelayError, match="the callback Stumble failed in on_step after step 6: RuntimeError: stumbled"):
         build(digits, quiet, tmp_path / "run", callbacks=[first, Stumble()]).fit()
     assert first.steps == 6
     assert ("end", 6) not in first.calls
@@ -290,3 +292,233 @@ def test_a_tracker_of_ones_own_gets_every_line(digits, quiet, tmp_path):
     build(digits, quiet, run, settings=settings, checkpoint=saving, callbacks=[Attach()]).fit()
     assert tracker.lines == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert tracker.closed
+
+
+# ------------------------------------------------------------------------------------------------ counting
+
+
+def lines_of(run, split: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+def test_a_run_may_count_in_steps(digits, quiet, tmp_path):
+    settings = tr.RunSettings(steps=10, evaluate_every="3 steps", log_every=5)
+    trainer = build(digits, quiet, tmp_path, epochs=None, settings=settings, schedule=tr.optim.Cosine())
+    trainer.fit()
+    assert trainer.step == 10
+    assert trainer.train_step.schedule.at(10, 1.0) == pytest.approx(0.0, abs=1e-6), "the schedule spans the steps"
+    assert [line["step"] for line in lines_of(tmp_path, "test")] == [3, 6, 9, 10]
+    assert [line["step"] for line in lines_of(tmp_path, "train")] == [4, 8, 10]
+    assert [line["step"] for line in lines_of(tmp_path, "step")] == [5, 10]
+    assert "stopped" not in (tmp_path / "log.txt").read_text()
+
+
+def test_an_evaluation_inside_an_epoch_keeps_the_best(digits, quiet, tmp_path):
+    settings = tr.RunSettings(steps=6, evaluate_every="2 steps")
+    trainer = build(digits, quiet, tmp_path, epochs=None, settings=settings)
+    trainer.fit()
+    values = [line["accuracy"] for line in lines_of(tmp_path, "test")]
+    assert trainer.best.value == max(values)
+    assert "step 2: test accuracy" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_run_killed_in_an_evaluation_inside_an_epoch_repeats_it(digits, quiet, same_runs, tmp_path, at):
+    settings = tr.RunSettings(steps=6, evaluate_every="2 steps")
+
+    class Stop(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            if trainer.step == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    build(digits, quiet, tmp_path / "whole", epochs=None, settings=settings).fit()
+    with pytest.raises(Interrupted):
+        build(digits, quiet, tmp_path / "cut", epochs=None, settings=settings, callbacks=[Stop()]).fit()
+    build(digits, quiet, tmp_path / "cut", epochs=None, settings=settings).resume()
+    same = [
+        [line for split in ("test", "train") for line in lines_of(tmp_path / run, split)] for run in ("whole", "cut")
+    ]
+    for one, other in zip(*same, strict=True):
+        assert (one["step"], one["loss"]) == (other["step"], other["loss"])
+
+
+def test_an_evaluation_of_some_batches_takes_the_same_samples_each_time(digits, quiet):
+    settings = tr.RunSettings(evaluate_batches=2)
+    trainer = build(digits, quiet, settings=settings, batch_size=50)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first.samples == 100
+    assert first.values == second.values
+    indices = [index for batch in trainer.evaluator.parts["test"].epoch() for index in batch.indices]
+    assert sorted(indices) != list(range(100)), "they are drawn"
+
+
+def test_an_evaluation_may_be_due_by_the_clock(digits, quiet, tmp_path):
+    settings = tr.RunSettings(evaluate_every="0.01 s", epochs=1)
+    build(digits, quiet, tmp_path, epochs=1, batch_size=100, settings=settings).fit()
+    assert len(lines_of(tmp_path, "test")) >= 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"), [({"evaluate_every": 0}, "0 is no interval"), ({"log_every": "0 steps"}, "is no interval")]
+)
+def test_an_interval_of_nothing_is_refused(setting, says):
+    with pytest.raises(UsageError, match=says):
+        tr.RunSettings(**setting)
+
+
+# ------------------------------------------------------------------------------------------------ hooks
+
+
+def test_hooks_around_a_step_are_called_in_their_order(digits, quiet):
+    calls = []
+
+    class Hooks(tr.Callback):
+        def on_epoch_start(self, trainer, epoch) -> None:
+            calls.append(("epoch", epoch, trainer.step))
+
+        def on_batch(self, trainer, batch) -> None:
+            calls.append(("batch", trainer.step))
+            assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+        def on_gradients(self, trainer) -> None:
+            calls.append(("gradients", trainer.step))
+            assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+
+        def on_step(self, trainer, batch, loss) -> None:
+            calls.append(("step", trainer.step))
+
+    build(digits, quiet, epochs=1, batch_size=1000, callbacks=[Hooks()]).fit()
+    first = [("epoch", 1, 0), ("batch", 0), ("gradients", 0), ("step", 1)]
+    assert calls == [*first, ("batch", 1), ("gradients", 1), ("step", 2)]
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_start", "on_batch", "on_gradients", "on_step", "on_evaluate", "on_epoch", "on_end"]
+)
+def test_a_callback_that_fails_is_named_with_the_step(digits, quiet, hook):
+    def fails(*_) -> None:
+        raise KeyError("row")
+
+    callback = type("Faulty", (tr.Callback,), {hook: fails})()
+    with pytest.raises(RelayError, match=rf"the callback Faulty failed in {hook} after step \d+: KeyError: 'row'"):
+        build(digits, quiet, epochs=1, callbacks=[callback]).fit()
+
+
+def test_a_group_is_trained_in_its_part_of_the_run(digits, quiet, tmp_path, same_runs):
+    groups = [
+        tr.optim.Group(match=["1.bias"], freeze="2 epochs"),
+        tr.optim.Group(match=["1.weight"], train_for="9 steps"),
+    ]
+    seen = []
+
+    class Watch(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            seen.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
+
+    optimizer = tr.optim.SGD(lr=0.1, groups=groups)
+    build(digits, quiet, tmp_path / "whole", optimizer=optimizer, callbacks=[Watch()]).fit()
+    moved = [
+        {name for name in seen[0] if not torch.equal(seen[i][name], seen[i + 1][name])} for i in range(len(seen) - 1)
+    ]
+    assert moved == [{"1.weight"}] * 7 + [{"1.weight", "1.bias"}] + [{"1.bias"}] * 3
+
+    class Stop(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            if trainer.step == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        build(digits, quiet, tmp_path / "cut", optimizer=optimizer, callbacks=[Stop()]).fit()
+    build(digits, quiet, tmp_path / "cut", optimizer=optimizer).resume()
+    gap = [tr.optim.Group(match=["1.bias"], freeze="2 epochs"), tr.optim.Group(match=["1.weight"], train_for="6 steps")]
+    with pytest.raises(UsageError, match="nothing is trained in step 7"):
+        build(digits, quiet, optimizer=tr.optim.SGD(lr=0.1, groups=gap))
+    whole, cut = (tmp_path / run / "checkpoints" / "step-00000012" / "model.safetensors" for run in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ before the training
+
+
+class Sums(tr.Task):
+    headline = "loss"
+
+    def loss(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets, reduction="sum")
+
+
+def test_a_headline_that_is_not_measured_is_named_before_the_first_step(digits, quiet):
+    class Odd(Sums):
+        headline = "score"
+
+    trainer = build(digits, quiet, task=Odd())
+    with pytest.raises(UsageError, match=r"Odd.headline is 'score', and an evaluation measures loss"):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_a_metric_that_fails_does_so_before_the_first_step(digits, quiet):
+    class Odd(Sums):
+        def measure(self, outputs, targets):
+            raise KeyError("no")
+
+    trainer = build(digits, quiet, task=Odd())
+    with pytest.raises(KeyError):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_a_run_that_failed_in_its_first_step_may_begin_again_in_its_folder(digits, quiet, tmp_path):
+    class Fails(tr.Callback):
+        def on_batch(self, trainer, batch) -> None:
+            raise KeyError("no")
+
+    with pytest.raises(RelayError, match="the callback Fails failed in on_batch after step 0"):
+        build(digits, quiet, tmp_path, callbacks=[Fails()]).fit()
+    build(digits, quiet, tmp_path, epochs=1).fit()
+    assert [line["step"] for line in lines_of(tmp_path, "test")] == [4]
+    with pytest.raises(UsageError, match="holds a run already"):
+        build(digits, quiet, tmp_path, epochs=1).fit()
+
+
+def test_a_run_may_be_resumed_if_there_is_one(digits, quiet, tmp_path):
+    first = build(digits, quiet, tmp_path, epochs=1)
+    first.fit(resume="auto")
+    second = build(digits, quiet, tmp_path, epochs=2)
+    second.fit(resume="auto")
+    assert second.step == 8
+    assert [line["epoch"] for line in second.history if line["split"] == "train"] == [2]
+
+
+def test_a_run_keeps_its_replicas_when_it_is_resumed_from_python(digits, quiet, tmp_path):
+    build(digits, quiet, tmp_path, epochs=1, parallel=tr.ParallelSettings(replicas=4)).fit()
+    assert build(digits, quiet, tmp_path, epochs=2).batches.replicas == 4
+
+
+def test_test_data_may_be_several_by_name(digits, quiet, tmp_path):
+    train, test = digits
+    few = test.take(torch.arange(20))
+    trainer = tr.Trainer(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+        train,
+        {"all": test, "few": few},
+        epochs=1,
+        run=tmp_path,
+        terminal=quiet,
+        test_batch_size=7,
+    )
+    trainer.fit()
+    assert trainer.selects_on == "all"
+    assert len(lines_of(tmp_path, "few")) == 1
+    assert trainer.evaluate("few").samples == 20
+
+
+def test_what_a_callback_adds_to_an_evaluation_is_recorded(digits, quiet, tmp_path):
+    class Adds(tr.Callback):
+        def on_evaluate(self, trainer, split, values) -> None:
+            values["twice"] = 2 * values["loss"]
+
+    build(digits, quiet, tmp_path, epochs=1, callbacks=[Adds()]).fit()
+    (line,) = lines_of(tmp_path, "test")
+    assert line["twice"] == 2 * line["loss"]

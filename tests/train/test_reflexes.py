@@ -565,7 +565,7 @@ def test_fit_says_what_belongs_to_the_constructor():
     ("make", "says"),
     [
         (lambda: tr.RunSettings(epoch=3), "RunSettings: unknown key 'epoch'; did you mean 'epochs'?"),
-        (lambda: tr.RunSettings(log_every=0), "RunSettings: log_every should be at least 1, not 0"),
+        (lambda: tr.RunSettings(log_every=0), "RunSettings: log_every: 0 is no interval: give 1 or more"),
         (lambda: tr.optim.SGD(lr="high"), "SGD: lr should be a number, not 'high'"),
         (lambda: tr.optim.SGD(learning_rate=1), "SGD: unknown key 'learning_rate'; did you mean 'lr'?"),
         (lambda: tr.optim.Adam(beta=1), "did you mean 'betas'?"),
@@ -633,7 +633,7 @@ def test_help_begins_with_what_a_thing_is():
         assert text.index(kind.__doc__.splitlines()[0]) < 2200
         assert "Annotated" not in text[:1000]
         assert "FieldInfo" not in text[:1000]
-    assert "RunSettings(*, epochs=10, seed=0, exact=True" in pydoc.plain(pydoc.render_doc(tr.RunSettings))
+    assert "RunSettings(*, epochs=10, steps=None, seed=0, exact=True" in pydoc.plain(pydoc.render_doc(tr.RunSettings))
 
 
 # ------------------------------------------------------------------------------------------------ float64, generators

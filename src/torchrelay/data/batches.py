@@ -62,6 +62,7 @@ class Batches:
         world_size: the number of processes.
         workers: processes that read a dataset; arrays need none.
         drop_last: leave out the last batch of an epoch if it is smaller.
+        limit: batches of an evaluation, whose samples are drawn by the seed; None: all.
         dtype: of the model's parameters; inputs that are floats are converted unless it is float32.
 
     Raises:
@@ -84,6 +85,7 @@ class Batches:
         world_size: int = 1,
         workers: int = 0,
         drop_last: bool = False,
+        limit: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         _check_arguments(batch_size, sampling, replicas if train else world_size, rank, world_size, workers)
@@ -97,7 +99,8 @@ class Batches:
         self.dtype = dtype
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
-        self.samples, self.has_targets = len(source), not isinstance(source, ArraySource) or source.has_targets
+        self.samples = len(source) if limit is None else min(len(source), limit * batch_size)
+        self.has_targets = not isinstance(source, ArraySource) or source.has_targets
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
             raise RelayError(
@@ -107,10 +110,10 @@ class Batches:
         # User code that runs in this process may look at the model, so it has to run on the loop's stream.
         runs_user_code = not pipeline.is_built_in or (isinstance(source, DatasetSource) and workers == 0)
         self._stream = None if runs_user_code else side_stream(device.device)
-        self._sample_indices = _sampler(source, seed, sampling if train else "sequential")
+        self._sample_indices = _sampler(source, seed, sampling if train else _evaluated_order(limit))
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _arrays(source, device.device)
-            self._sample_bytes = max(1, source.inputs.nbytes // self.samples)
+            self._sample_bytes = max(1, source.inputs.nbytes // len(source))
         else:
             self._loader = Loader(source, seed, workers, self._pin_memory)
             self._collates = source.collate is not None
@@ -286,6 +289,11 @@ def _arrays(source: ArraySource, device: torch.device) -> tuple[Tensor, Tensor]:
 def _chunks(shares: Iterator[_Share], size: int) -> Iterator[list[_Share]]:
     while chunk := list(islice(shares, size)):
         yield chunk
+
+
+def _evaluated_order(limit: int | None) -> Sampling:
+    """Return the order of an evaluation: that of the source, or a random one of which the first samples are taken."""
+    return "sequential" if limit is None else "shuffle"
 
 
 def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Positions], Positions]:

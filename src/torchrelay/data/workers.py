@@ -1,5 +1,6 @@
 """Step 2: read a torch Dataset sample by sample, in worker processes or in this one."""
 
+import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -41,7 +42,16 @@ class _Seeded(Dataset[Any]):
         samples = []
         for epoch, position, index in keys:
             reseed_everything(seed_for(self.seed, "sample", epoch, position))
-            samples.append(self.dataset[index])
+            try:
+                samples.append(self.dataset[index])
+            except RelayError:
+                raise
+            except Exception as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise RelayError(
+                    f"{self.name}: sample {index} can't be read: {type(error).__name__}: {error} "
+                    f"({place.filename}, line {place.lineno})"
+                ) from error
         try:
             if self.collate is default_collate and isinstance(samples[0], tuple):
                 # PyTorch's collate function would silently convert to the widest type.

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
+from torchrelay.duration import Duration, StepDuration
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings
 
@@ -26,15 +27,17 @@ class Group(Settings):
     """Or a factor by which their learning rate is multiplied."""
     weight_decay: float | None = Field(default=None, ge=0.0)
     """Their weight decay."""
-    freeze: bool = False
-    """Whether they aren't trained."""
+    freeze: bool | StepDuration = False
+    """Whether they aren't trained; or how long, from the start, they aren't: "3 epochs"."""
+    train_for: StepDuration | None = None
+    """How long, from the start, they are trained: "1 epoch". Unset: to the end."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError("lr and lr_scale exclude each other: keep one of them")
-        if self.freeze and {self.lr, self.lr_scale, self.weight_decay} != {None}:
-            raise ValueError("a frozen group has no lr, lr_scale or weight_decay: leave them out")
+        if self.freeze is True and {self.lr, self.lr_scale, self.weight_decay, self.train_for} != {None}:
+            raise ValueError("a frozen group has no lr, lr_scale, weight_decay or train_for: leave them out")
         return self
 
 
@@ -64,7 +67,7 @@ def parameter_groups(
     _check_patterns(groups, [name for name, _ in trainable])
     for name, parameter in trainable:
         group = next((g for g in groups if matches(name, g.match)), None)
-        if group is not None and group.freeze:
+        if group is not None and group.freeze is True:
             parameter.requires_grad_(False)
             continue
         chosen = _with_exceptions(options(name, parameter), group)
@@ -109,7 +112,46 @@ def _with_exceptions(options: Options, group: Group | None) -> Options:
         return dict(options)
     lr = options["lr"] * (1.0 if group.lr_scale is None else group.lr_scale) if group.lr is None else group.lr
     decay = options["weight_decay"] if group.weight_decay is None else group.weight_decay
-    return {**options, "lr": lr, "weight_decay": decay}
+    spans = {"freeze": group.freeze or None, "train_for": group.train_for}
+    return {**options, "lr": lr, "weight_decay": decay, **{name: str(span) for name, span in spans.items() if span}}
+
+
+class Freezing:
+    """Freezes and unfreezes the parameter groups that are trained in a part of the run only.
+
+    What a step trains follows from its number, so a resumed run trains the same.
+
+    Args:
+        groups: of the optimizers; "freeze" and "train_for" are durations.
+        steps_per_epoch: global batches of an epoch.
+        total_steps: steps of the whole run.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], steps_per_epoch: int, total_steps: int) -> None:
+        def span(group: dict[str, Any], name: str, default: int) -> int:
+            return Duration(group[name]).steps(steps_per_epoch, total_steps) if name in group else default
+
+        self._spans = [
+            (group["params"], span(group, "freeze", 0), span(group, "train_for", total_steps))
+            for group in groups
+            if "freeze" in group or "train_for" in group
+        ]
+        spans = [(first, end) for _, first, end in self._spans]
+        for step in (0, *(end for _, end in spans if end < total_steps)) if len(spans) == len(groups) else ():
+            if not any(first <= step < end for first, end in spans):
+                raise UsageError(f"optimizer.groups: nothing is trained in step {step + 1}: let some parameters go")
+
+    def apply(self, step: int) -> None:
+        """Let the parameters that a step, counted from 0, trains require gradients, and no others of these groups."""
+        for parameters, first, end in self._spans:
+            is_trained = first <= step < end
+            for parameter in parameters:
+                if parameter.requires_grad != is_trained:
+                    parameter.requires_grad_(is_trained)
+
+    def __bool__(self) -> bool:
+        """Return whether there is such a group."""
+        return bool(self._spans)
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

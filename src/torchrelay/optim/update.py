@@ -25,13 +25,12 @@ class Update:
         self.parameters: list[nn.Parameter] = [each for group in optimizer.param_groups for each in group["params"]]
         self.wants_closure = wants_closure(optimizer)
 
-    def step(self, loss: Tensor, recompute: Callable[[], Tensor], restore: Callable[[], None]) -> None:
+    def step(self, loss: Tensor, recompute: Callable[[], Tensor]) -> None:
         """Call an optimizer with a closure that computes the same loss and gradient again.
 
         Args:
             loss: of the gradient that the parameters have.
             recompute: leaves the gradient in the parameters and returns the loss.
-            restore: sets the model's buffers to those from before the step.
         """
         # LBFGS begins with the loss at the weights as they are; SAM has moved them before its first call.
         known = [loss] if isinstance(self.optimizer, torch.optim.LBFGS) else []
@@ -39,7 +38,6 @@ class Update:
         def closure() -> Tensor:
             if known:
                 return known.pop()
-            restore()
             self.optimizer.zero_grad()
             with torch.enable_grad():
                 return recompute()
@@ -60,7 +58,7 @@ def wants_closure(optimizer: Optimizer) -> bool:
 def alone(update: Update, updates: Sequence[Update]) -> Iterator[None]:
     """Let only an update's parameters require gradients."""
     own: set[Any] = set(update.parameters)
-    others = [each for other in updates for each in other.parameters if each not in own]
+    others = [each for other in updates for each in other.parameters if each.requires_grad and each not in own]
     for parameter in others:
         parameter.requires_grad_(False)
     try:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import socket
 import time
 import tomllib
@@ -39,6 +40,8 @@ def check_free(path: Path) -> None:
         UsageError: it does.
     """
     if (path / "recipe.toml").exists():
+        if has_only_begun(path):
+            return
         by_script = 'started_from = "python"' in (path / "recipe.toml").read_text(encoding="utf-8")
         way = "trainer.resume(), in place of fit()" if by_script else f"torchrelay resume {shlex.quote(str(path))}"
         raise UsageError(f"{path} holds a run already: choose another folder, or resume it by: {way}")
@@ -48,6 +51,14 @@ def check_free(path: Path) -> None:
         raise UsageError(
             f"{path} isn't empty and holds no run, but {others[0]}: choose a new or an empty folder for the run"
         )
+
+
+def has_only_begun(path: Path) -> bool:
+    """Return whether a run has taken no step on record, as one that failed in its first: it may begin again."""
+    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+    saved = {each.name for each in checkpoints.iterdir()} if checkpoints.is_dir() else set()
+    is_empty = not metrics.exists() or not metrics.stat().st_size
+    return is_empty and saved <= {"step-00000000", "last", "best"}
 
 
 class RunFolder:
@@ -73,6 +84,8 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = _take(path / "lock")
+            if not resume and self.checkpoints.exists():
+                shutil.rmtree(self.checkpoints)  # of step 0: see `check_free`
             self._log = (path / "log.txt").open("a", encoding="utf-8")
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         except OSError as error:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from torchrelay.duration import Interval
 from torchrelay.settings import Settings
 
 Views = Literal[1, 2, 6]  # how many views of an image test-time augmentation averages over
@@ -14,20 +15,24 @@ class RunSettings(Settings):
 
     epochs: int = Field(default=10, ge=1)
     """Number of passes over the training data."""
+    steps: int | None = Field(default=None, ge=1)
+    """Number of optimizer steps of the whole run, which the schedule spans, in place of `epochs`."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of all randomness in the run: initial weights, order, augmentation, dropout."""
     exact: bool = True
     """Use deterministic kernels and a power of two of replicas, so that an interrupted run gives the same bits."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
-    evaluate_every: int = Field(default=1, ge=1)
-    """Epochs between two evaluations; the last epoch is always evaluated."""
+    evaluate_every: Interval = 1
+    """Epochs between two evaluations, or "200 steps", "10 min"; the end of the run is always evaluated."""
+    evaluate_batches: int | None = Field(default=None, ge=1)
+    """Evaluate on so many batches only, drawn by the seed, the same each time. Unset: on all samples."""
     train_metrics: bool = True
     """Also measure the task's metrics, such as accuracy, on the training batches."""
     test_views: Views = 1
     """Average evaluation over views of each image. 2: it and its mirror image; 6: if unsure, shifted ones as well."""
-    log_every: int = Field(default=50, ge=1)
-    """Steps between two lines of metrics within an epoch."""
+    log_every: Interval = 50
+    """Steps between two lines of metrics within an epoch, or "0.1 epochs", "1 min"."""
     on_spike: Literal["stop", "rollback"] = "stop"
     """What to do on a loss spike: stop, or roll back to the checkpoint before it, skip its batch and continue."""
     spike_threshold: float | None = Field(default=None, gt=1)

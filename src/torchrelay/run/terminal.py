@@ -234,19 +234,30 @@ def epoch_line(
         seconds: how long the epoch took.
         unit: what the samples are.
     """
+    parts = _metrics(splits, headline, percent)
+    if rate is not None:
+        parts.append(f"{rate:,.0f} {unit}/s")
+    if seconds is not None:
+        parts.append(duration(seconds))
+    return f"epoch {epoch:>{len(str(epochs))}}: {_GAP.join(parts)}"
+
+
+def step_line(
+    step: int, splits: Mapping[str, Mapping[str, float]], *, headline: str = "accuracy", percent: bool = True
+) -> str:
+    """Return the line that sums up an evaluation within an epoch, such as ``step 400: test accuracy 51.48%   …``."""
+    return f"step {step:,}: {_GAP.join(_metrics(splits, headline, percent))}"
+
+
+def _metrics(splits: Mapping[str, Mapping[str, float]], headline: str, percent: bool) -> list[str]:
+    """Return the headline metric of each split, and their losses."""
     parts = [
         f"{split} {headline.replace('_', ' ')} {metric(values[headline], percent)}"
         for split, values in splits.items()
         if headline in values
     ]
     losses = [number(values["loss"]) for values in splits.values() if "loss" in values]
-    if losses and headline != "loss":
-        parts.append(f"loss {' / '.join(losses)}")
-    if rate is not None:
-        parts.append(f"{rate:,.0f} {unit}/s")
-    if seconds is not None:
-        parts.append(duration(seconds))
-    return f"epoch {epoch:>{len(str(epochs))}}: {_GAP.join(parts)}"
+    return parts + ([f"loss {' / '.join(losses)}"] if losses and headline != "loss" else [])
 
 
 def metric(value: float, percent: bool) -> str:

@@ -49,6 +49,10 @@ def explain(error: Exception, batch: Batch, model: nn.Module) -> None:
     Raises:
         RelayError: the message names the sample.
     """
+    if isinstance(error, TargetError) and batch.targets is None:
+        raise RelayError(
+            f"{batch.name} has no targets: give Trainer pairs (inputs, targets), or another task"
+        ) from error
     if isinstance(error, TargetError):
         raise error.of(batch.name, batch.targets, batch.indices) from error
     wanted = next((parameter.dtype for parameter in model.parameters()), None)

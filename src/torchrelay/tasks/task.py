@@ -150,6 +150,15 @@ class Task:
         return self.predict(self.forward(model, batch))
 
 
+def held_modules(task: Task) -> list[nn.Module]:
+    """Return the modules that a task holds as attributes, alone or in lists, tuples and dicts."""
+    found = list[nn.Module]()
+    for value in vars(task).values():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        found += [each for each in values if isinstance(each, nn.Module)]
+    return found
+
+
 def calls_once(task: Task) -> bool:
     """Return whether a task calls the model once for a batch, as a whole, as the default methods do."""
     return type(task).compute is Task.compute and type(task).forward is Task.forward

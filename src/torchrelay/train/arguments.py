@@ -56,6 +56,8 @@ class BatchOptions(TypedDict, total=False):
     """Whether an epoch's last batch is left out if it is smaller; it isn't by default."""
     workers: int
     """Processes that read a Dataset; arrays need none."""
+    test_batch_size: int
+    """Samples of a batch in evaluations; `batch_size` if not given."""
     normalise: bool
     """The former spelling of `normalize`."""
 

@@ -1,8 +1,10 @@
 """Step 7: what the trainer's constructor makes of its arguments, in the order in which it needs it."""
 
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -19,16 +21,18 @@ from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import ProcessGroup, init_process_group
 from torchrelay.distributed.replicas import ParallelSettings, count_replicas
 from torchrelay.distributed.strategy import Strategy
+from torchrelay.duration import steps_between
 from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.optim.accept import Factor, ScheduleLike, as_optimizer, as_schedule, make
+from torchrelay.optim.groups import Freezing
 from torchrelay.optim.optimizers import OptimizerBase
 from torchrelay.optim.schedules import ScheduleBase
 from torchrelay.optim.update import Update
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.accept import TaskLike, as_task
 from torchrelay.tasks.targets import check_targets
-from torchrelay.tasks.task import Task, calls_once, loss_and_outputs, total
+from torchrelay.tasks.task import Task, calls_once, held_modules, loss_and_outputs, total
 from torchrelay.train.arguments import (
     BatchOptions,
     CallbacksLike,
@@ -48,14 +52,17 @@ from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
 
 
-def run_settings(settings: RunSettings | None, epochs: int | None, seed: int | None) -> RunSettings:
+def run_settings(settings: RunSettings | None, epochs: int | None, steps: int | None, seed: int | None) -> RunSettings:
     """Return the settings of a run with those that were given on their own."""
-    changes = {name: value for name, value in (("epochs", epochs), ("seed", seed)) if value is not None}
+    given = {"epochs": epochs, "steps": steps, "seed": seed}
+    changes = {name: value for name, value in given.items() if value is not None}
     return RunSettings(**((settings or RunSettings()).model_dump() | changes))
 
 
-def prepare_device(given: DeviceLike, parallel: ParallelSettings, exact: bool) -> tuple[Device, ProcessGroup, int]:
-    """Set up the device unless it is, join the process group, and count the replicas.
+def prepare_device(
+    given: DeviceLike, parallel: ParallelSettings, exact: bool, run: str | Path | None
+) -> tuple[Device, ProcessGroup, int]:
+    """Set up the device unless it is, join the process group, and count the replicas; a run keeps its own.
 
     Raises:
         UsageError: this machine has no such device, or so many processes can't share the replicas.
@@ -65,30 +72,25 @@ def prepare_device(given: DeviceLike, parallel: ParallelSettings, exact: bool) -
     if isinstance(device, DeviceSettings):
         device = set_up(device, exact)
     group = init_process_group(device.device, parallel.timeout)
+    if parallel.replicas is None and run is not None and (recipe := Path(run) / "recipe.toml").exists():
+        recorded = tomllib.loads(recipe.read_text(encoding="utf-8")).get("parallel", {})
+        parallel = parallel.model_copy(update={"replicas": recorded.get("replicas")})
     return device, group, count_replicas(parallel, group.size, exact)
 
 
 def make_batches(
     train: Any,
-    evaluated: Mapping[str, Any],
+    validation: Any,
+    test: Any,
     options: BatchOptions,
-    device: Device,
-    group: ProcessGroup,
-    replicas: int,
-    seed: int,
+    where: tuple[Device, ProcessGroup, int],
+    settings: RunSettings,
     dtype: torch.dtype,
 ) -> tuple[Batches, dict[str, Batches]]:
-    """Return the batches of the training data, and of each other part that is given.
+    """Return the batches of the training data, and of each other part that is given; "test" may be several by name.
 
-    Args:
-        train: training data, as a user gave it.
-        evaluated: other parts by name, likewise; None where there is none.
-        options: of the batches; those of a DataLoader count where they aren't given.
-        device: of the batches.
-        group: the processes that share them.
-        replicas: parts of a batch.
-        seed: of the order.
-        dtype: of the model's parameters.
+    The options of a DataLoader count where they aren't given. `where` is their device, the processes that share them,
+    and the replicas of a training batch; `dtype` is that of the model's parameters.
 
     Raises:
         UsageError: there is no such option.
@@ -97,6 +99,7 @@ def make_batches(
         warnings.warn("Trainer(normalise=…) is now Trainer(normalize=…)", FutureWarning, stacklevel=3)
         options["normalize"] = options["normalise"]
     refuse("Trainer", options, [*BatchOptions.__annotations__])
+    device, group, replicas = where
     source = as_source(train, dtype)
     if isinstance(train, DataLoader):
         options = cast(BatchOptions, options_of(train) | options)
@@ -110,10 +113,10 @@ def make_batches(
     def batches(data: Any, training: bool) -> Batches:
         return Batches(
             as_source(data, dtype),
-            options.get("batch_size", 256),
+            batch_size if training else options.get("test_batch_size", batch_size),
             device,
             pipeline,
-            seed=seed,
+            seed=settings.seed,
             train=training,
             sampling=options.get("sampling", "shuffle") if training else "sequential",
             replicas=replicas if training else 1,
@@ -121,9 +124,13 @@ def make_batches(
             world_size=group.size,
             workers=options.get("workers", 0),
             drop_last=options.get("drop_last", False) and training,
+            limit=None if training else settings.evaluate_batches,
             dtype=dtype,
         )
 
+    batch_size = options.get("batch_size", 256)
+    is_named = isinstance(test, dict) and not any(isinstance(each, Tensor | np.ndarray) for each in test.values())
+    evaluated = {"validation": validation, **(test if is_named else {"test": test})}
     parts = {name: batches(data, training=False) for name, data in evaluated.items() if data is not None}
     return batches(source, training=True), parts
 
@@ -249,15 +256,6 @@ def prepare_task(
     return task
 
 
-def held_modules(task: Task) -> list[nn.Module]:
-    """Return the modules that a task holds as attributes, alone or in lists, tuples and dicts."""
-    found = list[nn.Module]()
-    for value in vars(task).values():
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        found += [each for each in values if isinstance(each, nn.Module)]
-    return found
-
-
 class Parts(NamedTuple):
     """What the loop calls."""
 
@@ -281,7 +279,9 @@ def join_parts(
 ) -> Parts:
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
-    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, settings.log_every)
+    total = settings.steps or settings.epochs * len(batches)
+    log_every = steps_between(settings.log_every, len(batches), total, "steps") or 1
+    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, log_every, settings.steps)
     # A CUDA graph holds a step of one replica.
     device = batches.device.without_graph() if batches.replicas > 1 else batches.device
     train_step = TrainStep(
@@ -298,6 +298,9 @@ def join_parts(
         measure=settings.train_metrics,
         dummy_batch=batches.dummy_batch,
         before_update=lambda: settle(trained=True),
+        freezing=Freezing(
+            [group for each in updates.each for group in each.optimizer.param_groups], len(batches), total
+        ),
     )
     views = settings.test_views
     evaluator = Evaluator(

@@ -1,13 +1,14 @@
-"""Step 7: what may happen around a step. All hooks are on this page, five of them, each with when it is called."""
+"""Step 7: what may happen around a step. All hooks are on this page, eight of them, each with when it is called."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay.data.batch import Batch
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
@@ -47,10 +48,22 @@ class Training(Protocol):
 
 
 class Callback:
-    """Override what you need. A callback with a state of its own also overrides the last two methods."""
+    """Override what you need: a method that isn't overridden costs nothing in a step, one that is what it computes.
+
+    A callback with a state of its own also overrides the last two methods.
+    """
 
     def on_start(self, trainer: Training) -> None:
         """Called once before the first step, after a resume has restored its checkpoint."""
+
+    def on_epoch_start(self, trainer: Training, epoch: int) -> None:
+        """Called before the first step of each epoch (counted from 1); not if a run is resumed inside it."""
+
+    def on_batch(self, trainer: Training, batch: Batch) -> None:
+        """Called before each optimizer step, with this process's part of the global batch."""
+
+    def on_gradients(self, trainer: Training) -> None:
+        """Called before each update: the sum of all replicas' gradients, clipped, is in the parameters' `.grad`."""
 
     def on_step(self, trainer: Training, batch: Batch, loss: Tensor) -> None:
         """Called after each optimizer step. `loss` is on the device: reading its value waits for the device."""
@@ -70,6 +83,32 @@ class Callback:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
+
+
+def step_hooks(callbacks: Sequence[Callback]) -> dict[str, list[Callback]]:
+    """Return the callbacks that define each hook of a step; the others aren't called."""
+    hooks = ("on_batch", "on_gradients", "on_step")
+    return {
+        hook: [each for each in callbacks if getattr(type(each), hook) != getattr(Callback, hook)] for hook in hooks
+    }
+
+
+def notify(callbacks: Sequence[Callback], hook: str, trainer: Training, *arguments: Any) -> None:
+    """Call a hook of each callback.
+
+    Raises:
+        RelayError: one of them failed; the text says which, and where.
+    """
+    for callback in callbacks:
+        try:
+            getattr(callback, hook)(trainer, *arguments)
+        except RelayError:
+            raise
+        except Exception as error:
+            raise RelayError(
+                f"the callback {type(callback).__name__} failed in {hook} after step {trainer.step}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 class EarlyStopping(Callback):

@@ -106,13 +106,17 @@ class Evaluator:
         self._ema, self._before = ema, before
 
     def evaluate(
-        self, part: str | Batches = "test", should_stop: Callable[[], bool] = lambda: False
+        self,
+        part: str | Batches = "test",
+        should_stop: Callable[[], bool] = lambda: False,
+        rounds: int | None = None,
     ) -> Evaluation | None:
         """Evaluate on a part of the data.
 
         Args:
             part: its name, such as "test"; or batches of other data.
             should_stop: asked before each round of batches by all processes.
+            rounds: of batches, one in each process; None: all. Then the evaluation isn't kept as `last`.
 
         Returns:
             None if it was told to stop.
@@ -123,8 +127,8 @@ class Evaluator:
         if isinstance(part, str) and part not in self.parts:
             raise UsageError(f"there is no {part} data to evaluate on: give Trainer(..., {part}=...)")
         with self._evaluating():
-            evaluation = self._sum_up(self.parts[part] if isinstance(part, str) else part, should_stop)
-        if evaluation is not None and part == self.selects_on:
+            evaluation = self._sum_up(self.parts[part] if isinstance(part, str) else part, should_stop, rounds)
+        if evaluation is not None and part == self.selects_on and rounds is None:
             self.last = evaluation
         return evaluation
 
@@ -158,13 +162,13 @@ class Evaluator:
             finally:
                 self._model.train(was_training)
 
-    def _sum_up(self, batches: Batches, should_stop: Callable[[], bool]) -> Evaluation | None:
+    def _sum_up(self, batches: Batches, should_stop: Callable[[], bool], rounds: int | None) -> Evaluation | None:
         task, sums, samples = self._task, RunningSums(), 0
         metrics: dict[str, Any] = {name: metric.to(self._device.device) for name, metric in task.metrics().items()}
         for metric in metrics.values():
             # A metric of torchmetrics would wait for the other ranks, which have none.
             metric.distributed_available_fn = lambda: False
-        for results in self._shared(batches, self._outputs_and_loss, should_stop):
+        for results in self._shared(batches, self._outputs_and_loss, should_stop, rounds):
             if results is None:
                 return None
             outputs, loss, targets, number = results
@@ -200,7 +204,11 @@ class Evaluator:
             raise
 
     def _shared(
-        self, batches: Batches, compute: Callable[[Batch], tuple[Any, ...]], should_stop: Callable[[], bool]
+        self,
+        batches: Batches,
+        compute: Callable[[Batch], tuple[Any, ...]],
+        should_stop: Callable[[], bool],
+        rounds: int | None = None,
     ) -> Iterator[tuple[Any, ...] | None]:
         """Yield on rank 0 the results of all batches in their order; each rank computes its own.
 
@@ -208,7 +216,7 @@ class Evaluator:
         """
         group, own = self._group, batches.epoch()
         # In a round each rank computes a batch; rank 0 has one in every round.
-        for start in range(0, len(batches), group.size):
+        for start in range(0, min(len(batches), (rounds or len(batches)) * group.size), group.size):
             if should_stop():
                 yield None
                 return

@@ -16,7 +16,7 @@ from torchrelay.distributed.replicas import device_counts
 from torchrelay.models.summary import summarize
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
-from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric
+from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric, step_line
 from torchrelay.tasks.task import Task
 from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, Training
@@ -34,10 +34,11 @@ class EarlyLog:
     Args:
         terminal: where people read along.
         notes: what was said before.
+        main: whether this process speaks.
     """
 
-    def __init__(self, terminal: Terminal, notes: Sequence[str] = ()) -> None:
-        self.terminal, self.notes = terminal, list(notes)
+    def __init__(self, terminal: Terminal, notes: Sequence[str] = (), main: bool = True) -> None:
+        self.terminal, self.notes = terminal if main else Terminal(quiet=True), list(notes)
 
     def say(self, text: str) -> None:
         """Write a line to the terminal, and keep it."""
@@ -70,7 +71,7 @@ class StepLog(Callback):
         # On the CPU as a number: small tensors that outlive their step fragment the heap.
         self._losses.append(loss.item() if loss.is_cpu else loss)
         self._samples += batch.size
-        if trainer.step % trainer.settings.log_every:
+        if trainer.step % self._progress.log_every:
             return
         now = time.perf_counter()
         self.last = math.fsum(map(float, self._losses)) / len(self._losses)
@@ -231,6 +232,11 @@ def unit(batches: Batches) -> str:
     """Return what people call the samples."""
     source = batches.source
     return "images" if not isinstance(source, ArraySource) or source.inputs.ndim == 4 else "samples"
+
+
+def step_text(step: int, task: Task, splits: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the line that sums up an evaluation within an epoch."""
+    return step_line(step, splits, headline=task.headline, percent=task.percent)
 
 
 def epoch_text(

@@ -1,5 +1,7 @@
 """Step 7: the parts of a trainer, and what it shows of them."""
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -11,6 +13,7 @@ from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.evaluation import Evaluation, Evaluator
+from torchrelay.train.judge import Judge
 from torchrelay.train.logs import description
 from torchrelay.train.progress import Best, Progress
 from torchrelay.train.session import Session
@@ -32,6 +35,7 @@ class Parts:
     callbacks: list[Callback]
     state: TrainingState
     session: Session
+    judge: Judge
 
     def __repr__(self) -> str:
         """Return what is trained on what, and where it stands."""
@@ -46,6 +50,11 @@ class Parts:
     def optimizer(self) -> Optimizer:
         """The optimizer of the model's parameters."""
         return self.train_step.optimizer
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics of the epochs and evaluations since `fit` began."""
+        return self.session.history
 
     @property
     def device(self) -> Device:

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -178,6 +179,13 @@ class Stopwatch:
         self._samples += samples
         self.total += samples
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no time meanwhile."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
     def lap(self) -> dict[str, float]:
         """Return the seconds since the start, and the samples per second."""
         seconds = time.perf_counter() - self._since
@@ -191,8 +199,9 @@ class Progress:
         epochs: of the whole run.
         steps_per_epoch: global batches of an epoch.
         max_steps: the step after which the run ends early; None: after all epochs.
+        steps: of the whole run, in place of epochs.
         sums: of the running epoch's loss and measures.
-        log_every: steps after which what was logged is added up.
+        log_every: steps between two lines of metrics.
 
     Attributes:
         step: optimizer steps taken; the position within the epoch follows from it.
@@ -215,9 +224,11 @@ class Progress:
         max_steps: int | None = None,
         sums: RunningSums | None = None,
         log_every: int = 50,
+        steps: int | None = None,
     ) -> None:
-        self._log_every = log_every
-        self.epochs, self.steps_per_epoch, self.max_steps = epochs, steps_per_epoch, max_steps
+        self.log_every = log_every
+        self.epochs = -(-steps // steps_per_epoch) if steps is not None else epochs
+        self.steps_per_epoch, self.max_steps, self._steps = steps_per_epoch, max_steps, steps
         self.step = 0
         self.epochs_done = 0
         self.best: Best | None = None
@@ -233,8 +244,8 @@ class Progress:
 
     @property
     def total_steps(self) -> int:
-        """The steps of all epochs."""
-        return self.epochs * self.steps_per_epoch
+        """The steps of the whole run."""
+        return self.epochs * self.steps_per_epoch if self._steps is None else self._steps
 
     @property
     def position(self) -> int:
@@ -249,14 +260,24 @@ class Progress:
 
     @property
     def at_limit(self) -> bool:
-        """Whether the run has taken `max_steps`."""
-        return self.max_steps is not None and self.step >= self.max_steps
+        """Whether the run has taken `max_steps`, or all its steps."""
+        return self.step >= min(self.max_steps or self.total_steps, self.total_steps)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last batch of an epoch was the last one."""
+        return self.position == self.steps_per_epoch
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run ends after this step or epoch."""
+        return self.stop_reason is not None or self.step >= self.total_steps
 
     def stop_at_limit(self) -> bool:
-        """Stop the run if it has taken `max_steps`, and return whether it stops, for this or any other reason."""
-        if self.at_limit:
+        """Stop the run if it has taken `max_steps`, and return whether it ends, for this or any other reason."""
+        if self.max_steps is not None and self.step >= self.max_steps:
             self.stop_reason = f"run.max_steps is {self.max_steps}"
-        return self.stop_reason is not None
+        return self.ends
 
     def record(self, result: StepResult, samples: int) -> None:
         """Count a step of so many samples, and add its loss and measures to the epoch's sums."""
@@ -267,12 +288,12 @@ class Progress:
             self.sums.add_measures(measures, count)
         for logged in result.logged:
             self.sums.add_logged(logged)
-        if self.step % self._log_every == 0:
+        if self.step % self.log_every == 0:
             self.sums.read_logged()
 
     def end_epoch(self) -> None:
         """Count the epoch, unless `max_steps` ended it before its last batch."""
-        if self.position == self.steps_per_epoch:
+        if self.at_epoch_end:
             self.epochs_done += 1
             self.sums.clear()
         self._epoch_ended_at = self.step

@@ -33,7 +33,7 @@ from torchrelay.train.state import TrainingState
 # Training images from which a model may initialize itself.
 _INITIAL_SAMPLES = 5_000
 # What any process may ask of all of them.
-_STOP, _SAVE = 1, 2
+_STOP, _SAVE, _EVALUATE = 1, 2, 4
 
 
 class Session:
@@ -50,7 +50,9 @@ class Session:
         record: what goes into recipe.toml.
 
     Attributes:
+        state: what a checkpoint saves and restores.
         run: the open run folder; on rank 0, while `hold` lasts.
+        history: the lines of metrics of epochs and evaluations.
         checkpoints: of the folder.
         save_due: whether a checkpoint is due, which at an epoch's end waits for the evaluation.
     """
@@ -68,7 +70,9 @@ class Session:
         self.run: RunFolder | None = None
         self.checkpoints: Checkpointer | None = None
         self.save_due = False
-        self._state, self._settings, self._group = state, settings, state.strategy.group
+        self.history: list[dict[str, Any]] = []
+        self._due = self._due_for_all = False  # whether an evaluation is, by the clock
+        self.state, self._settings, self._group = state, settings, state.strategy.group
         self._signal, self._early = StopSignal(), early
         if self.folder is not None:
             self.checkpoints = Checkpointer(
@@ -78,6 +82,11 @@ class Session:
                 total_steps=state.progress.total_steps,
                 before_write=lambda: self.run.flush() if self.run is not None else None,
             )
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the folder holds a run."""
+        return self.folder is not None and (self.folder / "recipe.toml").exists()
 
     @contextmanager
     def hold(self, resume: bool) -> Iterator[None]:
@@ -95,7 +104,7 @@ class Session:
             stack.enter_context(self.alone())
             stack.enter_context(self._signal)
             stack.callback(self._close)
-            stack.enter_context(log.to(self._state.progress.logged))
+            stack.enter_context(log.to(self.state.progress.logged))
             if self.folder is not None and self._group.main:
                 self.run = RunFolder(self.folder, self.terminal, resume=resume)
                 for note in self._early.notes:
@@ -105,13 +114,13 @@ class Session:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Explain the device's errors meanwhile, and leave the global generators as they were."""
-        device = self._state.train_step.device
-        with device.explain_errors(self._state.batches.batch_size), rng.kept(device.device):
+        device = self.state.train_step.device
+        with device.explain_errors(self.state.batches.batch_size), rng.kept(device.device):
             yield
 
     def _close(self) -> None:
-        self._state.progress.interrupted, self._state.progress.phase = False, ""
-        for batches in (self._state.batches, *self._state.evaluated.values()):
+        self.state.progress.interrupted, self.state.progress.phase = False, ""
+        for batches in (self.state.batches, *self.state.evaluated.values()):
             batches.close()
         run, self.run = self.run, None
         try:
@@ -138,14 +147,14 @@ class Session:
         else:
             self._begin()
         if self.run is not None:
-            self.run.write_files(self._state.files())
+            self.run.write_files(self.state.files())
             self.run.write_recipe(self.record)  # which may now ask for more epochs
         if contents is None:
             self.save()
 
     def _begin(self) -> None:
         """Initialize from the data, and give all ranks the weights of rank 0."""
-        state = self._state
+        state = self.state
         if isinstance(state.model, InitFromData):
             state.model.init_from(_initial_images(state))
         state.strategy.broadcast_weights()
@@ -153,7 +162,7 @@ class Session:
             state.ema.restart(state.model)
 
     def _restore(self, contents: Contents, accept_changes: bool) -> None:
-        state = self._state
+        state = self.state
         threads = contents.state["identity"]["threads"]
         if state.train_step.device.keep_threads(threads):
             plural = "s" * (threads > 1)
@@ -178,10 +187,10 @@ class Session:
         # The recipe first: another seed also changes which samples are set apart for validation.
         for change in identity.compare_recipes(run.read_recipe(), self.record, accept_changes):
             self.say(f"changed: {change}")
-        files = self._state.files()
+        files = self.state.files()
         for warning in identity.compare(
             contents.state["identity"],
-            self._state.identity(),
+            self.state.identity(),
             accept_changes,
             data_changes=lambda: differences(run.read_files(), files),
         ):
@@ -191,14 +200,21 @@ class Session:
         """Return whether a checkpoint is due after this step; set `progress.interrupted` if a signal came."""
         by_clock = self._ask_all()
         self.save_due = by_clock or (
-            self.checkpoints is not None and self.checkpoints.due_after(self._state.progress.step)
+            self.checkpoints is not None and self.checkpoints.due_after(self.state.progress.step)
         )
         return self.save_due
+
+    def agree_on(self, due: bool) -> bool:
+        """Return whether rank 0 says that something is due; all processes learn it a step later, at the same step."""
+        self._due |= due and self._group.main
+        asked = self._due_for_all
+        self._due_for_all = False
+        return asked
 
     def is_interrupted(self) -> bool:
         """Return whether a signal came, and set `progress.interrupted`: between the batches of an evaluation."""
         self._ask_all()
-        return self._state.progress.interrupted
+        return self.state.progress.interrupted
 
     def _ask_all(self) -> bool:
         """Learn whether a signal came to any process, and return whether any of them asks for a checkpoint.
@@ -206,8 +222,10 @@ class Session:
         Several processes learn it a step later, and all at the same step.
         """
         late = self._group.main and self.checkpoints is not None and self.checkpoints.due_by_clock()
-        asked = self._group.agree(_STOP * (self._signal.received is not None) | _SAVE * late)
-        self._state.progress.interrupted = bool(asked & _STOP)
+        stop = self._signal.received is not None
+        asked = self._group.agree(_STOP * stop | _SAVE * late | _EVALUATE * self._due)
+        self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)
+        self.state.progress.interrupted = bool(asked & _STOP)
         return bool(asked & _SAVE)
 
     def save(self, *, training_continues: bool = False) -> None:
@@ -222,11 +240,11 @@ class Session:
         """
         if self.checkpoints is None:
             return
-        spike = self._state.train_step.detector.read()
+        spike = self.state.train_step.detector.read()
         if spike is not None:
             raise recovery.stop_at_spike(spike, None)
         began = time.perf_counter()
-        contents = self._state.contents(self.run.metrics_lines if self.run is not None else 0)
+        contents = self.state.contents(self.run.metrics_lines if self.run is not None else 0)
         self.save_due = False
         if self.run is not None:
             self.checkpoints.save(contents, training_continues=training_continues)
@@ -253,14 +271,14 @@ class Session:
             raise UsageError("this trainer has no run folder to load from: give Trainer(..., run=...)")
         path = self.checkpoints.find(which)
         contents = read(path)
-        trained, here = contents.state["data"]["classes"], self._state.batches.source.classes
+        trained, here = contents.state["data"]["classes"], self.state.batches.source.classes
         if trained and here and (differing := set(trained) ^ set(here)):
             raise RelayError(
-                f"the run's classes and those of {self._state.batches.source.name} differ in "
+                f"the run's classes and those of {self.state.batches.source.name} differ in "
                 f"{', '.join(sorted(differing))}: classes are matched by name by: torchrelay evaluate RUN IMAGES"
             )
         self.settle()
-        self._state.load_weights(contents)
+        self.state.load_weights(contents)
         return path
 
     def roll_back(self, spike: Spike) -> None:
@@ -270,18 +288,18 @@ class Session:
             RelayError: it can't be, or `run.on_spike` is "stop".
         """
         if self.folder is not None:
-            recovery.write_down(spike, self.folder, self._state.samples_of(spike.step))
+            recovery.write_down(spike, self.folder, self.state.samples_of(spike.step))
         if self.checkpoints is None or self._settings.on_spike == "stop":
             raise recovery.stop_at_spike(spike, self.folder)
-        self._rewind(recovery.roll_back(spike, self._state, self.checkpoints, self._settings, self.say))
+        self._rewind(recovery.roll_back(spike, self.state, self.checkpoints, self._settings, self.say))
 
     def interruption(self) -> Interrupted:
         """Save after a signal, and return the error that says how to resume."""
         signal = self._signal.received.name if self._signal.received is not None else "a signal"
-        done = f"stopped by {signal} after step {self._state.progress.step:,}"
+        done = f"stopped by {signal} after step {self.state.progress.step:,}"
         if self.checkpoints is None:
             return Interrupted(f"{done}; there is no run folder to resume from")
-        spike = self._state.train_step.detector.read()
+        spike = self.state.train_step.detector.read()
         if spike is None:
             self.save()
         elif self._settings.on_spike == "stop":
@@ -304,11 +322,13 @@ class Session:
 
     def record_line(self, split: str, values: Mapping[str, Any]) -> None:
         """Append a line to the run's metrics, if there is a run."""
-        progress, now = self._state.progress, round(time.time(), 3)
+        progress, now = self.state.progress, round(time.time(), 3)
         if split == "step":
             progress.last_loss = values["loss"]
+        line = {"step": progress.step, "epoch": -(-progress.step // progress.steps_per_epoch), "split": split}
+        if split != "step":
+            self.history.append({**line, **values})
         if self.run is not None:
-            line = {"step": progress.step, "epoch": -(-progress.step // progress.steps_per_epoch), "split": split}
             self.run.record({**line, **values, "time": values.get("time", now)})
 
 

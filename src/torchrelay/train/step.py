@@ -18,7 +18,7 @@ from torchrelay.device.device import Device
 from torchrelay.device.private import run_backward
 from torchrelay.distributed.strategy import Strategy
 from torchrelay.models.ema import EMA
-from torchrelay.optim.groups import clear_gradients
+from torchrelay.optim.groups import Freezing, clear_gradients
 from torchrelay.optim.schedules import Constant, Schedule
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.targets import explain
@@ -82,6 +82,7 @@ class TrainStep:
         measure: whether the task measures the training batches.
         dummy_batch: makes a batch for a process that has no samples; needed with several processes.
         before_update: called before each update, when staged weights must have been copied.
+        freezing: of the parameter groups that are trained in a part of the run only.
 
     Raises:
         UsageError: `device.graph` is set, and such steps can't be recorded; or the optimizers aren't the task's.
@@ -104,6 +105,7 @@ class TrainStep:
         measure: bool = True,
         dummy_batch: Callable[[], Batch] | None = None,
         before_update: Callable[[], None] = lambda: None,
+        freezing: Freezing | None = None,
     ) -> None:
         self.strategy, self.task, self.device = strategy, task, device
         if isinstance(optimizer, Optimizer):
@@ -122,6 +124,7 @@ class TrainStep:
         # A process without samples must know whether a weight is a tensor.
         several = strategy.group.size > 1 and dummy_batch is not None
         self._dummy_weight = weight(task, dummy_batch()) if several and dummy_batch else 0.0
+        self._freezing = freezing or None
         self._graph: CudaGraph[StepResult] | None = None
         if device.settings.graph:
             check_recordable(device, self.updates, replicas)
@@ -152,30 +155,30 @@ class TrainStep:
         """
         for group in self.groups:
             set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
+        if self._freezing is not None:
+            self._freezing.apply(step)
         try:
             if len(self.updates) == 1:
                 result = self._update(self.updates[0], batch, step, mark)
             else:
-                results = []
-                for update in self.updates:
-                    with alone(update, self.updates):
-                        results.append(self._update(update, batch, step, mark))
-                result = joined(results)
+                result = joined([self._alone(update, batch, step, mark) for update in self.updates])
         except Exception as error:
             explain(error, batch, self.strategy.model)  # raises an error that names the sample, if one is to blame
             raise
         if result.spike is None:
-            if self._graph is None:
-                self.scaler.update()
+            self.scaler.update()
             if self.ema is not None:
                 self.ema.update(self.strategy.model, step)
         return result
 
+    def _alone(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
+        with alone(update, self.updates):
+            return self._update(update, batch, step, mark)
+
     def _update(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
         """Compute an update's gradient, look at its loss, and update the weights."""
-        buffers = self.strategy.buffers
         if update.wants_closure:
-            buffers.keep()
+            self.strategy.buffers.keep()
         rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
         if self._graph is not None and mark is _unmarked:
             result = self._graph(batch)  # calls, records or replays `_take`
@@ -185,7 +188,7 @@ class TrainStep:
         if result.spike is None and (self._graph is None or mark is not _unmarked):
             self._before_update()
             if update.wants_closure:
-                update.step(result.loss, lambda: self._again(update, batch, step), buffers.restore)
+                update.step(result.loss, lambda: self._again(update, batch, step))
             else:
                 self.scaler.step(update.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         clear_gradients(update.optimizer)
@@ -193,6 +196,7 @@ class TrainStep:
 
     def _again(self, update: Update, batch: Batch, step: int) -> Tensor:
         """Compute an update's gradient again, with the same random numbers, at the weights as they are now."""
+        self.strategy.buffers.restore()
         rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
         return self.backward(batch, step, update=update).loss
 

@@ -13,18 +13,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Never, Unpack
+from typing import Any, Literal, Never, Unpack
 
 from torch import Tensor, nn
 
 from torchrelay.data.batch import Batch
 from torchrelay.train import arguments, assemble
-from torchrelay.train.evaluation import Evaluation, score
-from torchrelay.train.logs import EarlyLog, best_text, counters, epoch_text, introduction, unit
+from torchrelay.train.callbacks import notify, step_hooks
+from torchrelay.train.evaluation import Evaluation
+from torchrelay.train.judge import Judge
+from torchrelay.train.logs import EarlyLog, best_text, counters, introduction, unit
 from torchrelay.train.parts import Parts
 from torchrelay.train.session import Session
 from torchrelay.train.spikes import Spike
@@ -47,6 +48,7 @@ class Trainer(Parts):
         schedule: how the learning rate changes by step, such as `optim.Cosine()`; or a function from the step to the
             factor of the rate.
         epochs: passes over the training data; short for `settings.epochs`.
+        steps: optimizer steps, in place of epochs; short for `settings.steps`.
         seed: of all randomness; short for `settings.seed`.
         run: the run's folder; without one nothing is written and nothing can be resumed.
         settings: seed, exactness, intervals, patience.
@@ -77,6 +79,7 @@ class Trainer(Parts):
         optimizer: arguments.OptimizersLike | None = None,
         schedule: arguments.ScheduleLike | None = None,
         epochs: int | None = None,
+        steps: int | None = None,
         seed: int | None = None,
         run: str | Path | None = None,
         settings: arguments.RunSettings | None = None,
@@ -92,15 +95,13 @@ class Trainer(Parts):
         **data: Unpack[arguments.BatchOptions],
     ) -> None:
         # 1. Prepare
-        self.settings = assemble.run_settings(settings, epochs, seed)
+        self.settings = assemble.run_settings(settings, epochs, steps, seed)
         parallel = parallel or arguments.ParallelSettings()
         # 4. Device: before the data, which is augmented on it
-        here, group, replicas = assemble.prepare_device(device, parallel, self.settings.exact)
-        log = EarlyLog((terminal or arguments.Terminal()) if group.main else arguments.Terminal(quiet=True), notes)
+        where = here, group, _ = assemble.prepare_device(device, parallel, self.settings.exact, run)
+        log, dtype = EarlyLog(terminal or arguments.Terminal(), notes, group.main), assemble.dtype_of(model)
         # 2. Data
-        parts = {"validation": validation, "test": test}
-        dtype, seed = assemble.dtype_of(model), self.settings.seed
-        self.batches, evaluated = assemble.make_batches(train, parts, data, here, group, replicas, seed, dtype)
+        self.batches, evaluated = assemble.make_batches(train, validation, test, data, where, self.settings, dtype)
         # 3. Model
         self.model, exact = model, self.settings.exact
         self.strategy = assemble.make_strategy(model, parallel, group, here, exact, self._dummy_loss, log.say)
@@ -114,23 +115,27 @@ class Trainer(Parts):
             self.strategy, self.task, updates, self.batches, evaluated, self.settings, callbacks, record, self._settle
         )
         self.session = Session(self.state, self.settings, run, checkpoint, log, record)
+        self._hooks = step_hooks(self.callbacks)
+        self.judge = Judge(self.evaluator, self.task, self.settings, self.train_step.schedule, self.session)
 
     def _dummy_loss(self) -> Tensor:
         return assemble.dummy_loss(self.strategy, self.task, self.batches)
 
     def _settle(self, *, trained: bool = False) -> None:
         self.session.settle(trained=trained)
+        if trained and self._hooks["on_gradients"]:
+            notify(self._hooks["on_gradients"], "on_gradients", self)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def fit(
-        self, *data: Never, resume: bool = False, accept_changes: bool = False, **others: Never
+        self, *data: Never, resume: bool | Literal["auto"] = False, accept_changes: bool = False, **others: Never
     ) -> dict[str, float]:
         """Train until the end and return the last evaluation's metrics.
 
         Args:
             data: none; the constructor has it, and whatever `others` could be.
-            resume: whether to continue from the newest whole checkpoint, as `resume()` does.
+            resume: whether to continue from the newest whole checkpoint, as `resume()` does; "auto": if there is a run.
             accept_changes: whether to resume even if the data or the recipe changed, to another result.
             others: none.
 
@@ -146,7 +151,7 @@ class Trainer(Parts):
                 for batch in self._rest_of_epoch():
                     result = self.train_step.step(batch, self.progress.step)
                     spike = result.spike or self.after_step(batch, result)
-                    if spike is not None or self.progress.stop_reason is not None or self.progress.interrupted:
+                    if spike is not None or self.progress.ends or self.progress.interrupted:
                         break
                 if spike is None and not self.progress.interrupted:
                     spike = self._end_epoch()
@@ -159,14 +164,17 @@ class Trainer(Parts):
         return self.fit(resume=True, accept_changes=accept_changes)
 
     @contextmanager
-    def _around_loop(self, resume: bool, accept_changes: bool) -> Iterator[None]:
+    def _around_loop(self, resume: bool | Literal["auto"], accept_changes: bool) -> Iterator[None]:
         """Start or resume the run before the loop; finish it after, or save what a signal interrupted."""
         session, progress = self.session, self.progress
+        resume = session.has_run if resume == "auto" else resume
         with session.hold(resume):
             session.say(introduction(self.state, session.record["model"]["name"]))
             session.start(resume, accept_changes)
-            for callback in self.callbacks:
-                callback.on_start(self)
+            self._hooks = step_hooks(self.callbacks)
+            notify(self.callbacks, "on_start", self)
+            if progress.step == 0:
+                self.judge.rehearse()
             progress.stopwatch.start()
             with session.terminal.progress(lambda: counters(progress), unit(self.batches)):
                 yield
@@ -180,8 +188,17 @@ class Trainer(Parts):
         progress = self.progress
         if progress.stop_at_limit():  # the run was interrupted in its last evaluation
             return
+        if progress.position == 0:
+            notify(self.callbacks, "on_epoch_start", self, progress.epochs_done + 1)
+        elif (
+            not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due()
+        ):  # it was interrupted in an evaluation
+            self.judge.within_epoch(self, self.callbacks)
         for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
+            if progress.interrupted:
+                return
             if progress.step + 1 not in progress.skipped:
+                notify(self._hooks["on_batch"], "on_batch", self, batch)
                 yield batch
                 continue
             progress.step += 1
@@ -189,57 +206,42 @@ class Trainer(Parts):
                 return
 
     def after_step(self, batch: Batch, result: StepResult) -> Spike | None:
-        """Count a step, call the callbacks, save where it is due; return a spike that was read late."""
+        """Count a step, call the callbacks, evaluate and save where it is due; return a spike that was read late."""
         progress = self.progress
         progress.record(result, batch.size)
-        for callback in self.callbacks:
-            callback.on_step(self, batch, result.loss)
+        notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
         progress.stop_at_limit()
-        is_due = self.session.is_due()
+        save = self.session.is_due()
         if progress.interrupted:
             return None
-        # At an epoch's end the evaluation comes before the checkpoint.
-        save_now = is_due and progress.step % progress.steps_per_epoch > 0
+        # At an epoch's end, and at the run's, the evaluation and the checkpoint follow.
+        is_within = not progress.at_epoch_end and not progress.ends
+        evaluate, save = is_within and self.judge.is_due(), save and not progress.at_epoch_end
         spike = None
-        if save_now or progress.step % self.settings.log_every == 0:
+        if save or evaluate or progress.step % progress.log_every == 0:
             spike = self.train_step.detector.read()
-        if save_now and spike is None:
+        if spike is not None:
+            return spike
+        if evaluate and self.judge.within_epoch(self, self.callbacks):
+            save = True
+        if save and not progress.interrupted:
             self.save(training_continues=True)
-        return spike
+        return None
 
     def _end_epoch(self) -> Spike | None:
-        """Evaluate where it is due, keep the best, tell people, save; return a spike that was read late."""
+        """Evaluate where it is due, tell people, save; return a spike that was read late."""
         spike = self.train_step.detector.read()
         if spike is not None:
             return spike
-        progress, settings, epoch = self.progress, self.settings, self.progress.epochs_done + 1
-        ends = epoch == settings.epochs or progress.stop_reason is not None
-        train, times, now = progress.sums.means(), progress.stopwatch.lap(), {"time": round(time.time(), 3)}
-        found = self._evaluate(self.evaluator.parts) if ends or epoch % settings.evaluate_every == 0 else {}
-        if progress.interrupted:  # nothing is recorded, since a resume repeats the evaluation
+        progress = self.progress
+        improved = self.judge.at_epoch_end(self, self.callbacks, float(self.optimizer.param_groups[0]["lr"]))
+        if progress.interrupted:
             return None
-        self.record_line("train", {**train, "lr": float(self.optimizer.param_groups[0]["lr"]), **times, **now})
-        for split, values in found.items():
-            self.record_line(split, values)
-            for callback in self.callbacks:
-                callback.on_evaluate(self, split, values)
-        chosen = found.get(self.selects_on) or (None if self.evaluator.parts else train)
-        improved = chosen is not None and self._is_best(chosen, epoch)
-        self.say(epoch_text(self.state, self.task, epoch, {"train": train, **found}, times))
-        for callback in self.callbacks:
-            callback.on_epoch(self, epoch, train)
         progress.end_epoch()
-        if ends or improved or progress.stop_reason is not None or self.session.save_due:
+        if progress.ends or improved or self.session.save_due:
             self.save(training_continues=True)
         progress.stopwatch.start()
         return None
-
-    def _is_best(self, values: dict[str, float], epoch: int) -> bool:
-        value = score(self.task, values)
-        if value is None:
-            return False
-        self.train_step.schedule.update(value)
-        return self.progress.is_best(values[self.task.headline], epoch, higher_is_better=self.task.higher_is_better)
 
     def _finish(self) -> None:
         """Wait for the last checkpoint, evaluate a run that was done before, and say how well it did."""
@@ -247,11 +249,10 @@ class Trainer(Parts):
             self.say(f"stopped: {self.progress.stop_reason}")
         self.session.wait()
         if self.evaluator.last is None and self.evaluator.parts:
-            self._evaluate([self.selects_on])
+            self.judge.evaluate([self.selects_on])
             if self.progress.interrupted:
                 return
-        for callback in self.callbacks:
-            callback.on_end(self)
+        notify(self.callbacks, "on_end", self)
         if self.best is not None:
             self.say(best_text(self.best, self.task, self.selects_on))
 
@@ -269,25 +270,8 @@ class Trainer(Parts):
             evaluation = self.evaluator.evaluate(part)
         assert evaluation is not None  # noqa: S101 - nothing stops it
         if isinstance(data, str):
-            self._keep(data, evaluation)
+            self.judge.keep(data, evaluation)
         return evaluation
-
-    def _evaluate(self, splits: Iterable[str]) -> dict[str, dict[str, float]]:
-        """Return the metrics of parts of the data; none, and `progress.interrupted` is set, if a signal came."""
-        self.progress.phase, found = "evaluating", {}
-        for split in splits:
-            evaluation = self.evaluator.evaluate(split, self.session.is_interrupted)
-            if evaluation is None:
-                return {}
-            found[split] = evaluation.values
-            self._keep(split, evaluation)
-        self.progress.phase = ""
-        return found
-
-    def _keep(self, split: str, evaluation: Evaluation) -> None:
-        """Keep the metrics by which models are selected for a checkpoint after this very step."""
-        if split == self.selects_on:
-            self.progress.evaluated(evaluation.values, score(self.task, evaluation.values))
 
     def predict(self, data: Any) -> Any:
         """Return the task's predictions for data, or inputs alone (samples, …); see `Evaluator.predict`."""

@@ -1,0 +1,126 @@
+"""Step 7: when to evaluate, which evaluation is the best, and what people are told of it."""
+
+import time
+from collections.abc import Iterable, Sequence
+
+from torchrelay.duration import Duration, steps_between
+from torchrelay.errors import UsageError
+from torchrelay.optim.schedules import Schedule
+from torchrelay.run.settings import RunSettings
+from torchrelay.tasks.task import Task
+from torchrelay.train.callbacks import Callback, Training, notify
+from torchrelay.train.evaluation import Evaluation, Evaluator, score
+from torchrelay.train.logs import epoch_text, step_text
+from torchrelay.train.session import Session
+
+Found = dict[str, dict[str, float]]  # metrics by the part of the data
+
+
+class Judge:
+    """Evaluates when it is due, keeps the best, and records and tells what was found.
+
+    Args:
+        evaluator: evaluates the parts of the data.
+        task: whose headline metric decides.
+        settings: how often to evaluate.
+        schedule: which may follow the metric.
+        session: the run's, which writes the lines.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        task: Task,
+        settings: RunSettings,
+        schedule: Schedule,
+        session: Session,
+    ) -> None:
+        self._evaluator, self._progress, self._task = evaluator, session.state.progress, task
+        self._schedule, self._session, every = schedule, session, settings.evaluate_every
+        steps = steps_between(every, self._progress.steps_per_epoch, self._progress.total_steps, "epochs")
+        self._steps, self._by_clock = steps, not steps and bool(evaluator.parts)
+        self._seconds = (every.seconds or 0.0) if isinstance(every, Duration) else 0.0
+        self._evaluated_at = time.monotonic()
+
+    def rehearse(self) -> None:
+        """Evaluate a task of the user's on a batch or two, so that a mistake shows before an epoch is trained.
+
+        Raises:
+            UsageError: the headline metric isn't among what was measured.
+        """
+        if type(self._task).__module__.startswith("torchrelay.") or not self._evaluator.parts:
+            return
+        evaluation = self._evaluator.evaluate(self._evaluator.selects_on, rounds=1)
+        if evaluation is not None and self._task.headline not in evaluation.values:
+            raise UsageError(
+                f"{type(self._task).__name__}.headline is '{self._task.headline}', and an evaluation measures "
+                f"{', '.join(evaluation.values)}: choose one of them, or return it from measure() or metrics()"
+            )
+
+    def is_due(self) -> bool:
+        """Return whether an evaluation is due after this step; all processes ask at the same time."""
+        if not self._evaluator.parts:
+            return False
+        if self._by_clock:
+            return self._session.agree_on(time.monotonic() - self._evaluated_at >= self._seconds)
+        return self._progress.step % self._steps == 0
+
+    def within_epoch(self, trainer: Training, callbacks: Sequence[Callback]) -> bool:
+        """Evaluate after a step inside an epoch, and return whether it is the best so far."""
+        progress = self._progress
+        epoch = progress.epochs_done + 1
+        with progress.stopwatch.paused():
+            found = self.evaluate(self._evaluator.parts)
+        if progress.interrupted:
+            return False
+        self._record(trainer, callbacks, found)
+        self._session.say(step_text(progress.step, self._task, found))
+        return self._is_best(found.get(self._evaluator.selects_on), epoch)
+
+    def at_epoch_end(self, trainer: Training, callbacks: Sequence[Callback], lr: float) -> bool | None:
+        """Evaluate where it is due, record and tell; return whether it is the best so far, None if a signal came."""
+        progress, epoch = self._progress, self._progress.epochs_done + 1
+        train, times, now = progress.sums.means(), progress.stopwatch.lap(), {"time": round(time.time(), 3)}
+        is_fresh = progress.evaluated_at[0] == progress.step and bool(progress.evaluated_at[1])
+        due = (progress.ends or self.is_due()) and not is_fresh
+        found = self.evaluate(self._evaluator.parts) if due else {}
+        if progress.interrupted:  # nothing is recorded, since a resume repeats the evaluation
+            return None
+        self._session.record_line("train", {**train, "lr": lr, **times, **now})
+        self._record(trainer, callbacks, found)
+        chosen = found.get(self._evaluator.selects_on) or (None if self._evaluator.parts else train)
+        improved = self._is_best(chosen, epoch)
+        self._session.say(epoch_text(self._session.state, self._task, epoch, {"train": train, **found}, times))
+        notify(callbacks, "on_epoch", trainer, epoch, train)
+        return improved
+
+    def _record(self, trainer: Training, callbacks: Sequence[Callback], found: Found) -> None:
+        for split, values in found.items():
+            notify(callbacks, "on_evaluate", trainer, split, values)  # which may add values
+            self._session.record_line(split, values)
+
+    def _is_best(self, values: dict[str, float] | None, epoch: int) -> bool:
+        if values is None or (value := score(self._task, values)) is None:
+            return False
+        self._schedule.update(value)
+        task = self._task
+        return self._progress.is_best(values[task.headline], epoch, higher_is_better=task.higher_is_better)
+
+    def evaluate(self, splits: Iterable[str]) -> Found:
+        """Return the metrics of parts of the data; none, and `progress.interrupted` is set, if a signal came."""
+        before, found = self._progress.evaluated_at, Found()
+        self._progress.phase = "evaluating"
+        for split in splits:
+            evaluation = self._evaluator.evaluate(split, self._session.is_interrupted)
+            if evaluation is None:
+                self._progress.evaluated_at = before  # a resume evaluates all parts
+                return {}
+            found[split] = evaluation.values
+            self.keep(split, evaluation)
+        self._progress.phase, self._evaluated_at = "", time.monotonic()
+        return found
+
+    def keep(self, split: str, evaluation: Evaluation) -> None:
+        """Keep the metrics by which models are selected for a checkpoint after this very step."""
+        if split == self._evaluator.selects_on:
+            self._progress.evaluated(evaluation.values, score(self._task, evaluation.values))
