@@ -148,6 +148,9 @@ def in_two(rank: int, folder: Path, port: int) -> None:
     found["evaluated"] = again.evaluate("test").values["loss"]
     build("fsdp", "adamw", folder / "not exact", epochs=1, settings=RunSettings(exact=False)).fit()
     found["shape"] = message(RelayError, lambda: build("fsdp", "adamw", folder / "adamw", net=other).load())
+    net = Net()
+    adam = torch.optim.Adam(net.parameters())
+    found["instance"] = message(UsageError, lambda: build("fsdp", "adamw", net=lambda: net, optimizer=adam))
     for name, changes in REFUSED.items():
         found[name] = message(UsageError, lambda changes=changes: build(**{"kind": "fsdp", "name": "adamw"} | changes))
     assert cli.main(command("train", "fsdp", folder / "recipe")) == 0
@@ -267,6 +270,8 @@ def test_the_model_of_another_shape_is_named(found):
 
 def test_what_cannot_be_is_refused(found):
     assert "optimizer 'muon' needs whole matrices" in found["muon"]
+    assert "parameters in the optimizer aren't the model's" in found["instance"]
+    assert "parallel.kind 'fsdp' needs on several processes" in found["instance"]
     assert found["dp"] == "parallel.kind 'dp' is one process for all devices, and 2 were started: use 'ddp'"
 
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -53,6 +54,8 @@ class Terminal:
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream)
         self.live = self._stream.isatty() and not self._console.is_dumb_terminal
+        # There rich needs ipywidgets to draw anything twice.
+        self._in_notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal, above the bar."""
@@ -78,17 +81,24 @@ class Terminal:
 
     @contextmanager
     def progress(self, read: Callable[[], Counters], unit: str = "images") -> Iterator[None]:
-        """Show a progress bar in this context, if this is a terminal.
+        """Show a progress bar in this context, if this is a terminal or a notebook with ipywidgets.
 
         Args:
             read: returns the counters. The bar's thread calls it, so it must not ask the device for anything.
             unit: what the samples are.
         """
-        if self.quiet or not self.live:
+        if self.quiet or not (self.live or self._in_notebook):
             yield
             return
-        bar = Bar(read, unit)
-        with Live(bar, console=self._console, refresh_per_second=_REFRESHES, transient=True):
+        bar, redirects = Bar(read, unit), self.live
+        with Live(
+            bar,
+            console=self._console,
+            refresh_per_second=_REFRESHES,
+            transient=True,
+            redirect_stdout=redirects,
+            redirect_stderr=redirects,
+        ):
             # A hidden cursor would stay hidden if the process is killed.
             self._console.show_cursor(True)
             yield
