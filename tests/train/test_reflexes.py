@@ -389,6 +389,12 @@ def of_squares(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Ten
     return each.mean() if reduction == "mean" else each.sum()
 
 
+class Learns(nn.L1Loss):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+
 class NeedsMore(tr.Task):
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -405,7 +411,9 @@ class NeedsMore(tr.Task):
         (nn.TripletMarginLoss(), "isn't called with (outputs, targets) alone"),
         ("mae", "task 'mae' is unknown; did you mean 'mse'?"),
         (3, "task is 3: give tr.Classification()"),
-        (NeedsMore, "task is the class NeedsMore: give an object of it"),
+        (NeedsMore, "task is the class NeedsMore, which needs other arguments: give an object"),
+        (functools.partial(F.cross_entropy, smoothing=0.1), "task is the class CrossEntropyLoss, which needs other"),
+        (Learns(), "loss Learns has parameters, and only the model's are trained"),
         (tr.Task, "Task has no loss: define loss(outputs, targets)"),
     ],
 )
@@ -464,6 +472,24 @@ def test_data_may_be(case):
     assert built.evaluate(data).samples == built.evaluate().samples == len(built.batches.source)
 
 
+def test_a_dataset_of_another_library_is_one():
+    assert trainer(train=Rows(), test=Rows()).fit()["loss"] > 0
+
+
+def test_other_parts_are_not_read_by_half():
+    part = DataLoader(DATASET, sampler=SubsetRandomSampler([1, 2]))
+    refused(lambda: trainer(test=part), "the DataLoader has a SubsetRandomSampler")
+    refused(lambda: trainer(test=PAIR).evaluate(part), "the DataLoader has a SubsetRandomSampler")
+
+
+def test_a_label_that_pytorchs_loss_cannot_take_is_named():
+    labels = torch.where(torch.arange(SAMPLES) == 5, 9, IGNORED)
+    built = trainer(train=(INPUTS, labels), loss=nn.CrossEntropyLoss(), sampling="sequential")
+    refused(built.fit, "arrays (training): sample 5 has label 9")
+    built = trainer(train=(INPUTS, LABELS[:, None]), loss=nn.CrossEntropyLoss())
+    refused(built.fit, "the loss wants one class a sample")
+
+
 def test_a_loader_says_how_its_batches_are_made():
     data = DataLoader(DATASET, batch_size=5, shuffle=True, drop_last=True, num_workers=0, pin_memory=False)
     built = tr.Trainer(linear(), data, device="cpu", terminal=Terminal(quiet=True))
@@ -510,10 +536,31 @@ class Stream(IterableDataset):
         (dict, "needs equally long tensors"),
         (lambda: "digits", "str can't be used as data"),
         (lambda: 3, "int can't be used as data"),
+        (lambda: Table(), "Table can't be used as data"),
     ],
 )
 def test_data_is_refused_in_a_line(given, says):
     refused(lambda: tr.Trainer(linear(), given(), device="cpu", terminal=Terminal(quiet=True)), says)
+
+
+class Table:
+    """As a library of tables has it: its length is that of a column, and its entries are columns."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, column: str) -> Any:
+        return {"x": INPUTS}[column]
+
+
+class Rows:
+    """A dataset of another library's."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": INPUTS[index], "label": int(LABELS[index])}
 
 
 class Batched(BatchSampler):

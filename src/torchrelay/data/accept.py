@@ -104,16 +104,28 @@ def as_source(data: Any, dtype: torch.dtype = torch.float32) -> Source:
             f"a {type(data).__name__} can be read once and in its own order, and a run reads in any order again and "
             "again: give list(...) of it, or a Dataset"
         )
-    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and not isinstance(data, str | list | tuple)):
+    if isinstance(data, Dataset) or _has_samples(data):
         return dataset(data)
     raise UsageError(
         f"{type(data).__name__} can't be used as data: give a source of torchrelay.data, a torch Dataset, or "
-        "(inputs, targets)"
+        "(inputs, targets) as arrays"
     )
+
+
+def _has_samples(data: Any) -> bool:
+    """Return whether it is a map-style dataset, though of another library's."""
+    if isinstance(data, str | list | tuple) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return False
+    try:
+        data[0]
+    except (LookupError, TypeError):  # such as a table's, which has columns
+        return False
+    return True
 
 
 def _of_loader(loader: DataLoader[Any]) -> Source:
     source = as_source(loader.dataset)
+    options_of(loader)  # refuses what it can't have
     if loader.collate_fn is default_collate or isinstance(loader.dataset, IterableDataset):
         return source
     return dataset(loader.dataset, source.classes, loader.collate_fn)

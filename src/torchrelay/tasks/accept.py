@@ -67,19 +67,14 @@ def as_task(given: TaskLike | None, batches: Batches, note: Callable[[str], None
     """
     if given is None:
         return Classification()
-    if isinstance(given, Task):
-        return given
     if isinstance(given, str):
         if given not in _BY_NAME:
             raise UsageError(f"task '{given}' is unknown{nearest(given, _BY_NAME) or ': use ' + ', '.join(_BY_NAME)}")
         return _BY_NAME[given]()
-    if isinstance(given, type) and issubclass(given, Task):
-        try:
-            return given()
-        except TypeError as error:
-            raise UsageError(f"task is the class {given.__name__}: give an object of it ({error})") from None
-    if isinstance(given, type) and issubclass(given, nn.Module):
-        given = given()
+    if isinstance(given, type):
+        given = _made(given)
+    if isinstance(given, Task):
+        return given
     loss = _module(given) or given
     if isinstance(loss, nn.Module):
         task = _of_module(loss, batches)
@@ -101,7 +96,17 @@ def _module(given: Any) -> nn.Module | None:
     made = _MODULES.get(getattr(function, "__name__", ""))
     if made is None or getattr(nn.functional, function.__name__) is not function:
         return None
-    return made(**options)
+    module: nn.Module = _made(functools.partial(made, **options))
+    return module
+
+
+def _made(given: Any) -> Any:
+    """Return an object of a class, or of a partial of one."""
+    try:
+        return given()
+    except TypeError as error:
+        name = getattr(given, "func", given).__name__
+        raise UsageError(f"task is the class {name}, which needs other arguments: give an object ({error})") from None
 
 
 def _of_module(loss: nn.Module, batches: Batches) -> Task:
@@ -109,6 +114,8 @@ def _of_module(loss: nn.Module, batches: Batches) -> Task:
     kind, name = type(loss), type(loss).__name__
     per_sample = _check_reduction(name, getattr(loss, "reduction", None), kind is nn.KLDivLoss)
     _check_arguments(loss.forward, name)
+    if any(parameter.requires_grad for parameter in loss.parameters()):
+        raise UsageError(f"loss {name} has parameters, and only the model's are trained: make it a part of the model")
     if isinstance(loss, nn.MSELoss):
         return Regression()
     if isinstance(loss, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchrelay.data.labels import TargetError
 from torchrelay.errors import RelayError
+from torchrelay.tasks.targets import REFUSALS, refused_classes
 from torchrelay.tasks.task import Task
 
 _CLOSE = 0.02  # of the mean; a wrong divisor is wrong by more, and bf16 by less
@@ -101,6 +102,15 @@ class OfClasses(Criterion):
             return counted.sum().float()
         found: Tensor = (weights[targets.where(counted, 0)] * counted).sum()
         return found
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum."""
+        try:
+            return super().loss(outputs, targets)
+        except REFUSALS as error:
+            if (fault := refused_classes(outputs, targets, self.modules[0].ignore_index)) is None:  # type: ignore[attr-defined]
+                raise
+            raise fault from error
 
     def _counted(self, targets: Tensor) -> Tensor:
         ignored: int = self.modules[0].ignore_index  # type: ignore[attr-defined]
