@@ -70,10 +70,9 @@ def test_a_function_has_at_most_50_lines(folder):
 
 
 AT_MOST = {
-    "lines of the class Trainer": 330,
-    "attributes of the class Trainer": 16,
-    # Ten of them are the types of the constructor's arguments.
-    "modules of ours that the trainer imports": 18,
+    "lines of the class Trainer": 300,
+    "attributes of the class Trainer": 15,
+    "modules of ours that the trainer imports": 12,
     "uses of a trainer's members elsewhere": 79,
     "writes to a trainer's members elsewhere": 0,
 }

@@ -522,3 +522,13 @@ def test_what_a_callback_adds_to_an_evaluation_is_recorded(digits, quiet, tmp_pa
     build(digits, quiet, tmp_path, epochs=1, callbacks=[Adds()]).fit()
     (line,) = lines_of(tmp_path, "test")
     assert line["twice"] == 2 * line["loss"]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_loss_that_is_a_mean_gets_a_hint(digits, quiet, tmp_path, reduction):
+    class Own(Sums):
+        def loss(self, outputs, targets):
+            return nn.functional.cross_entropy(outputs, targets, reduction=reduction)
+
+    build(digits, quiet, tmp_path, epochs=1, task=Own()).fit()
+    assert ("hint: the loss of Own is" in (tmp_path / "log.txt").read_text()) == (reduction == "mean")

@@ -3,6 +3,7 @@
 from torchrelay.errors import renamed
 from torchrelay.models.ema import EMA
 from torchrelay.models.factory import InitFromData, ModelSettings, build, freeze, names
+from torchrelay.models.recompute import recompute
 from torchrelay.models.summary import Summary, summarize
 from torchrelay.models.weights import load_weights
 
@@ -15,6 +16,7 @@ __all__ = [
     "freeze",
     "load_weights",
     "names",
+    "recompute",
     "summarize",
 ]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from torchrelay.errors import RelayError, UsageError, nearest
 from torchrelay.models.library import build_timm, build_torchvision, timm_names, torchvision_names
+from torchrelay.models.recompute import recompute
 from torchrelay.models.small import NETWORKS
 from torchrelay.models.weights import SUFFIXES, Log, load_weights
 from torchrelay.settings import Settings, in_plain_words
@@ -35,6 +36,8 @@ class ModelSettings(Settings):
     """Start with a new last layer and ignore its weights in the file; required for a file with other classes."""
     freeze: list[str] = Field(default_factory=list)
     """Patterns of parameter names to freeze: ["layer1.*"]; "!" unfreezes: ["*", "!fc.*"] trains only the head."""
+    recompute: list[str] | None = None
+    """Patterns of modules that compute their activations again in the backward pass, to save memory: ["blocks.*"]."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the model, such as options.widths = [32, 64, 64]."""
     ema: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -98,7 +101,7 @@ def build(
         raise UsageError(f"model '{settings.name}' has no weights of its own: set model.pretrained to a file, or false")
     if settings.freeze:
         log(freeze(model, settings.freeze))
-    return model
+    return recompute(model, settings.recompute or ())
 
 
 def names() -> dict[str, list[str]]:

@@ -150,6 +150,11 @@ class Evaluator:
         packed = pack(joined(found)).numpy().tobytes() if self._group.main else None
         return unpack(self._group.broadcast_bytes(packed))
 
+    def outputs(self, batch: Batch) -> Any:
+        """Return the model's outputs for a batch, in evaluation mode."""
+        with self._evaluating(), self._device.autocast():
+            return self._task.forward(self._forward, batch)
+
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Set evaluation mode and the averaged weights, if there are any; undo both."""

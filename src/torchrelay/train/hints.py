@@ -1,13 +1,17 @@
 """Step 7: what a person would notice in the numbers of a run that goes wrong: a hint, said once."""
 
 import math
+from typing import Any
+
+from torch import Tensor
 
 from torchrelay.data.batches import Batches
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.detection import Detection
-from torchrelay.tasks.task import Task
+from torchrelay.tasks.task import Task, total
 
 _ABSURD = 3.0  # times the loss of guessing, or of the first epoch
+_FEW = 7  # samples, of which a half may have nearly the whole loss
 
 
 def of_batches(batches: Batches) -> str | None:
@@ -26,6 +30,25 @@ def of_task(task: Task) -> str | None:
     if not isinstance(task, Detection) or task.has_map:
         return None
     return "hint: only losses are measured, no mean average precision: pip install 'torchrelay[detection]' adds it"
+
+
+def of_sum(task: Task, outputs: Any, targets: Any) -> str | None:
+    """Return the hint that a loss is a mean: that of half a batch is the same, and of a sum it would be about half.
+
+    Args:
+        task: one of the user's.
+        outputs: of a batch, which nothing can be said about unless it is a tensor.
+        targets: of the batch.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and len(outputs) == len(targets) > _FEW):
+        return None
+    whole, half = (float(total(task.loss(outputs[:end], targets[:end]), task)) for end in (None, len(outputs) // 2))
+    if not 0.9 * abs(whole) < abs(half) < 1.1 * abs(whole):
+        return None
+    return (
+        f"hint: the loss of {type(task).__name__} is {whole:.3g} for a batch and {half:.3g} for half of it, as a mean "
+        'is: return the sum over the samples (reduction="sum"), which the trainer divides by their number'
+    )
 
 
 def of_loss(task: Task, loss: float, first: float, lr: float) -> str | None:

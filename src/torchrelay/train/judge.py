@@ -8,6 +8,7 @@ from torchrelay.errors import UsageError
 from torchrelay.optim.schedules import Schedule
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
+from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, Training, notify
 from torchrelay.train.evaluation import Evaluation, Evaluator, score
 from torchrelay.train.logs import epoch_text, step_text
@@ -50,7 +51,13 @@ class Judge:
         """
         if type(self._task).__module__.startswith("torchrelay.") or not self._evaluator.parts:
             return
-        evaluation = self._evaluator.evaluate(self._evaluator.selects_on, rounds=1)
+        part = self._evaluator.selects_on
+        batch = next(self._evaluator.parts[part].epoch(), None)
+        if batch is not None and type(self._task).loss is not Task.loss and not self._evaluator.collective_forward:
+            hint = hints.of_sum(self._task, self._evaluator.outputs(batch), batch.targets)
+            if hint is not None:
+                self._session.say(hint)
+        evaluation = self._evaluator.evaluate(part, rounds=1)
         if evaluation is not None and self._task.headline not in evaluation.values:
             raise UsageError(
                 f"{type(self._task).__name__}.headline is '{self._task.headline}', and an evaluation measures "
