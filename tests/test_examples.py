@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from idx import write_idx
 from torchrelay import checkpoint
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -57,12 +59,126 @@ def test_an_example_is_short_and_says_what_it_shows(path):
     assert lines[0].startswith('"""')
 
 
-def test_own_model_learns(tmp_path, start):
-    script = tmp_path / "call.py"
-    script.write_text(CALL.format(folder=str(EXAMPLES), name="own_model", call="own_model.main(epochs=5)"))
-    done = start(script=script, plots=True).done()
+def called(start, name: str, call: str, folder: Path, plots: bool = False) -> float:
+    """Call an example in a forked process and return what it returned."""
+    script = folder / "call.py"
+    script.write_text(CALL.format(folder=str(EXAMPLES), name=name, call=f"{name}.{call}"))
+    done = start(script=script, plots=plots).done()
     assert (done.returncode, done.stderr) == (0, "")
-    assert float(done.stdout.split("returned ")[1]) > 0.95
+    return float(done.stdout.split("returned ")[1])
+
+
+def test_mnist_learns_from_idx_files(tmp_path, start):
+    write_idx(tmp_path, samples=200)
+    assert called(start, "mnist", "main('.', epochs=3)", tmp_path) > 0.3
+
+
+def test_vae_learns_and_shows_new_digits(tmp_path, start):
+    """A bound in nats for 64 pixels; the mean image's alone is above 30."""
+    assert called(start, "vae", "main(epochs=5)", tmp_path) < 28
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "vae" / "metrics.jsonl").read_text().splitlines()]
+    assert {"reconstruction", "divergence"} <= lines[-1].keys()
+
+
+def test_siamese_tells_pairs_of_one_class_from_others(tmp_path, start):
+    assert called(start, "siamese", "main(epochs=1)", tmp_path) > 0.75
+
+
+def test_gan_generates_images_whose_mean_is_the_datas(tmp_path, start):
+    assert called(start, "gan", "main(epochs=4)", tmp_path) < 0.25
+
+
+def test_word_language_model_learns_the_words_of_a_text(tmp_path, start):
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    assert called(start, "word_language_model", "main('book.txt', epochs=12, words=11)", tmp_path) < 3
+
+
+def test_gpt_learns_the_letters_of_a_text_and_writes(tmp_path, start):
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    assert called(start, "gpt", "main('book.txt', epochs=6, length=32)", tmp_path) < 1.5
+
+
+def test_time_series_continues_waves(tmp_path, start):
+    """The squared error of 40 values to come; that of zeros is a half."""
+    assert called(start, "time_series", "main(epochs=4, length=40)", tmp_path) < 0.15
+
+
+def test_segmentation_finds_disks_and_squares(tmp_path, start):
+    assert called(start, "segmentation", "main(epochs=2)", tmp_path) > 0.5
+    found = json.loads((tmp_path / "runs" / "segmentation" / "evaluation.json").read_text())
+    assert found["iou_by_class"].keys() == {"background", "disk", "square"}
+
+
+def test_detection_learns_where_rectangles_are(tmp_path, start):
+    before, after = (called(start, "detection", f"main('{n}', {n}, 24)['loss']", tmp_path) for n in (1, 3))
+    assert after < before
+
+
+def test_distillation_teaches_a_small_network(tmp_path, start):
+    assert called(start, "distillation", "main(epochs=2)", tmp_path) > 0.6
+
+
+def test_contrastive_features_have_neighbors_of_their_class(tmp_path, start):
+    assert called(start, "contrastive", "main(epochs=1)", tmp_path) > 0.8
+
+
+def test_masked_patches_are_filled_in(tmp_path, start):
+    """The mean squared error of hidden pixels in [0, 1]; that of the mean image is above 0.11."""
+    assert called(start, "masked", "main(epochs=3)", tmp_path) < 0.1
+
+
+def test_tables_learn_from_numbers_and_categories(tmp_path, start):
+    assert called(start, "tables", "main(epochs=5)", tmp_path) > 0.9
+
+
+def test_audio_tells_waves_by_their_form(tmp_path, start):
+    assert called(start, "audio", "main(epochs=2)", tmp_path) > 0.4
+
+
+STOPPED = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import {name} as example
+import torchrelay as tr
+from torchrelay.errors import Interrupted
+
+class Stop(tr.Callback):
+    def on_step(self, trainer, batch, loss):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+def stopped(trainer):
+    trainer.callbacks.append(Stop())
+    return fit(trainer)
+
+fit, tr.Trainer.fit = tr.Trainer.fit, stopped
+try:
+    example.main(run="resumed", epochs=1)
+except Interrupted:
+    tr.Trainer.fit = lambda trainer: fit(trainer, resume=True)
+    example.main(run="resumed", epochs=1)
+    tr.Trainer.fit = fit
+    example.main(run="undisturbed", epochs=1)
+"""
+# Those that train one network in more than three steps an epoch.
+RESUMED = ("audio", "contrastive", "detection", "gan", "masked", "mnist", "segmentation", "siamese", "tables", "vae")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_an_example_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, start, same_runs, name):
+    script = tmp_path / "call.py"
+    script.write_text(STOPPED.format(folder=str(EXAMPLES), name=name))
+    done = start(script=script).done()
+    assert done.returncode == 0, done.stderr
+    for run in ("resumed", "undisturbed"):
+        for earlier in checkpoint.complete(tmp_path / run / "checkpoints")[:-1]:
+            shutil.rmtree(earlier)
+    same_runs(tmp_path / "resumed", tmp_path / "undisturbed")
+
+
+def test_own_model_learns(tmp_path, start):
+    assert called(start, "own_model", "main(epochs=5)", tmp_path, plots=True) > 0.95
     assert (tmp_path / "runs" / "own-model" / "curves.png").exists()
 
 
