@@ -11,11 +11,11 @@ from torchrelay.cli import main
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.errors import UsageError
+from torchrelay.optim.groups import set_learning_rate
 from torchrelay.optim.muon import MuonOptimizer
 from torchrelay.optim.update import Update
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
-from torchrelay.train.step import set_learning_rate
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 OPTIMIZERS = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchrelay.duration import Duration, StepDuration
@@ -152,6 +152,14 @@ class Freezing:
     def __bool__(self) -> bool:
         """Return whether there is such a group."""
         return bool(self._spans)
+
+
+def set_learning_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a parameter group's learning rate, in place where it is a tensor that a CUDA graph reads."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def clear_gradients(optimizer: Optimizer) -> None:

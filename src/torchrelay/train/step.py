@@ -18,11 +18,11 @@ from torchrelay.device.device import Device
 from torchrelay.device.private import run_backward
 from torchrelay.distributed.strategy import Strategy
 from torchrelay.models.ema import EMA
-from torchrelay.optim.groups import Freezing, clear_gradients
+from torchrelay.optim.groups import Freezing, clear_gradients, set_learning_rate
 from torchrelay.optim.schedules import Constant, Schedule
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.targets import explain
-from torchrelay.tasks.task import Task, calls_once, count, loss_and_outputs, total, weight
+from torchrelay.tasks.task import Loss, Task, calls_once, count, loss_and_outputs, total, weight
 from torchrelay.train.cuda_graph import CudaGraph, check_recordable, move_rates_to_device
 from torchrelay.train.record import Logged, log, loss_parts
 from torchrelay.train.spikes import Spike, SpikeDetector
@@ -171,10 +171,6 @@ class TrainStep:
                 self.ema.update(self.strategy.model, step)
         return result
 
-    def _alone(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
-        with alone(update, self.updates):
-            return self._update(update, batch, step, mark)
-
     def _update(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
         """Compute an update's gradient, look at its loss, and update the weights."""
         if update.wants_closure:
@@ -193,12 +189,6 @@ class TrainStep:
                 self.scaler.step(update.optimizer)  # calls optimizer.step; skips it where fp16 overflowed
         clear_gradients(update.optimizer)
         return result
-
-    def _again(self, update: Update, batch: Batch, step: int) -> Tensor:
-        """Compute an update's gradient again, with the same random numbers, at the weights as they are now."""
-        self.strategy.buffers.restore()
-        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
-        return self.backward(batch, step, update=update).loss
 
     def backward(self, batch: Batch, step: int, mark: Mark = _unmarked, update: Update | None = None) -> StepResult:
         """Leave the gradient of the mean loss over the global batch in the parameters."""
@@ -229,8 +219,7 @@ class TrainStep:
         log.begin(first=batch.first_replica == 0)
         with self.device.autocast():
             loss, outputs = loss_and_outputs(self.task, self._model, batch, update.name)
-        logged = log.end()
-        sum_of_loss = loss if isinstance(loss, Tensor) and not loss.ndim else total(loss, self.task)
+        logged, sum_of_loss = log.end(), total(loss, self.task)
         mark("forward")
         backward_from_mean(sum_of_loss, result.weight, self.scaler.scale)
         mark("backward")
@@ -238,13 +227,27 @@ class TrainStep:
             with _NO_GRAD:
                 result.measures.append((self.task.measure(outputs, batch.targets), count(self.task, batch)))
             mark("measure")
-        result.logged.append(logged)
-        if isinstance(loss, dict) or len(self.updates) > 1:
-            name = f"loss_{update.name}" if len(self.updates) > 1 else ""
-            logged |= loss_parts(loss, result.weight, name, first=batch.first_replica == 0)
+        result.logged.append(logged | self._parts_of(loss, update, result, batch))
         return mean_loss(sum_of_loss, result.weight)
 
     # [end of one step]
+
+    def _alone(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
+        with alone(update, self.updates):
+            return self._update(update, batch, step, mark)
+
+    def _again(self, update: Update, batch: Batch, step: int) -> Tensor:
+        """Compute an update's gradient again, with the same random numbers, at the weights as they are now."""
+        self.strategy.buffers.restore()
+        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
+        return self.backward(batch, step, update=update).loss
+
+    def _parts_of(self, loss: Loss, update: Update, result: StepResult, batch: Batch) -> Logged:
+        """Return the parts of a replica's loss, if it has several, to be logged."""
+        if not isinstance(loss, dict) and len(self.updates) == 1:
+            return {}
+        name = f"loss_{update.name}" if len(self.updates) > 1 else ""
+        return loss_parts(loss, result.weight, name, first=batch.first_replica == 0)
 
     def _take(self, batch: Batch) -> StepResult:
         """Take a whole step as a CUDA graph can record it: without decisions, without reading the learning rate."""
@@ -306,14 +309,6 @@ def joined(results: Sequence[StepResult]) -> StepResult:
     measures = next((result.measures for result in results if result.measures), [])
     loss, spike = reduce(add, (result.loss for result in results)), next((r.spike for r in results if r.spike), None)
     return replace(results[0], loss=loss, measures=measures, logged=logged, spike=spike)
-
-
-def set_learning_rate(group: dict[str, Any], rate: float) -> None:
-    """Set a parameter group's learning rate, in place where it is a tensor that a CUDA graph reads."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def mean_loss(loss: Tensor, weight: Tensor | float) -> Tensor:
