@@ -15,6 +15,7 @@ from torchrelay.data.sources import (
     dataset,
     split,
 )
+from torchrelay.data.stream import StreamSource
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -148,9 +149,10 @@ class NoLength(Dataset):
         return torch.zeros(1), 0
 
 
-def test_an_iterable_dataset_is_refused_with_a_remedy():
-    with pytest.raises(UsageError, match=r"Stream can only be read in its own order.*__getitem__"):
-        as_source(Stream())
+def test_an_iterable_dataset_is_a_stream_and_no_map_style_dataset():
+    assert isinstance(as_source(Stream()), StreamSource)
+    with pytest.raises(UsageError, match=r"Stream can only be read in its own order: give tr.data.stream.*__getitem__"):
+        dataset(Stream())
 
 
 def test_a_dataset_without_a_length_is_refused():

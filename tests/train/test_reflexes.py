@@ -510,8 +510,8 @@ class Stream(IterableDataset):
     [
         (lambda: ((x, y) for x, y in DATASET), "a generator can be read once and in its own order"),
         (lambda: iter(DATASET), "can be read once"),
-        (lambda: Stream(), "Stream can only be read in its own order"),
-        (lambda: DataLoader(Stream(), batch_size=4), "Stream can only be read in its own order"),
+        (lambda: Stream(), "Stream has no __len__, so nothing says where its training ends: give steps="),
+        (lambda: DataLoader(Stream(), batch_size=4), "Stream has no __len__"),
         (
             lambda: DataLoader(DATASET, sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)),
             'whose order doesn\'t follow from (seed, epoch, position): give sampling="balanced"',

@@ -9,6 +9,7 @@ from torchrelay.data.folder import image_folder, image_parts
 from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.settings import DataSettings, load
 from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, dataset, split
+from torchrelay.data.stream import StreamSource, stream
 
 __all__ = [
     "ArraySource",
@@ -18,6 +19,7 @@ __all__ = [
     "DatasetSource",
     "Parts",
     "Source",
+    "StreamSource",
     "arrays",
     "as_source",
     "augment",
@@ -32,6 +34,7 @@ __all__ = [
     "load",
     "mnist",
     "split",
+    "stream",
     "text",
     "wine",
 ]

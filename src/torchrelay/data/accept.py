@@ -1,6 +1,7 @@
 """Step 2: what a user may give as data, and what it becomes."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,13 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    IterableDataset,
     RandomSampler,
     SequentialSampler,
     default_collate,
 )
 
 from torchrelay.data.sources import ArraySource, DatasetSource, Source, arrays, dataset
+from torchrelay.data.stream import StreamSource, is_stream, stream
 from torchrelay.errors import UsageError
 
 _INSTEAD_OF = {  # samplers of PyTorch's
@@ -78,19 +79,21 @@ def as_source(data: Any, dtype: torch.dtype = torch.float32) -> Source:
     """Return a source of what a user may give.
 
     Args:
-        data: a source; a torch Dataset, or anything with `__getitem__` and `__len__`; a pair (inputs, targets) of
-            tensors or arrays; a dict of equally long tensors; a list of samples; a DataLoader, whose dataset and
-            collate function are taken.
+        data: a source; a torch Dataset, or anything with `__getitem__` and `__len__`; a torch IterableDataset; a pair
+            (inputs, targets) of tensors or arrays; a dict of equally long tensors; a list of samples; a DataLoader,
+            whose dataset and collate function are taken.
         dtype: of the model's parameters; where that is float64, arrays keep it.
 
     Raises:
         UsageError: it is none of these.
     """
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    if isinstance(data, ArraySource | DatasetSource):
+    if isinstance(data, ArraySource | DatasetSource | StreamSource):
         return data
     if isinstance(data, DataLoader):
         return _of_loader(data)
+    if is_stream(data):
+        return stream(data)
     if isinstance(data, Tensor | np.ndarray):
         return arrays(data, dtype=kept)
     if isinstance(data, Mapping):
@@ -126,8 +129,10 @@ def _has_samples(data: Any) -> bool:
 def _of_loader(loader: DataLoader[Any]) -> Source:
     source = as_source(loader.dataset)
     options_of(loader)  # refuses what it can't have
-    if loader.collate_fn is default_collate or isinstance(loader.dataset, IterableDataset):
+    if loader.collate_fn is default_collate:
         return source
+    if isinstance(source, StreamSource):
+        return replace(source, collate=loader.collate_fn)
     return dataset(loader.dataset, source.classes, loader.collate_fn)
 
 
@@ -138,13 +143,23 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
         UsageError: its order can't be had here; the text says what to give instead.
     """
     sampler = loader.sampler
-    if type(loader.batch_sampler) is not BatchSampler:
-        found = f"a batch_sampler ({_name(loader.batch_sampler)})" if loader.batch_sampler else "no batch_size"
+    if type(loader.batch_sampler) is not BatchSampler and not _of_torchdata(loader.batch_sampler, BatchSampler):
+        found = (
+            f"a batch_sampler ({_name(loader.batch_sampler)})" if loader.batch_sampler is not None else "no batch_size"
+        )
         raise UsageError(
             f"the DataLoader has {found}, and here a batch follows from (seed, epoch, position): give its dataset, and "
             "batch_size=, sampling= and drop_last= to Trainer"
         )
-    is_random = isinstance(sampler, RandomSampler) and not sampler.replacement and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    if loader.worker_init_fn is not None:
+        raise UsageError(
+            "the DataLoader has a worker_init_fn, which isn't called here, as all generators are seeded for each "
+            "sample: let the dataset do the rest, and leave it out"
+        )
+    if is_stream(loader.dataset):
+        return {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "workers": loader.num_workers}
+    drawn: Any = sampler if isinstance(sampler, RandomSampler) or _of_torchdata(sampler, RandomSampler) else None
+    is_random = drawn is not None and not drawn.replacement and len(drawn) == len(loader.dataset)  # type: ignore[arg-type]
     if not is_random and not isinstance(sampler, SequentialSampler):
         instead = _INSTEAD_OF.get(
             _name(sampler), 'give its dataset, and sampling="shuffle", "balanced" or "sequential"'
@@ -152,17 +167,17 @@ def options_of(loader: DataLoader[Any]) -> dict[str, Any]:
         raise UsageError(
             f"the DataLoader has a {_name(sampler)}, whose order doesn't follow from (seed, epoch, position): {instead}"
         )
-    if loader.worker_init_fn is not None:
-        raise UsageError(
-            "the DataLoader has a worker_init_fn, which isn't called here, as all generators are seeded for each "
-            "sample: let the dataset do the rest, and leave it out"
-        )
     return {
         "batch_size": loader.batch_size,
         "sampling": "shuffle" if is_random else "sequential",
         "drop_last": loader.drop_last,
         "workers": loader.num_workers,
     }
+
+
+def _of_torchdata(sampler: Any, kind: type) -> bool:
+    """Return whether it is the sampler of this name that a StatefulDataLoader of torchdata's has."""
+    return type(sampler).__module__.startswith("torchdata.") and type(sampler).__name__ == kind.__name__
 
 
 def _name(value: Any) -> str:

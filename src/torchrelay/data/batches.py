@@ -1,7 +1,7 @@
 """Step 2: the iterator that joins source, order, augmentation and device into global batches.
 
 A batch is a pure function of (seed, epoch, position). Starting at batch k reads nothing before it, and it makes no
-difference which worker reads a sample.
+difference which worker reads a sample. A stream alone is read in its own order: see `stream_reader`.
 """
 
 from collections import deque
@@ -21,6 +21,8 @@ from torchrelay.data.batch import Batch, aligned, inputs_and_targets, replica_si
 from torchrelay.data.order import Positions, order
 from torchrelay.data.prefetch import gather, prefetch, side_stream
 from torchrelay.data.sources import ArraySource, DatasetSource, Source
+from torchrelay.data.stream import StreamSource
+from torchrelay.data.stream_reader import StreamReader
 from torchrelay.data.workers import Key, Loader
 from torchrelay.device.device import Device, mapped
 from torchrelay.errors import RelayError, UsageError, nearest
@@ -62,11 +64,15 @@ class Batches:
         world_size: the number of processes.
         workers: processes that read a dataset; arrays need none.
         drop_last: leave out the last batch of an epoch if it is smaller.
-        limit: batches of an evaluation, whose samples are drawn by the seed; None: all.
+        limit: batches of an evaluation, whose samples are drawn by the seed, or the first of a stream; None: all. Of
+            training: batches of an epoch of a stream without a length.
         dtype: of the model's parameters; inputs that are floats are converted unless it is float32.
 
+    Attributes:
+        stream: what reads the source if that is a stream; it has a state.
+
     Raises:
-        UsageError: an argument has a value that it can't have.
+        UsageError: an argument has a value that it can't have, or nothing says where a stream ends.
         RelayError: there is no batch in an epoch, or the source has no classes to balance.
     """
 
@@ -100,6 +106,8 @@ class Batches:
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
         self.samples = len(source) if limit is None else min(len(source), limit * batch_size)
+        if isinstance(source, StreamSource):
+            self.samples = source.limited(limit, batch_size, train=train)
         self.has_targets = not isinstance(source, ArraySource) or source.has_targets
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
@@ -108,14 +116,20 @@ class Batches:
             )
         self._pin_memory = device.device.type == "cuda"
         # User code that runs in this process may look at the model, so it has to run on the loop's stream.
-        runs_user_code = not pipeline.is_built_in or (isinstance(source, DatasetSource) and workers == 0)
+        reads_here = isinstance(source, StreamSource) or (isinstance(source, DatasetSource) and workers == 0)
+        runs_user_code = not pipeline.is_built_in or reads_here
         self._stream = None if runs_user_code else side_stream(device.device)
         self._sample_indices = _sampler(source, seed, sampling if train else _evaluated_order(limit))
+        self.stream: StreamReader | None = None
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _arrays(source, device.device)
             self._sample_bytes = max(1, source.inputs.nbytes // len(source))
         else:
-            self._loader = Loader(source, seed, workers, self._pin_memory)
+            self._loader: StreamReader | Loader
+            if isinstance(source, StreamSource):
+                self._loader = self.stream = StreamReader(source, seed)
+            else:
+                self._loader = Loader(source, seed, workers, self._pin_memory)
             self._collates = source.collate is not None
 
     def __len__(self) -> int:
@@ -132,16 +146,17 @@ class Batches:
         if isinstance(self.source, ArraySource):
             data: Any = tuple(values[:1].repeat_interleave(2, 0) for values in (self._inputs, self._targets))
         else:
-            data = (self.source.collate or default_collate)([self.source.dataset[0]] * 2)
+            sample = self.source.dataset[0] if self.stream is None else self.stream.any_sample()
+            data = (self.source.collate or default_collate)([sample] * 2)
         return self._batch(self.device.move(data), _Share(indices, 0, (2,), 0, 2), 0)
 
     def close(self) -> None:
         """End the worker processes, if there are any; a later epoch starts new ones."""
-        if isinstance(self.source, DatasetSource):
+        if not isinstance(self.source, ArraySource):
             self._loader.close()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from batch `start` on; the batches before it are not read."""
+        """Yield the batches of an epoch from batch `start` on; only a stream reads the batches before it."""
         return prefetch(self._epoch(epoch, start), self._stream)
 
     def indices(self, epoch: int, batch: int) -> Positions:
@@ -299,7 +314,9 @@ def _evaluated_order(limit: int | None) -> Sampling:
 def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Positions], Positions]:
     """Return the function from (epoch, positions) to sample indices."""
     samples = len(source)
-    if sampling == "sequential":
+    if isinstance(source, StreamSource) and sampling == "balanced":
+        raise UsageError(f"{source.name} is read in its own order: leave sampling out, and let it yield what is wanted")
+    if sampling == "sequential" or isinstance(source, StreamSource):
         return lambda _epoch, positions: positions
     if sampling == "shuffle":
         return lambda epoch, positions: order(seed, epoch, positions, samples)

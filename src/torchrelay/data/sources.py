@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from torchrelay.data.files import Files
 from torchrelay.data.order import order
+from torchrelay.data.stream import StreamSource
 from torchrelay.errors import RelayError, UsageError
 
 Mean = tuple[float, ...]
@@ -103,8 +104,8 @@ class DatasetSource:
     def __post_init__(self) -> None:
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
             raise UsageError(
-                f"{type(self.dataset).__name__} can only be read in its own order, so a run couldn't resume inside an "
-                "epoch: give a Dataset with __getitem__ and __len__"
+                f"{type(self.dataset).__name__} can only be read in its own order: give tr.data.stream(...) of it, or "
+                "a Dataset with __getitem__ and __len__"
             )
         if not hasattr(self.dataset, "__len__"):
             raise UsageError(f"{type(self.dataset).__name__} has no number of samples: give it a __len__")
@@ -127,7 +128,7 @@ class DatasetSource:
         return str(fingerprint()) if callable(fingerprint) else f"{type(self.dataset).__name__} of {len(self)}"
 
 
-Source = ArraySource | DatasetSource
+Source = ArraySource | DatasetSource | StreamSource
 
 
 @dataclass(frozen=True)

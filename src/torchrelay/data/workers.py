@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,18 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from torchrelay.data.labels import out_of_range, wrong_label
 from torchrelay.data.sources import DatasetSource
+from torchrelay.data.stream import StreamSource
 from torchrelay.errors import RelayError
 from torchrelay.rng import reseed_everything, seed_for
 
 Key = tuple[int, int, int]  # epoch, position, sample index
 
 
-class _Seeded(Dataset[Any]):
+class Seeded(Dataset[Any]):
     """A dataset whose global generators are seeded by (seed, epoch, position) right before each sample is read."""
 
-    def __init__(self, source: DatasetSource, seed: int) -> None:
-        self.dataset = source.dataset
+    def __init__(self, source: DatasetSource | StreamSource, seed: int) -> None:
+        self.dataset: Any = source.dataset
         self.collate = source.collate or default_collate
         self.name = source.name
         self.classes = len(source.classes)
@@ -38,12 +39,22 @@ class _Seeded(Dataset[Any]):
             return error
         return batches
 
+    def get(self, epoch: int, position: int, index: int) -> Any:
+        """Return a sample."""
+        reseed_everything(seed_for(self.seed, "sample", epoch, position))
+        return self.dataset[index]
+
+    def checked(self, batches: list[Any]) -> list[Any]:
+        """Return batches unless one of them is None."""
+        if any(each is None for each in batches):
+            raise RelayError(f"{self.name}: the collate function returned None: let it return the batch")
+        return batches
+
     def _batch(self, keys: list[Key]) -> Any:
         samples = []
         for epoch, position, index in keys:
-            reseed_everything(seed_for(self.seed, "sample", epoch, position))
             try:
-                samples.append(self.dataset[index])
+                samples.append(self.get(epoch, position, index))
             except RelayError:
                 raise
             except Exception as error:
@@ -123,8 +134,9 @@ class Loader:
         self._name = source.name
         self._keys = _Keys()
         self._workers = workers
+        self._seeded = Seeded(source, seed)
         self._loader = DataLoader(
-            _Seeded(source, seed),
+            self._seeded,
             batch_sampler=self._keys,
             collate_fn=_identity,
             num_workers=workers,
@@ -147,7 +159,7 @@ class Loader:
                     raise RelayError(f"{self._name}: another epoch was started meanwhile: read one at a time")
                 # PyTorch's signal handler may raise anywhere in the block, in the end of a context as well.
                 try:
-                    with _one_thread(self._workers == 0):
+                    with one_thread() if self._workers == 0 else nullcontext():
                         batch = next(batches, _END)
                 except Exception as error:
                     self._explain(error)
@@ -157,9 +169,7 @@ class Loader:
                     raise batch
                 if batch is _END:
                     return
-                if any(each is None for each in batch):  # type: ignore[attr-defined]
-                    raise RelayError(f"{self._name}: the collate function returned None: let it return the batch")
-                yield batch  # type: ignore[misc]  # not _END
+                yield self._seeded.checked(batch)  # type: ignore[arg-type]  # not _END
 
     def _explain(self, error: Exception) -> None:
         """End the workers; raise an error with the remedy if one died or couldn't pass on a batch."""
@@ -211,10 +221,10 @@ def _identity(batch: Any) -> Any:
 
 
 @contextmanager
-def _one_thread(in_this_process: bool) -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Read with one thread, as a worker process does: with two, the mean of a tensor has different bits."""
     threads = torch.get_num_threads()
-    if not in_this_process or threads == 1:
+    if threads == 1:
         yield
         return
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from torchrelay.data.accept import as_source, options_of
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import statistics
+from torchrelay.data.stream import StreamSource
 from torchrelay.device.device import Device, DeviceSettings, set_up
 from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import ProcessGroup, init_process_group
@@ -124,10 +125,11 @@ def make_batches(
             world_size=group.size,
             workers=options.get("workers", 0),
             drop_last=options.get("drop_last", False) and training,
-            limit=None if training else settings.evaluate_batches,
+            limit=settings.evaluate_batches if not training else settings.steps if endless else None,
             dtype=dtype,
         )
 
+    endless = isinstance(source, StreamSource) and source.length is None
     batch_size = options.get("batch_size", 256)
     is_named = isinstance(test, dict) and not any(isinstance(each, Tensor | np.ndarray) for each in test.values())
     evaluated = {"validation": validation, **(test if is_named else {"test": test})}

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from torchrelay.data.batches import Batches
+from torchrelay.data.stream_reader import StreamReader
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.detection import Detection
 from torchrelay.tasks.task import Task, total
@@ -15,7 +16,9 @@ _FEW = 7  # samples, of which a half may have nearly the whole loss
 
 
 def of_batches(batches: Batches) -> str | None:
-    """Return the hint that a batch holds more samples than there are."""
+    """Return the hint that a batch holds more samples than there are, or how a stream is read."""
+    if batches.stream is not None:
+        return _of_stream(batches, batches.stream)
     samples = len(batches.source)
     if batches.batch_size <= samples:
         return None
@@ -23,6 +26,14 @@ def of_batches(batches: Batches) -> str | None:
         f"hint: a batch of {batches.batch_size:,} holds all {samples:,} training samples, so an epoch is one step; "
         "a smaller data.batch_size takes more steps"
     )
+
+
+def _of_stream(batches: Batches, stream: StreamReader) -> str:
+    """Return how a stream is read, and what a resume can promise."""
+    way = "goes on from its state" if stream.has_state else "reads it again up to there, which must give the same"
+    if batches.source.length is None:  # type: ignore[union-attr]
+        way += "; where it ends, it begins again"
+    return f"{batches.source.name} is read in its own order, by the training's process; a resume {way}"
 
 
 def of_task(task: Task) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
-from torchrelay.data.sources import ArraySource
+from torchrelay.data.sources import ArraySource, Source
 from torchrelay.distributed.replicas import device_counts
 from torchrelay.models.summary import summarize
 from torchrelay.run.folder import RunFolder
@@ -199,10 +199,15 @@ def introduction(state: TrainingState, name: str) -> str:
     ungraphed = "; device.graph is off, as it records steps of one replica"
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     return (
-        f"{name} ({parameters:,} parameters) on {source.name} ({len(source):,} samples), "
+        f"{name} ({parameters:,} parameters) on {source.name} ({amount(source)}), "
         f"{state.progress.total_steps:,} steps on {state.train_step.device.describe()}"
         f"{shared * (replicas > 1)}{ungraphed * (replicas > 1 and state.batches.device.settings.graph)}"
     )
+
+
+def amount(source: Source) -> str:
+    """Return the number of samples in words."""
+    return f"{len(source):,} samples" if len(source) else "unknown length"
 
 
 def description(state: TrainingState, folder: Path | None) -> str:
@@ -210,7 +215,7 @@ def description(state: TrainingState, folder: Path | None) -> str:
     source, progress = state.batches.source, state.progress
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     return (
-        f"{state.strategy.model_name} with {parameters:,} parameters, {len(source):,} samples of {source.name}, "
+        f"{state.strategy.model_name} with {parameters:,} parameters, {amount(source)} of {source.name}, "
         f"step {progress.step:,} of {progress.total_steps:,}, {'no run folder' if folder is None else f'run {folder}'}"
     )
 

@@ -323,7 +323,9 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from where `state_dict` stood."""
-        self.step, self.epochs_done = state["step"], state["epochs_done"]
+        self.step = state["step"]
+        # The one epoch of an endless stream may now have more steps than when it was done.
+        self.epochs_done = min(state["epochs_done"], self.step // self.steps_per_epoch)
         self._epoch_ended_at = state.get("ended", self.step)
         self.best = None if state["best"] is None else Best(**state["best"])
         self.sums.load_state_dict(state["sums"])

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from torchrelay.checkpoint.format import Contents
+from torchrelay.checkpoint.format import Contents, pack
 from torchrelay.data.batches import Batches
 from torchrelay.data.files import Marks, together
 from torchrelay.data.sources import ArraySource
+from torchrelay.data.stream_reader import StreamReader
 from torchrelay.device import processor
 from torchrelay.device.device import Device
 from torchrelay.errors import RelayError
@@ -21,7 +22,8 @@ from torchrelay.train.step import TrainStep
 class TrainingState:
     """Collects the state of a training for a checkpoint, and restores it.
 
-    There is no random state in it: randomness follows from (seed, step) and (seed, epoch, index).
+    There is no random state in it: randomness follows from (seed, step) and (seed, epoch, index). Of a stream, it holds
+    where the last batch ended.
 
     Args:
         model: which is trained.
@@ -98,7 +100,19 @@ class TrainingState:
         progress, step = self.progress.state_dict(), self.train_step.state_dict()
         skipped, guard = progress.pop("skipped"), step.pop("guard")
         callbacks = [callback.state_dict() for callback in self.callbacks]
-        return {**progress, "guard": guard, "skipped": skipped, **step, "callbacks": callbacks}
+        stream = {} if self.batches.stream is None else {"stream": self._stream_state(self.batches.stream)}
+        return {**progress, "guard": guard, "skipped": skipped, **step, "callbacks": callbacks, **stream}
+
+    def _stream_state(self, stream: StreamReader) -> dict[str, Any]:
+        """Return where the last batch of a stream ended that was trained, if a checkpoint can hold it."""
+        batches = self.batches
+        epoch, batch = divmod(self.progress.step - 1, len(batches))
+        state = stream.state_dict(epoch, min((batch + 1) * batches.batch_size, batches.samples))
+        try:
+            pack(state)
+        except TypeError as error:
+            raise RelayError(f"{batches.source.name}.state_dict(): {error}") from error
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
@@ -106,6 +120,8 @@ class TrainingState:
         self.train_step.load_state_dict(state)
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=False):
             callback.load_state_dict(saved)
+        if self.batches.stream is not None:
+            self.batches.stream.load_state_dict(state.get("stream", {}))
 
     def facts(self) -> dict[str, Any]:
         """Return what stays the same in a run: what a prediction must know of the data, and the run's identity."""

@@ -37,7 +37,7 @@ class Trainer(Parts):
 
     Args:
         model: any module; its initial weights are the caller's.
-        train: training data: a source of `torchrelay.data`, a map-style Dataset, a pair (inputs, targets), a dict of
+        train: training data: a source of `torchrelay.data`, a Dataset, a pair (inputs, targets), a dict of
             equally long tensors, a list of samples, or a DataLoader of one of these.
         test: test data, likewise; each sample is evaluated once.
         validation: data by which "best" and early stopping go instead of the test data.
@@ -194,9 +194,9 @@ class Trainer(Parts):
             not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due()
         ):  # it was interrupted in an evaluation
             self.judge.within_epoch(self, self.callbacks)
-        for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
-            if progress.interrupted:
+            if progress.interrupted:  # before a batch is read, whose end would be the place of a stream
                 return
+        for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
             if progress.step + 1 not in progress.skipped:
                 notify(self._hooks["on_batch"], "on_batch", self, batch)
                 yield batch
