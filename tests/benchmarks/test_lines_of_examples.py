@@ -1,0 +1,22 @@
+"""The page of the examples counts the lines that they have."""
+
+import re
+from pathlib import Path
+
+from benchmarks import examples
+
+PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "examples.md"
+
+
+def test_the_page_has_the_lines_of_each_example_and_of_the_other_programs():
+    rows = dict(re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert rows.keys() == examples.SHOWN.keys()
+    for name, row in rows.items():
+        what, files = examples.SHOWN[name]
+        assert row.startswith(f"{what} | {examples.lines(name)} | {examples.others(files)} | "), name
+
+
+def test_an_example_is_run_and_tells_its_result():
+    seconds, result = examples.run("tables")
+    assert seconds > 0
+    assert re.fullmatch(r"test accuracy: \d+\.\d\d%", result)
