@@ -112,7 +112,8 @@ MESSAGES = [
     ),
     (
         "train digits --code own.py --set data.name=photos",
-        "data.name 'photos' is unknown; known: build_net, digits, cifar10, cifar100, image-folder, text",
+        "data.name 'photos' is unknown; known: build_net, digits, breast-cancer, wine, mnist, fashion-mnist, cifar10, "
+        "cifar100, text, image-folder",
         2,
     ),
     # numbers of classes
