@@ -236,7 +236,8 @@ def counters(progress: Progress) -> Counters:
 def unit(batches: Batches) -> str:
     """Return what people call the samples."""
     source = batches.source
-    return "images" if not isinstance(source, ArraySource) or source.inputs.ndim == 4 else "samples"
+    are_images = source.inputs.ndim == 4 if isinstance(source, ArraySource) else source.files is not None
+    return "images" if are_images else "samples"
 
 
 def step_text(step: int, task: Task, splits: Mapping[str, Mapping[str, float]]) -> str:
