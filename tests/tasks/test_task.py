@@ -351,6 +351,6 @@ def test_a_task_of_ones_own_is_trained_and_chooses_the_best(quiet, tmp_path):
     assert trainer.predict(pairs[:5]).shape == (5, 2)
 
 
-def test_a_task_without_a_loss_is_no_task():
-    with pytest.raises(TypeError, match="abstract method"):
-        tr.Task()
+def test_a_task_without_a_loss_says_what_to_define(digits, quiet):
+    with pytest.raises(UsageError, match=r"Task has no loss: define loss\(outputs, targets\)"):
+        tr.Trainer(nn.Linear(64, 10), digits[0], task=tr.Task(), terminal=quiet)

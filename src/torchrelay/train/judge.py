@@ -53,7 +53,7 @@ class Judge:
             return
         part = self._evaluator.selects_on
         batch = next(self._evaluator.parts[part].epoch(), None)
-        if batch is not None and type(self._task).loss is not Task.loss and not self._evaluator.collective_forward:
+        if batch is not None and type(self._task).compute is Task.compute and not self._evaluator.collective_forward:
             hint = hints.of_sum(self._task, self._evaluator.outputs(batch), batch.targets)
             if hint is not None:
                 self._session.say(hint)
