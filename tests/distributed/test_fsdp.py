@@ -19,7 +19,7 @@ from torchrelay.data.batch import replica_sizes
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed import fsdp_checks as shardable
 from torchrelay.distributed.fsdp import FSDP
-from torchrelay.distributed.fsdp_checks import check_optimizer, update_in_one_call
+from torchrelay.distributed.fsdp_checks import check_model, check_optimizer, update_in_one_call
 from torchrelay.distributed.fsdp_state import gather, shard
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import Buffers, GradientTree, give_gradients, take_gradients
@@ -380,6 +380,26 @@ def test_a_parameter_that_is_one_number_is_refused():
     model.number = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UsageError, match=r"'number'.*single number"):
         divided(model, ProcessGroup(0, 2, CPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_refused_in_exact_runs(dtype):
+    name, device = str(dtype).removeprefix("torch."), set_up(DeviceSettings(name="cpu"), exact=True)
+    with pytest.raises(UsageError, match=rf"the parameter '.*' is {name}, .* 'fsdp' isn't exact: .*exact=false"):
+        check_model(Odd().to(dtype), device, exact=True)
+    check_model(Odd().to(dtype), device, exact=False)
+    check_model(Odd(), set_up(DeviceSettings(name="cpu", precision="bf16"), exact=True), exact=True)
+
+
+def test_half_precision_rounds_by_the_length_of_a_shard():
+    torch.manual_seed(0)
+    weights, gradients = torch.rand(200, 103).bfloat16(), torch.rand(200, 103).bfloat16()
+    whole = [weight.clone().add_(gradient, alpha=-0.0123) for weight, gradient in zip(weights, gradients, strict=True)]
+    shards = [
+        torch.cat([weight[part].clone().add_(gradient[part], alpha=-0.0123) for part in (slice(51), slice(51, None))])
+        for weight, gradient in zip(weights, gradients, strict=True)
+    ]
+    assert not torch.equal(torch.stack(whole), torch.stack(shards)), "then they need not be refused any more"
 
 
 def test_other_memory_formats_are_refused_in_exact_runs():

@@ -308,6 +308,13 @@ def test_a_stream_that_ends_too_early_says_so():
         build("repeated", data=Plain(0)).fit()
 
 
+def test_one_object_with_a_state_is_not_read_by_training_and_evaluation():
+    data = SizedStateful()
+    with pytest.raises(UsageError, match="SizedStateful is training and evaluation data at once"):
+        build("stateful", data=data, test=data)
+    build("stateful", data=data, test=SizedStateful(20)).fit()
+
+
 def test_a_stream_is_not_balanced():
     with pytest.raises(UsageError, match="Sized is read in its own order: leave sampling out"):
         build("sized", sampling="balanced")

@@ -105,9 +105,7 @@ class Batches:
         self.dtype = dtype
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
-        self.samples = len(source) if limit is None else min(len(source), limit * batch_size)
-        if isinstance(source, StreamSource):
-            self.samples = source.limited(limit, batch_size, train=train)
+        self.samples = _count(source, limit, batch_size, train=train)
         self.has_targets = not isinstance(source, ArraySource) or source.has_targets
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
@@ -125,11 +123,8 @@ class Batches:
             self._inputs, self._targets = _arrays(source, device.device)
             self._sample_bytes = max(1, source.inputs.nbytes // len(source))
         else:
-            self._loader: StreamReader | Loader
-            if isinstance(source, StreamSource):
-                self._loader = self.stream = StreamReader(source, seed)
-            else:
-                self._loader = Loader(source, seed, workers, self._pin_memory)
+            self._loader = _reader(source, seed, workers, self._pin_memory)
+            self.stream = self._loader if isinstance(self._loader, StreamReader) else None
             self._collates = source.collate is not None
 
     def __len__(self) -> int:
@@ -292,6 +287,19 @@ def _check_arguments(batch_size: int, sampling: str, replicas: int, rank: int, w
         raise UsageError(
             f"sampling {sampling!r} is unknown{nearest(str(sampling), get_args(Sampling)) or f'; known: {known}'}"
         )
+
+
+def _count(source: Source, limit: int | None, batch_size: int, *, train: bool) -> int:
+    """Return the number of samples in an epoch of at most `limit` batches."""
+    if isinstance(source, StreamSource):
+        return source.limited(limit, batch_size, train=train)
+    return len(source) if limit is None else min(len(source), limit * batch_size)
+
+
+def _reader(source: DatasetSource | StreamSource, seed: int, workers: int, pin: bool) -> Loader | StreamReader:
+    if isinstance(source, StreamSource):
+        return StreamReader(source, seed)
+    return Loader(source, seed, workers, pin)
 
 
 def _arrays(source: ArraySource, device: torch.device) -> tuple[Tensor, Tensor]:

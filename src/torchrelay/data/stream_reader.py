@@ -5,7 +5,7 @@ the last batch ended that was trained. Each process reads the whole stream and k
 the number of processes changes nothing.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +13,7 @@ from typing import Any
 
 from torchrelay.data.stream import StreamSource
 from torchrelay.data.workers import Key, Seeded, one_thread
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.rng import reseed_everything, seed_for
 
 _END = object()
@@ -160,3 +160,18 @@ class StreamReader(Seeded):
             return self._next()
         self._place, self._sample = replace(place, read=place.read + 1), sample
         return sample
+
+
+def check_apart(training: StreamReader | None, others: Iterable[StreamReader | None]) -> None:
+    """Check that no evaluation reads the very object in which the training's place is kept.
+
+    Raises:
+        UsageError: one does.
+    """
+    if training is None or not training.has_state:
+        return
+    if any(other is not None and other.dataset is training.dataset for other in others):
+        raise UsageError(
+            f"{training.name} is training and evaluation data at once, and its one state can't say where each stands: "
+            "give two objects"
+        )

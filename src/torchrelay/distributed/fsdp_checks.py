@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +17,8 @@ _LARGEST_SHARE = 0.25  # of the model's parameters; a larger block is divided in
 
 # They update each element on its own, so a shard is updated as the whole parameter would be.
 _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD")
+# PyTorch's `add_` with an alpha rounds a tensor's last elements differently, and which are the last is up to the shard.
+_HALF = (torch.bfloat16, torch.float16)
 _FUSED = ("Adam", "AdamW")  # whose fused versions accept sharded parameters
 _WHOLE_MATRICES = ("Muon", "Adafactor")
 
@@ -73,6 +76,12 @@ def check_model(model: nn.Module, device: Device, exact: bool) -> None:
             raise UsageError(
                 f"parallel.kind 'fsdp' can't divide the parameter '{name}', which is a single number: "
                 "give it the shape (1,), or use 'ddp'"
+            )
+        if exact and parameter.dtype in _HALF:
+            raise UsageError(
+                f"the parameter '{name}' is {str(parameter.dtype).removeprefix('torch.')}, whose update rounds by the "
+                "length of a shard, so parallel.kind 'fsdp' isn't exact: keep it in float32 with device.precision "
+                "'bf16', use 'ddp', or --set run.exact=false"
             )
         if exact and not parameter.is_contiguous():
             raise UsageError(

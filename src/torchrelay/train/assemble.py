@@ -17,6 +17,7 @@ from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import statistics
 from torchrelay.data.stream import StreamSource
+from torchrelay.data.stream_reader import check_apart
 from torchrelay.device.device import Device, DeviceSettings, set_up
 from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import ProcessGroup, init_process_group
@@ -134,7 +135,9 @@ def make_batches(
     is_named = isinstance(test, dict) and not any(isinstance(each, Tensor | np.ndarray) for each in test.values())
     evaluated = {"validation": validation, **(test if is_named else {"test": test})}
     parts = {name: batches(data, training=False) for name, data in evaluated.items() if data is not None}
-    return batches(source, training=True), parts
+    made = batches(source, training=True)
+    check_apart(made.stream, [part.stream for part in parts.values()])
+    return made, parts
 
 
 def make_strategy(
