@@ -147,6 +147,17 @@ class Stop(tr.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Kill(tr.Callback):
+    def on_step(self, trainer: Any, batch: Any, loss: Tensor) -> None:
+        if trainer.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def often(name: str, run: Path, **changes: Any) -> tr.Trainer:
+    """A run that saves every other step, which is also within epochs."""
+    return build(name, run, checkpoint=tr.CheckpointSettings(every="2 steps", keep=9), **changes)
+
+
 def stop_and_resume(name: str, run: Path, step: int) -> None:
     """Stop a run after a step and resume it with a dataset that knows nothing of it."""
     trainer = build(name, run)
@@ -159,6 +170,13 @@ def stop_and_resume(name: str, run: Path, step: int) -> None:
 def main(folder: Path) -> None:
     from forked import fork
 
+    for name in CASES:
+        if (child := os.fork()) == 0:
+            torch.set_num_threads(1)
+            trainer = often(name, folder / "killed" / name)
+            trainer.callbacks.append(Kill())
+            trainer.fit()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -218,6 +236,32 @@ def test_two_processes_go_on_with_what_one_began(runs, same_runs, name):
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(runs, same_runs, name, step, tmp_path):
     stop_and_resume(name, tmp_path / "run", step)
     same_but_for(step, same_runs, tmp_path / "run", runs / "one" / name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(runs, same_runs, name, tmp_path):
+    often(name, tmp_path / "whole").fit()
+    killed = often(name, runs / "killed" / name)
+    killed.resume()
+    assert killed.progress.step == 6
+    same_runs(runs / "killed" / name, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["unending", "repeated"])
+def test_a_batch_that_breaks_the_loss_is_skipped(name, tmp_path):
+    made, _ = CASES[name]
+
+    class Broken(made):  # type: ignore[misc, valid-type]
+        def get(self, number: int) -> Any:
+            inputs, label = super().get(number)
+            return (inputs * float("nan") if len(self.read) == 3 * BATCH else inputs), label
+
+    settings = tr.RunSettings(log_every=1, on_spike="rollback")
+    trainer = often(name, tmp_path / "run", data=Broken(), settings=settings)
+    trainer.fit()
+    assert trainer.progress.step == 6
+    assert list(trainer.progress.skipped) == [3]
+    assert all(torch.isfinite(each).all() for each in trainer.model.parameters())
 
 
 def test_a_stream_with_a_state_is_not_read_again(tmp_path):
