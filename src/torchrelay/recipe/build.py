@@ -11,6 +11,7 @@ from torch import nn
 from torchrelay import data
 from torchrelay.data.sources import ArraySource, Source
 from torchrelay.device.device import set_up
+from torchrelay.distributed.process import rank
 from torchrelay.errors import UsageError, nearest
 from torchrelay.models.factory import build as build_model
 from torchrelay.recipe.code import environment
@@ -152,7 +153,7 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
 
 def _load_data(recipe: Recipe, code: ModuleType | None, fresh: bool, say: Callable[[str], None]) -> data.Parts:
     """Return the data; say which of its settings have no effect, when the run starts."""
-    if fresh and (unused := recipe.data.without_effect()):
+    if fresh and rank() == 0 and (unused := recipe.data.without_effect()):
         say(f"hint: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect on {recipe.data.name}")
     return data.load(recipe.data, recipe.run.seed, code=code, log=say)
 
