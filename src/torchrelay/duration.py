@@ -87,8 +87,8 @@ def _wall_clock_message(duration: Duration) -> str:
     return f"'{duration}' is measured by the clock: write it in epochs, steps or percent"
 
 
-def _without_clock(duration: Duration) -> Duration:
-    if duration.seconds is not None:
+def _without_clock(duration: "int | Duration") -> "int | Duration":
+    if isinstance(duration, Duration) and duration.seconds is not None:
         raise ValueError(_wall_clock_message(duration))
     return duration
 
@@ -122,5 +122,7 @@ def steps_between(interval: "int | Duration", steps_per_epoch: int, total_steps:
 _INTERVAL = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["200 steps", "10 min"]}]}
 Interval = Annotated[int | Duration, PlainValidator(_interval), WithJsonSchema(_INTERVAL)]
 """How often something happens: a whole number, or a duration such as "200 steps" or "10 min"."""
+StepInterval = Annotated[Interval, AfterValidator(_without_clock)]
+"""Likewise, but not by the clock: all processes must agree on the step."""
 StepDuration = Annotated[Duration, AfterValidator(_without_clock)]
 """A duration on which a result depends and which therefore may not be wall-clock time."""

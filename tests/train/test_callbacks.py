@@ -532,3 +532,32 @@ def test_a_loss_that_is_a_mean_gets_a_hint(digits, quiet, tmp_path, reduction):
 
     build(digits, quiet, tmp_path, epochs=1, task=Own()).fit()
     assert ("hint: the loss of Own is" in (tmp_path / "log.txt").read_text()) == (reduction == "mean")
+
+
+def test_the_clock_may_not_decide_what_is_computed(digits, quiet):
+    by_clock = {"evaluate_every": "10 min"}
+    with pytest.raises(UsageError, match="the clock would decide what is computed: give epochs or steps"):
+        build(digits, quiet, settings=tr.RunSettings(patience=2, **by_clock))
+    with pytest.raises(UsageError, match="the clock would decide what is computed"):
+        build(digits, quiet, settings=tr.RunSettings(**by_clock), schedule=tr.optim.Plateau())
+    with pytest.raises(UsageError, match="'1 min' is measured by the clock"):
+        tr.RunSettings(log_every="1 min")
+
+
+def test_what_a_callback_logged_since_the_last_line_survives_a_stop(digits, quiet, tmp_path):
+    class Logs(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            tr.log("twice", 2 * trainer.step)
+
+    class Stop(tr.Callback):
+        def on_step(self, trainer, batch, loss) -> None:
+            if trainer.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = tr.RunSettings(log_every=4)
+    build(digits, quiet, tmp_path / "whole", settings=settings, callbacks=[Logs()]).fit()
+    with pytest.raises(Interrupted):
+        build(digits, quiet, tmp_path / "cut", settings=settings, callbacks=[Logs(), Stop()]).fit()
+    build(digits, quiet, tmp_path / "cut", settings=settings, callbacks=[Logs()]).resume()
+    whole, cut = ([line["twice"] for line in lines_of(tmp_path / run, "step")] for run in ("whole", "cut"))
+    assert whole == cut

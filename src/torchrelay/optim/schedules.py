@@ -67,6 +67,11 @@ class Schedule:
         if self._descent is not None:
             self._descent.update(score)
 
+    @property
+    def follows_evaluations(self) -> bool:
+        """Whether the rate depends on the scores of evaluations."""
+        return self._descent is not None
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint; empty except for a plateau schedule."""
         if self._descent is None:

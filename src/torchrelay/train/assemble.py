@@ -285,7 +285,7 @@ def join_parts(
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
     total = settings.steps or settings.epochs * len(batches)
-    log_every = steps_between(settings.log_every, len(batches), total, "steps") or 1
+    log_every = steps_between(settings.log_every, len(batches), total, "steps")
     progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, log_every, settings.steps)
     # A CUDA graph holds a step of one replica.
     device = batches.device.without_graph() if batches.replicas > 1 else batches.device

@@ -9,7 +9,7 @@ from torchrelay.optim.schedules import Schedule
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
 from torchrelay.train import hints
-from torchrelay.train.callbacks import Callback, Training, notify
+from torchrelay.train.callbacks import Callback, EarlyStopping, Training, notify
 from torchrelay.train.evaluation import Evaluation, Evaluator, score
 from torchrelay.train.logs import epoch_text, step_text
 from torchrelay.train.session import Session
@@ -26,6 +26,9 @@ class Judge:
         settings: how often to evaluate.
         schedule: which may follow the metric.
         session: the run's, which writes the lines.
+
+    Raises:
+        UsageError: evaluations are due by the clock, and what is computed would follow them.
     """
 
     def __init__(
@@ -41,7 +44,13 @@ class Judge:
         steps = steps_between(every, self._progress.steps_per_epoch, self._progress.total_steps, "epochs")
         self._steps, self._by_clock = steps, not steps and bool(evaluator.parts)
         self._seconds = (every.seconds or 0.0) if isinstance(every, Duration) else 0.0
-        self._evaluated_at = time.monotonic()
+        stops = any(isinstance(callback, EarlyStopping) for callback in session.state.callbacks)
+        if self._by_clock and (schedule.follows_evaluations or stops):
+            raise UsageError(
+                f"run.evaluate_every is '{every}', and a plateau schedule or early stopping follows them, so the "
+                "clock would decide what is computed: give epochs or steps"
+            )
+        self._evaluated_at, self._recorded_step = time.monotonic(), -1
 
     def rehearse(self) -> None:
         """Evaluate a task of the user's on a batch or two, so that a mistake shows before an epoch is trained.
@@ -80,6 +89,7 @@ class Judge:
             found = self.evaluate(self._evaluator.parts)
         if progress.interrupted:
             return False
+        self._recorded_step = progress.step
         self._record(trainer, callbacks, found)
         self._session.say(step_text(progress.step, self._task, found))
         return self._is_best(found.get(self._evaluator.selects_on), epoch)
@@ -88,8 +98,7 @@ class Judge:
         """Evaluate where it is due, record and tell; return whether it is the best so far, None if a signal came."""
         progress, epoch = self._progress, self._progress.epochs_done + 1
         train, times, now = progress.sums.means(), progress.stopwatch.lap(), {"time": round(time.time(), 3)}
-        is_fresh = progress.evaluated_at[0] == progress.step and bool(progress.evaluated_at[1])
-        due = (progress.ends or self.is_due()) and not is_fresh
+        due = (progress.ends or self.is_due()) and self._recorded_step != progress.step
         found = self.evaluate(self._evaluator.parts) if due else {}
         if progress.interrupted:  # nothing is recorded, since a resume repeats the evaluation
             return None

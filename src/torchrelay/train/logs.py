@@ -87,12 +87,15 @@ class StepLog(Callback):
         self._samples, self._since = 0, now
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses since the last line."""
-        return {"losses": [float(loss) for loss in self._losses]}
+        """Return the losses, and what callbacks have logged, since the last line."""
+        logged = {name: [float(total), float(count)] for name, (total, count) in self._progress.logged.scalars.items()}
+        return {"losses": [float(loss) for loss in self._losses]} | ({"logged": logged} if logged else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue to collect."""
         self._losses = list(state["losses"])
+        logged = state.get("logged", {})
+        self._progress.logged.scalars = {name: (total, count) for name, (total, count) in logged.items()}
 
 
 class Pictures(Callback):

@@ -75,9 +75,9 @@ class RunningSums:
         return self._group is not None and self._group.size > 1
 
     def read_logged(self) -> None:
-        """Add up what is unread if something was logged; several processes call it at the same time."""
-        if self._logged:
-            self.read()
+        """Add up what was logged and is unread; several processes call it at the same time."""
+        self.logged = self._added(self._logged, self.logged)
+        self._logged.clear()
 
     def read(self) -> None:
         """Add up what is unread, which waits for the device."""
@@ -88,10 +88,9 @@ class RunningSums:
         measured = [values | {_COUNT: count} for values, count in self._measures]
         sums = self._added(measured, {**self.measures, _COUNT: float(self.count)})
         self.count, self.measures = int(sums.pop(_COUNT)), sums
-        self.logged = self._added(self._logged, self.logged)
         self._losses.clear()
         self._measures.clear()
-        self._logged.clear()
+        self.read_logged()
 
     def _added(self, rows: list[dict[str, Tensor | float]], before: dict[str, float]) -> dict[str, float]:
         """Return sums with all processes' rows added, one after another in the order of one process."""

@@ -15,8 +15,6 @@ from torchrelay.errors import UsageError
 
 # Values by name: their sum, and what it is divided by.
 Logged = dict[str, tuple[Tensor | float, Tensor | float]]
-# Kinds of values that TensorBoard shows.
-MEDIA = ("image", "text", "histogram")
 
 
 class Record:

@@ -190,9 +190,8 @@ class Trainer(Parts):
             return
         if progress.position == 0:
             notify(self.callbacks, "on_epoch_start", self, progress.epochs_done + 1)
-        elif (
-            not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due()
-        ):  # it was interrupted in an evaluation
+        elif not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due():
+            # The run was interrupted in an evaluation.
             self.judge.within_epoch(self, self.callbacks)
             if progress.interrupted:  # before a batch is read, whose end would be the place of a stream
                 return
