@@ -483,6 +483,18 @@ def test_too_little_shared_memory_is_an_error_with_the_remedy():
     assert "shm, which is full: enlarge it" in done.stdout, done.stdout + done.stderr
 
 
+class WithFunction(Noisy):
+    def __getitem__(self, index: int):
+        return super().__getitem__(index), lambda: index
+
+
+@pytest.mark.timeout(60)
+def test_a_batch_that_a_worker_cannot_pickle_is_an_error_and_no_endless_wait():
+    found = batches(dataset(WithFunction(), collate=list), workers=2)
+    with pytest.raises(RelayError, match=r"WithFunction: a worker can't pass on a batch: .*set data\.workers to 0"):
+        list(found.epoch())
+
+
 def test_hundreds_of_batches_at_once_do_not_use_up_the_open_files():
     found = batches(dataset(Parts()), 1, workers=2)
     kept = [batch for epoch in range(30) for batch in found.epoch(epoch)]

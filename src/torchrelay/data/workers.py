@@ -1,14 +1,16 @@
 """Step 2: read a torch Dataset sample by sample, in worker processes or in this one."""
 
+import pickle
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from torchrelay.data.labels import out_of_range, wrong_label
 from torchrelay.data.sources import DatasetSource
@@ -49,6 +51,21 @@ class Seeded(Dataset[Any]):
         if any(each is None for each in batches):
             raise RelayError(f"{self.name}: the collate function returned None: let it return the batch")
         return batches
+
+    def pickled(self, batches: Any) -> Any:
+        """Pickle batches in a worker's main thread, which also puts their tensors into shared memory.
+
+        The queue's own thread would print an error and drop the batch, and the reader would wait for ever.
+        """
+        if get_worker_info() is None:
+            return batches
+        try:
+            return _Pickled(batches)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            return RelayError(
+                f"{self.name}: a worker can't pass on a batch: {error}: give a collate function that returns what can "
+                "be pickled, or set data.workers to 0"
+            )
 
     def _batch(self, keys: list[Key]) -> Any:
         samples = []
@@ -138,7 +155,7 @@ class Loader:
         self._loader = DataLoader(
             self._seeded,
             batch_sampler=self._keys,
-            collate_fn=_identity,
+            collate_fn=self._seeded.pickled,
             num_workers=workers,
             pin_memory=pin,
             persistent_workers=workers > 0,
@@ -216,8 +233,14 @@ class Loader:
 _END = object()  # not None, which a collate function may return
 
 
-def _identity(batch: Any) -> Any:
-    return batch
+class _Pickled:
+    """An object in pickled form, which unpickling restores."""
+
+    def __init__(self, value: Any) -> None:
+        self.data = bytes(ForkingPickler.dumps(value))
+
+    def __reduce__(self) -> tuple[Any, tuple[bytes]]:
+        return pickle.loads, (self.data,)
 
 
 @contextmanager
