@@ -46,7 +46,7 @@ def preload() -> None:
     import torchrelay.cli
     import torchrelay.distributed.launch
     import torchrelay.models.summary
-    import torchrelay.recipe.predictor
+    import torchrelay.recipe.trained
     import torchrelay.report.draw
 
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported

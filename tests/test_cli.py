@@ -351,7 +351,7 @@ def test_predict_names_a_file_that_is_missing(run, pictures, tmp_path, capsys):
 def test_weights_of_another_model_are_refused(run, pictures, capsys):
     code, line = failing(["predict", str(run), str(pictures[0][0]), "--set", "model.name=mlp"], capsys)
     assert code == 1
-    assert "the weights of the checkpoint aren't those of model 'mlp': Missing key(s)" in line
+    assert "the checkpoint's weights don't fit Sequential: Missing key(s)" in line
     assert "head.weight" in line
 
 

@@ -35,7 +35,7 @@ def test_importing_torchrelay_loads_nothing_yet():
 def test_the_trainer_loads_no_library_that_it_may_not_need():
     loaded = loaded_by(
         "import torchrelay as tr\ntr.Trainer, tr.Recipe, tr.data, tr.optim, tr.models, tr.augment\n"
-        "import torchrelay.recipe.predictor"
+        "import torchrelay.recipe.trained"
     )
     assert "torch" in loaded
     assert loaded & {*OPTIONAL, "torch.distributed.fsdp", "torch.distributed.tensor"} == set()

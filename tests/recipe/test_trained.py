@@ -78,3 +78,20 @@ def test_a_run_from_python_needs_its_model(tmp_path, quiet, changes):
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(UsageError, match="isn't a run: it has no recipe"):
         tr.load(tmp_path)
+
+
+def test_a_run_from_python_evaluates_on_other_images_by_the_names_of_their_classes(tmp_path, quiet):
+    for name, gray in (("black", 0), ("white", 255), ("other", 127)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (4, 4), gray).save(tmp_path / "images" / name / f"{i}.png")
+    inputs = torch.tensor([0, 255], dtype=torch.uint8).repeat(8).reshape(16, 1, 1, 1).expand(16, 1, 4, 4).contiguous()
+    train = tr.data.arrays(inputs, torch.arange(16) % 2, ("black", "white"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    settings = {"epochs": 5, "batch_size": 8, "normalize": False, "optimizer": tr.optim.SGD(lr=0.5), "terminal": quiet}
+    tr.Trainer(model, train, train, run=tmp_path / "run", **settings).fit()
+    said: list[str] = []
+    trained = tr.load(tmp_path / "run", model=nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+    found = trained.evaluate(tmp_path / "images", said.append)
+    assert {name: (each.samples, each.values["accuracy"]) for name, each in found.items()} == {"all": (8, 1.0)}
+    assert any(line.startswith("left out of") and line.endswith(": other") for line in said), said

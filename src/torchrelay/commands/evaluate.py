@@ -11,17 +11,16 @@ from torchrelay.commands.options import (
     add_common,
     add_folder,
     add_processes,
-    code_of,
     recipe_of_run,
     run_in_processes,
     terminal_of,
+    trained_of_run,
     trainer_of_run,
 )
 from torchrelay.distributed import process
 from torchrelay.errors import UsageError
 
 if TYPE_CHECKING:
-    from torchrelay.recipe.recipe import Recipe
     from torchrelay.train.evaluation import Evaluation
 
 HELP = "evaluate a run's best checkpoint"
@@ -45,10 +44,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the metrics of each split."""
-    recipe = recipe_of_run(options)
     if options.images is not None:
-        checkpoint, classes, evaluations = _on_images(options, recipe)
+        checkpoint, classes, evaluations = _on_images(options)
     else:
+        recipe = recipe_of_run(options)
         if run_in_processes(options, recipe, options.folder):
             return
         trainer = trainer_of_run(options, recipe)
@@ -65,16 +64,15 @@ def run(options: argparse.Namespace) -> None:
         _print(split, evaluation, classes)
 
 
-def _on_images(options: argparse.Namespace, recipe: "Recipe") -> tuple[Path, Sequence[str], dict[str, "Evaluation"]]:
+def _on_images(options: argparse.Namespace) -> tuple[Path, Sequence[str], dict[str, "Evaluation"]]:
     """Evaluate on a folder of images, for which the run's own data isn't needed."""
     from torchrelay.checkpoint.retention import find
-    from torchrelay.recipe.predictor import load_predictor
 
     if options.devices > 1:
         raise UsageError("a folder of images is evaluated on one device: leave out --devices")
-    predictor = load_predictor(recipe, options.folder, options.checkpoint, code=code_of(options))
-    evaluations = predictor.evaluate(options.images, terminal_of(options).say)
-    return find(options.folder / "checkpoints", options.checkpoint), predictor.classes, evaluations
+    trained = trained_of_run(options)
+    evaluations = trained.evaluate(options.images, terminal_of(options).say)
+    return find(options.folder / "checkpoints", options.checkpoint), trained.classes, evaluations
 
 
 def _print(split: str, evaluation: "Evaluation", classes: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from torchrelay.errors import UsageError
 
 if TYPE_CHECKING:
     from torchrelay.recipe.recipe import Recipe
+    from torchrelay.recipe.trained import Trained
     from torchrelay.run.terminal import Terminal
     from torchrelay.train.trainer import Trainer
 
@@ -135,6 +136,26 @@ def trainer_of_run(options: argparse.Namespace, recipe: "Recipe") -> "Trainer":
     from torchrelay.recipe.build import build_trainer
 
     return build_trainer(recipe, options.folder, code=code_of(options), terminal=terminal_of(options), fresh=False)
+
+
+def trained_of_run(options: argparse.Namespace) -> "Trained":
+    """Return a run's trained model, which classifies images.
+
+    Raises:
+        UsageError: the run has no such checkpoint, or its task isn't classification.
+    """
+    from torchrelay.checkpoint import read
+    from torchrelay.checkpoint.retention import find
+    from torchrelay.recipe.trained import trained
+    from torchrelay.tasks import Classification
+
+    recipe = recipe_of_run(options)
+    found = trained(recipe, read(find(options.folder / "checkpoints", options.checkpoint)), code_of(options))
+    if not isinstance(found.task, Classification):
+        raise UsageError(
+            f"{options.folder} predicts no classes, since its loss.name is '{recipe.loss.name}': use Trainer.predict()"
+        )
+    return found
 
 
 def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path, *more: str) -> bool:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchrelay.commands.options import add_checkpoint, add_common, add_folder, code_of, count, recipe_of_run
+from torchrelay.commands.options import add_checkpoint, add_common, add_folder, count, trained_of_run
 from torchrelay.errors import RelayError, UsageError
 
 if TYPE_CHECKING:
-    from torchrelay.recipe.predictor import Predictor
+    from torchrelay.recipe.trained import Trained
 
 HELP = "classify image files with a trained run"
 Row = dict[str, float]  # the most probable classes, the first one first
@@ -32,14 +32,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the most probable classes of each image; name the files that can't be read, and fail at the end."""
-    from torchrelay.recipe.predictor import load_predictor
-
-    recipe, code = recipe_of_run(options), code_of(options)
+    trained = trained_of_run(options)
     paths = [path for given in options.paths for path in _images(given)]
-    predictor = load_predictor(recipe, options.folder, options.checkpoint, code=code)
-    top = min(options.top, len(predictor.classes))
+    top = min(options.top, len(trained.classes))
     unreadable: list[Path] = []
-    rows = _rows(predictor, paths, top, unreadable)
+    rows = _rows(trained, paths, top, unreadable)
     if options.json:
         entries = [{"path": str(path), "classes": row} for path, row in rows]
         print(json.dumps(entries, indent=1, ensure_ascii=False))
@@ -56,15 +53,15 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _rows(predictor: "Predictor", paths: list[Path], top: int, unreadable: list[Path]) -> Iterator[tuple[Path, Row]]:
+def _rows(trained: "Trained", paths: list[Path], top: int, unreadable: list[Path]) -> Iterator[tuple[Path, Row]]:
     """Yield the most probable classes of each image; say which can't be read, and collect them."""
-    for path, found in zip(paths, predictor.images(paths), strict=True):
+    for path, found in zip(paths, trained.predict_files(paths), strict=True):
         if isinstance(found, RelayError):
             print(f"left out: {str(found).partition('; ')[0]}".replace("\n", "\\n"), file=sys.stderr)
             unreadable.append(path)
             continue
         values, indices = (part.tolist() for part in found.topk(top))
-        yield path, {str(predictor.classes[c]): round(p, 6) for p, c in zip(values, indices, strict=True)}
+        yield path, {str(trained.classes[c]): round(p, 6) for p, c in zip(values, indices, strict=True)}
 
 
 def _print_csv(rows: Iterator[tuple[Path, Row]], top: int) -> None:

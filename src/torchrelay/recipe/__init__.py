@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchrelay.recipe.build import build_trainer
     from torchrelay.recipe.code import load_code
-    from torchrelay.recipe.predictor import Predictor, load_predictor
     from torchrelay.recipe.recipe import Recipe, load, parse
+    from torchrelay.recipe.trained import Trained
 
 _HOME = {
-    "Predictor": "predictor",
     "Recipe": "recipe",
+    "Trained": "trained",
     "build_trainer": "build",
     "load": "recipe",
     "load_code": "code",
-    "load_predictor": "predictor",
     "parse": "recipe",
 }
-__all__ = ["Predictor", "Recipe", "build_trainer", "load", "load_code", "load_predictor", "parse"]
+__all__ = ["Recipe", "Trained", "build_trainer", "load", "load_code", "parse"]
 
 
 def __getattr__(name: str) -> Any:

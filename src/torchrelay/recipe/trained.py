@@ -1,13 +1,14 @@
-"""Predict with a trained run from Python: the run's folder suffices, and the model where a script built it."""
+"""Predict with a trained run: its folder suffices, and the model where a script built it."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchrelay import tasks
 from torchrelay.checkpoint.format import Contents, read
@@ -15,9 +16,11 @@ from torchrelay.checkpoint.retention import find
 from torchrelay.data.accept import as_source
 from torchrelay.data.augment.pipeline import Augment, Pipeline
 from torchrelay.data.batches import Batches
-from torchrelay.data.folder import decode_images
-from torchrelay.data.listing import images_below
-from torchrelay.data.sources import ArraySource
+from torchrelay.data.folder import decode_images, decoder
+from torchrelay.data.listing import Listing, images_below, nested_folder
+from torchrelay.data.listing import find as find_images
+from torchrelay.data.settings import DataSettings
+from torchrelay.data.sources import ArraySource, Source
 from torchrelay.device.device import Device, DeviceSettings, set_up
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.models.factory import build as build_model
@@ -26,7 +29,7 @@ from torchrelay.recipe.build import build_task, image_size
 from torchrelay.run.settings import Views
 from torchrelay.tasks.task import Task
 from torchrelay.train.assemble import dtype_of, stacked
-from torchrelay.train.evaluation import Evaluator
+from torchrelay.train.evaluation import Evaluation, Evaluator
 
 
 class Trained:
@@ -37,9 +40,9 @@ class Trained:
         contents: the checkpoint.
         task: turns the model's outputs into predictions.
         device: where the model computes.
-        prepare: what images go through first.
-        batch_size: how many samples are predicted at once.
+        data: the run's settings: how images are decoded, what they go through first, how many are predicted at once.
         views: over how many views of an image the outputs are averaged.
+        prepare: what images go through first, in place of the settings'.
 
     Attributes:
         classes: the names of the classes; () if there are none.
@@ -55,22 +58,22 @@ class Trained:
         contents: Contents,
         task: Task,
         device: Device,
-        *,
-        prepare: Sequence[Augment] = (),
-        batch_size: int = 256,
+        data: DataSettings,
         views: Views = 1,
+        prepare: Sequence[Augment] | None = None,
     ) -> None:
-        data = contents.state["data"]
+        trained_on = contents.state["data"]
         try:
             model.load_state_dict(contents.model if contents.ema is None else contents.ema)
         except RuntimeError as error:
             reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:])
             raise RelayError(f"the checkpoint's weights don't fit {type(model).__name__}: {reasons}") from None
         self.model, self.task, self.step = device.place(model).eval(), task, contents.step
-        self.classes: tuple[str, ...] = tuple(data["classes"])
-        self._shape: list[int] | None = data["shape"]
-        self._device, self._batch_size, self._views = device, batch_size, views
-        self._pipeline = Pipeline(prepare=tuple(prepare), mean=data["mean"], std=data["std"])
+        self.classes: tuple[str, ...] = tuple(trained_on["classes"])
+        self._shape: list[int] | None = trained_on["shape"]
+        self._device, self._data, self._views = device, data, views
+        prepare = data.prepare if prepare is None else prepare
+        self._pipeline = Pipeline(prepare=tuple(prepare), mean=trained_on["mean"], std=trained_on["std"])
 
     def predict(self, data: Any) -> Any:
         """Return the task's predictions, such as (samples, classes) probabilities, in the order of the data.
@@ -85,21 +88,89 @@ class Trained:
         """
         paths = [data] if isinstance(data, str | Path) else data
         if isinstance(paths, list | tuple) and paths and all(isinstance(path, str | Path) for path in paths):
-            data = self._decoded([Path(path) for path in paths])
-        dtype = dtype_of(self.model)
-        source = as_source(stacked(data), dtype)
-        batches = Batches(source, self._batch_size, self._device, self._pipeline, train=False, dtype=dtype)
-        return Evaluator(self.model, self.task, self._device, views=self._views).predict(batches)
+            files = [file for path in map(Path, paths) for file in (images_below(path)[0] if path.is_dir() else [path])]
+            if not files:
+                raise UsageError(f"there are no images in {', '.join(map(str, paths))}")
+            data = decode_images(files, self._image_shape())
+        return self._predict(as_source(stacked(data), dtype_of(self.model)))
 
-    def _decoded(self, paths: list[Path]) -> torch.Tensor:
+    def predict_files(self, paths: Sequence[Path]) -> Iterator[Tensor | RelayError]:
+        """Yield the prediction of each image file, decoded as the training images were, or why it can't be read.
+
+        Files are decoded and go through the model a batch at a time.
+
+        Raises:
+            UsageError: the run wasn't trained on images in memory.
+        """
+        shape = self._image_shape()
+
+        def decoded(path: Path) -> Tensor | RelayError:
+            try:
+                return decode_images([path], shape)
+            except RelayError as error:
+                return error
+
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), self._data.batch_size):
+                images = list(pool.map(decoded, paths[start : start + self._data.batch_size]))
+                readable = [image for image in images if isinstance(image, Tensor)]
+                rows = iter(self._predict(as_source(torch.cat(readable))) if readable else ())
+                for image in images:
+                    yield next(rows) if isinstance(image, Tensor) else image
+
+    def evaluate(self, root: Path, log: Callable[[str], None] = print) -> dict[str, Evaluation]:
+        """Evaluate on a folder of images with a folder for each class, in parts or not; classes are matched by name.
+
+        Args:
+            root: the folder.
+            log: called with the lines about what was found, decoded and left out.
+
+        Returns:
+            The evaluation of each part, "train", "validation" and "test", or of "all".
+
+        Raises:
+            UsageError: the run wasn't trained on images in memory, or not with classes.
+            RelayError: the folder has none of the run's classes, or an image can't be read.
+        """
+        if not self.classes:
+            raise UsageError("the run was trained without classes, by whose names a folder's images have labels")
+        (channels, *size), found, data = self._image_shape(), find_images(root), self._data
+        for line in found.report():
+            log(line)
+        decode = decoder((size[0], size[1]), channels, data.cache, data.cache_dir, data.on_error, data.max_errors, log)
+        parts = {name: self._batches(decode(self._known(part, log))) for name, part in found.parts.items()}
+        evaluator = Evaluator(self.model, self.task, self._device, parts, views=self._views)
+        return {name: evaluation for name in parts if (evaluation := evaluator.evaluate(name)) is not None}
+
+    def _predict(self, source: Source) -> Any:
+        return Evaluator(self.model, self.task, self._device, views=self._views).predict(self._batches(source))
+
+    def _batches(self, source: Source) -> Batches:
+        dtype = dtype_of(self.model)
+        return Batches(source, self._data.batch_size, self._device, self._pipeline, train=False, dtype=dtype)
+
+    def _image_shape(self) -> list[int]:
+        """Return (channels, height, width)."""
         if self._shape is None or len(self._shape) != 3:
             raise UsageError(
-                "the run wasn't trained on images in memory, so files can't be read as it was: give arrays"
+                "the run wasn't trained on images in memory, so files can't be read as it was: give arrays from Python"
             )
-        files = [file for path in paths for file in (images_below(path)[0] if path.is_dir() else [path])]
-        if not files:
-            raise UsageError(f"there are no images in {', '.join(map(str, paths))}")
-        return decode_images(files, self._shape)
+        return self._shape
+
+    def _known(self, listing: Listing, log: Callable[[str], None]) -> Listing:
+        """Return the images of the classes that the run knows, with its labels; say which classes differ."""
+        known, there = set(self.classes), set(listing.classes)
+        if not known & there:
+            nested = nested_folder(listing.folder)
+            raise RelayError(
+                f"{listing.folder} has none of the run's classes, {', '.join(self.classes)}, but "
+                f"{', '.join(listing.classes)}" + (f": did you mean {nested}?" if nested else ": name them alike")
+            )
+        if there - known:
+            log(f"left out of {listing.folder}, as the run has no such class: {', '.join(sorted(there - known))}")
+        if known - there:
+            log(f"classes without images in {listing.folder}: {', '.join(sorted(known - there))}")
+        return listing.of(self.classes)
 
 
 def load(
@@ -137,22 +208,39 @@ def load(
             raise UsageError(f"{folder} was started from Python: give its model too, tr.load({str(run)!r}, model=...)")
         where = set_up(DeviceSettings(**(table["device"] | {"name": device})), exact=table["run"]["exact"])
         task = task or _task_named(environment.get("task", ""), folder)
-        views, batch_size = table["run"]["test_views"], table["data"]["batch_size"]
-        return Trained(model, contents, task, where, prepare=prepare or (), batch_size=batch_size, views=views)
+        data = DataSettings(batch_size=table["data"]["batch_size"])
+        return Trained(model, contents, task, where, data, table["run"]["test_views"], prepare)
     if "code" in environment and code is None:
         raise UsageError(
             f"{folder} was started with a file of code: give code=recipe.load_code({environment['code']!r})"
         )
-    recipe = recipes.load(str(file))
-    return Trained(
-        model or _model(recipe, contents, code),
-        contents,
-        task or _task(recipe, contents, code),
-        set_up(recipe.device.model_copy(update={"name": device}), recipe.run.exact),
-        prepare=recipe.data.prepare if prepare is None else prepare,
-        batch_size=recipe.data.batch_size,
-        views=recipe.run.test_views,
-    )
+    recipe = recipes.load(str(file), [f"device.name={device}"])
+    return trained(recipe, contents, code, model=model, task=task, prepare=prepare)
+
+
+def trained(
+    recipe: recipes.Recipe,
+    contents: Contents,
+    code: ModuleType | None = None,
+    *,
+    model: nn.Module | None = None,
+    task: Task | None = None,
+    prepare: Sequence[Augment] | None = None,
+) -> Trained:
+    """Return the trained model of a recipe's run.
+
+    Args:
+        recipe: the run's.
+        contents: a checkpoint.
+        code: a module of the user's own, in which the recipe's names are looked up first.
+        model: the recipe's if not given.
+        task: the recipe's if not given.
+        prepare: what images go through first; the recipe's if not given.
+    """
+    model = model or _model(recipe, contents, code)
+    task = task or _task(recipe, contents, code)
+    device = set_up(recipe.device, recipe.run.exact)
+    return Trained(model, contents, task, device, recipe.data, recipe.run.test_views, prepare)
 
 
 def _task_named(name: str, folder: Path) -> Task:
@@ -188,6 +276,9 @@ def _model(recipe: recipes.Recipe, contents: Contents, code: ModuleType | None) 
 
 
 def _task(recipe: recipes.Recipe, contents: Contents, code: ModuleType | None) -> Task:
-    """Return a recipe's task without the weights of its classes, which predictions don't depend on."""
+    """Return a recipe's task; without class weights where they follow from the training data."""
     nothing = ArraySource(torch.zeros(1, 1), torch.zeros(1, 0), tuple(contents.state["data"]["classes"]))
-    return build_task(recipe.loss.model_copy(update={"class_weights": None}), nothing, code)
+    loss = recipe.loss
+    if loss.class_weights == "balanced":
+        loss = loss.model_copy(update={"class_weights": None})
+    return build_task(loss, nothing, code)
