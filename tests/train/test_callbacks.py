@@ -17,7 +17,7 @@ from torchrelay.errors import Interrupted, RelayError, UsageError
 
 def build(digits, quiet, run=None, **changes) -> tr.Trainer:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    model = changes.pop("model", None) or nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     train, test = digits
     settings = {"epochs": 3, "batch_size": 400, "run": run, "terminal": quiet, "optimizer": tr.optim.SGD(lr=0.1)}
     return tr.Trainer(model, train, test, **(settings | changes))
@@ -532,6 +532,51 @@ def test_a_loss_that_is_a_mean_gets_a_hint(digits, quiet, tmp_path, reduction):
 
     build(digits, quiet, tmp_path, epochs=1, task=Own()).fit()
     assert ("hint: the loss of Own is" in (tmp_path / "log.txt").read_text()) == (reduction == "mean")
+
+
+def test_a_rate_that_the_schedule_would_overwrite_is_refused(digits, quiet):
+    class Sets(tr.Callback):
+        def __init__(self, hook: str, key: str) -> None:
+            self.hook, self.key, self.seen = hook, key, []
+
+        def set(self, trainer, hook: str) -> None:
+            if hook == self.hook:
+                trainer.optimizer.param_groups[0][self.key] = 0.05
+
+        def on_epoch(self, trainer, epoch, values) -> None:
+            self.set(trainer, "on_epoch")
+
+        def on_gradients(self, trainer) -> None:
+            self.set(trainer, "on_gradients")
+
+        def on_step(self, trainer, batch, loss) -> None:
+            self.seen.append(trainer.optimizer.param_groups[0]["lr"])
+
+    with pytest.raises(UsageError, match="Sets sets a group's 'lr' in on_epoch, and the schedule sets it anew"):
+        build(digits, quiet, callbacks=Sets("on_epoch", "lr")).fit()
+    for callback, rates in ((Sets("on_epoch", "initial_lr"), {0.1, 0.05}), (Sets("on_gradients", "lr"), {0.05})):
+        build(digits, quiet, epochs=2, callbacks=callback).fit()
+        assert set(callback.seen) == rates
+
+
+def test_what_is_unfrozen_and_has_no_optimizer_is_named(digits, quiet):
+    class Unfreezes(tr.Callback):
+        def on_epoch(self, trainer, epoch, values) -> None:
+            trainer.model.requires_grad_(True)
+
+    def fit(optimizer) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Linear(16, 10))
+        frozen = model[1].requires_grad_(False).weight
+        before = frozen.clone()
+        build(digits, quiet, model=model, epochs=2, optimizer=optimizer, callbacks=Unfreezes()).fit()
+        return (frozen - before).abs().max()
+
+    with pytest.raises(
+        UsageError, match=r"'1.weight' was unfrozen \(2 parameters in all\), but the optimizer left out"
+    ):
+        fit(tr.optim.SGD(lr=0.1))
+    assert fit(lambda model: torch.optim.SGD(model.parameters(), lr=0.1)) > 0
 
 
 def test_the_clock_may_not_decide_what_is_computed(digits, quiet):

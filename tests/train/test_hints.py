@@ -37,3 +37,34 @@ def test_a_loss_far_above_that_of_guessing_is_said_once(tmp_path, quiet):
 def test_a_loss_that_grew_is_said_of_any_task(loss, hinted):
     hint = of_loss(tr.Regression(), loss, 1.0, 0.1)
     assert (hint is not None and "has grown from 1 to 3.1" in hint) == hinted
+
+
+class Pairs(tr.Task):
+    """Each sample must find itself among the samples of its batch, moved a little."""
+
+    def compute(self, model, batch, update):
+        found = model(batch.inputs) @ model(batch.inputs + 0.01 * torch.randn_like(batch.inputs)).T
+        return torch.nn.functional.cross_entropy(found, torch.arange(len(found)), reduction="sum")
+
+
+class Noisy(tr.Task):
+    """A loss that draws random numbers, and is a sum over the samples."""
+
+    def compute(self, model, batch, update):
+        return (model(batch.inputs) + 3 * torch.randn(batch.samples, 2)).square().sum()
+
+
+@pytest.mark.parametrize(("task", "replicas", "hinted"), [(Pairs, 2, True), (Pairs, 1, False), (Noisy, 2, False)])
+def test_a_loss_that_compares_samples_is_said_to_be_another_one_in_replicas(tmp_path, quiet, task, replicas, hinted):
+    parallel = tr.ParallelSettings(replicas=replicas)
+    hints = fit(tmp_path, quiet, task=task(), epochs=1, parallel=parallel, optimizer=tr.optim.SGD(lr=0.01))
+    assert [f"each of the {replicas} replicas sees its own part alone" in hint for hint in hints] == [True] * hinted
+
+
+def test_a_mean_is_noticed_without_test_data(tmp_path, quiet):
+    class Mean(tr.Task):
+        def loss(self, outputs, targets):
+            return torch.nn.functional.cross_entropy(outputs, targets)
+
+    (hint,) = fit(tmp_path, quiet, task=Mean(), batch_size=40)
+    assert 'as a mean is: return the sum over the samples (reduction="sum")' in hint

@@ -25,6 +25,8 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torchvision import transforms
+from torchvision.transforms import v2
 
 import torchrelay as tr
 from torchrelay.errors import RelayError
@@ -567,6 +569,47 @@ class Batched(BatchSampler):
     pass
 
 
+# ------------------------------------------------------------------------------------------------ augment
+
+PICTURES = numbers(SAMPLES, 1, 8, 8).abs().clamp(max=1), LABELS
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+AUGMENTS: dict[str, Any] = {
+    "one": tr.augment.Flip(p=1),
+    "several": [tr.augment.Flip(p=1)],
+    "a class": tr.augment.Flip,
+    "a name": "flip",
+    "a table": [{"name": "flip", "p": 1}],
+    "a function": lambda images, draw: images.flip(-1),
+}
+
+
+@pytest.mark.parametrize("given", AUGMENTS)
+def test_an_augmentation_may_be(given):
+    built = trainer(flat(), PICTURES, augment=AUGMENTS[given], normalize=False, sampling="sequential")
+    inputs = next(built.batches.epoch(0)).inputs
+    is_mirrored = (inputs == PICTURES[0][:BATCH].flip(-1)).flatten(1).all(1)
+    assert is_mirrored.any() if given in ("a class", "a name") else is_mirrored.all()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (transforms.RandomHorizontalFlip(), "augment has torchvision's RandomHorizontalFlip, which transforms one"),
+        (v2.RandomHorizontalFlip(), "leave it to the dataset (transform=...)"),
+        ([lambda images: images], "augment has <lambda>, which can't be called with (images, draw): give a transform"),
+        ([3], "augment has int, which can't be called with (images, draw)"),
+        ("flop", "augment: unknown transform 'flop'; did you mean 'flip'?"),
+    ],
+)
+def test_an_augmentation_is_refused_in_a_line(given, says):
+    refused(lambda: trainer(flat(), PICTURES, augment=given), says)
+
+
 # ------------------------------------------------------------------------------------------------ arguments
 
 
@@ -591,6 +634,11 @@ class Batched(BatchSampler):
         ({"criterion": nn.MSELoss()}, "write loss="),
         ({"lr_scheduler": None}, "write schedule="),
         ({"precision": 16}, 'write device=tr.DeviceSettings(precision="bf16")'),
+        ({"ema": 1.5}, "ema is 1.5: give the decay of the average, from 0 (none) up to, not including, 1"),
+        ({"clip_norm": -1}, "clip_norm is -1: give the gradient's largest norm, above 0; or None, for any"),
+        ({"sampler": None}, "write sampling=, which may be a function from (seed, epoch) to sample indices"),
+        ({"sampling": RandomSampler(PAIR)}, "sampling of RandomSampler is unknown; known: shuffle, balanced"),
+        ({"sampling": "sequentiall"}, "sampling 'sequentiall' is unknown; did you mean 'sequential'?"),
     ],
 )
 def test_arguments_are_refused_in_a_line(arguments, says):
@@ -598,6 +646,11 @@ def test_arguments_are_refused_in_a_line(arguments, says):
         assert trainer(epochs="3").settings.epochs == 3
         return
     refused(lambda: trainer(**arguments), says)
+
+
+def test_a_step_of_ones_own_in_the_trainer_is_refused_and_not_left_uncalled():
+    for name in ("train_step", "training_step"):
+        refused(lambda name=name: type("Mine", (tr.Trainer,), {name: print}), f"Mine defines {name}, and a step's loss")
 
 
 def test_fit_says_what_belongs_to_the_constructor():

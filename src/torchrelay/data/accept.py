@@ -115,6 +115,14 @@ def as_source(data: Any, dtype: torch.dtype = torch.float32) -> Source:
     )
 
 
+def stacked(inputs: Any) -> Any:
+    """Return a list of arrays of one shape, a sample each, as a tensor, and other data as they are."""
+    each = isinstance(inputs, list) and all(isinstance(sample, Tensor | np.ndarray) for sample in inputs)
+    if not each or len({tuple(sample.shape) for sample in inputs}) != 1:
+        return inputs
+    return torch.stack([torch.as_tensor(sample) for sample in inputs])
+
+
 def _has_samples(data: Any) -> bool:
     """Return whether it is a map-style dataset, though of another library's."""
     if isinstance(data, str | list | tuple) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):

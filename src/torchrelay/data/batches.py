@@ -5,11 +5,11 @@ difference which worker reads a sample. A stream alone is read in its own order:
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +18,16 @@ from torch.utils.data import default_collate
 
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batch import Batch, aligned, inputs_and_targets, replica_sizes
-from torchrelay.data.order import Positions, order
+from torchrelay.data.order import Positions
 from torchrelay.data.prefetch import gather, prefetch, side_stream
+from torchrelay.data.sampling import Own, Sampler, Sampling, sampler
 from torchrelay.data.sources import ArraySource, DatasetSource, Source
 from torchrelay.data.stream import StreamSource
 from torchrelay.data.stream_reader import StreamReader
 from torchrelay.data.workers import Key, Loader
 from torchrelay.device.device import Device, mapped
-from torchrelay.errors import RelayError, UsageError, nearest
-from torchrelay.rng import words
+from torchrelay.errors import RelayError, UsageError
 
-Sampling = Literal["shuffle", "balanced", "sequential"]
 # One call for many batches costs less than one call for each batch.
 _POSITIONS_PER_CALL = 16_384  # whose order is computed in one call
 _BYTES_PER_CALL = 2**18  # of small batches that are gathered in one call
@@ -57,7 +56,7 @@ class Batches:
         seed: the run's seed.
         train: whether to shuffle and augment.
         sampling: "shuffle": each sample once per epoch; "balanced": each class equally often, with replacement;
-            "sequential": in the order of the source.
+            "sequential": in the order of the source; or a function from (seed, epoch) to sample indices.
         replicas: the number of parts into which each batch is divided.
         rank: this process's rank. A process reads its own replicas' part of each training batch, and every
             `world_size`-th batch of an evaluation.
@@ -94,7 +93,7 @@ class Batches:
         limit: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        _check_arguments(batch_size, sampling, replicas if train else world_size, rank, world_size, workers)
+        _check_arguments(batch_size, replicas if train else world_size, rank, world_size, workers)
         self.source = source
         self.rank, self.world_size = rank, world_size
         self.batch_size = batch_size
@@ -105,7 +104,8 @@ class Batches:
         self.dtype = dtype
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas
-        self.samples = _count(source, limit, batch_size, train=train)
+        self._sample_indices = sampler(source, seed, sampling if train else _evaluated_order(limit))
+        self.samples = _count(source, self._sample_indices, limit, batch_size, train=train)
         self.has_targets = not isinstance(source, ArraySource) or source.has_targets
         self.steps = self.samples // batch_size if drop_last else -(-self.samples // batch_size)
         if self.steps == 0:
@@ -117,7 +117,6 @@ class Batches:
         reads_here = isinstance(source, StreamSource) or (isinstance(source, DatasetSource) and workers == 0)
         runs_user_code = not pipeline.is_built_in or reads_here
         self._stream = None if runs_user_code else side_stream(device.device)
-        self._sample_indices = _sampler(source, seed, sampling if train else _evaluated_order(limit))
         self.stream: StreamReader | None = None
         if isinstance(source, ArraySource):
             self._inputs, self._targets = _arrays(source, device.device)
@@ -269,7 +268,7 @@ def _divided(keys: list[Key], sizes: Sequence[int]) -> list[list[Key]]:
     return [keys[end - size : end] for size, end in zip(sizes, ends, strict=True) if size]
 
 
-def _check_arguments(batch_size: int, sampling: str, replicas: int, rank: int, world_size: int, workers: int) -> None:
+def _check_arguments(batch_size: int, replicas: int, rank: int, world_size: int, workers: int) -> None:
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("workers", workers, 0),
@@ -282,15 +281,12 @@ def _check_arguments(batch_size: int, sampling: str, replicas: int, rank: int, w
         raise UsageError(f"rank is {rank}: {world_size} processes have ranks 0 to {world_size - 1}")
     if replicas % world_size:
         raise UsageError(f"{world_size} processes can't share {replicas} replicas: choose a multiple of {world_size}")
-    if sampling not in get_args(Sampling):
-        known = ", ".join(get_args(Sampling))
-        raise UsageError(
-            f"sampling {sampling!r} is unknown{nearest(str(sampling), get_args(Sampling)) or f'; known: {known}'}"
-        )
 
 
-def _count(source: Source, limit: int | None, batch_size: int, *, train: bool) -> int:
+def _count(source: Source, sampled: Sampler, limit: int | None, batch_size: int, *, train: bool) -> int:
     """Return the number of samples in an epoch of at most `limit` batches."""
+    if isinstance(sampled, Own):
+        return sampled.samples
     if isinstance(source, StreamSource):
         return source.limited(limit, batch_size, train=train)
     return len(source) if limit is None else min(len(source), limit * batch_size)
@@ -317,29 +313,3 @@ def _chunks(shares: Iterator[_Share], size: int) -> Iterator[list[_Share]]:
 def _evaluated_order(limit: int | None) -> Sampling:
     """Return the order of an evaluation: that of the source, or a random one of which the first samples are taken."""
     return "sequential" if limit is None else "shuffle"
-
-
-def _sampler(source: Source, seed: int, sampling: Sampling) -> Callable[[int, Positions], Positions]:
-    """Return the function from (epoch, positions) to sample indices."""
-    samples = len(source)
-    if isinstance(source, StreamSource) and sampling == "balanced":
-        raise UsageError(f"{source.name} is read in its own order: leave sampling out, and let it yield what is wanted")
-    if sampling == "sequential" or isinstance(source, StreamSource):
-        return lambda _epoch, positions: positions
-    if sampling == "shuffle":
-        return lambda epoch, positions: order(seed, epoch, positions, samples)
-    if not isinstance(source, ArraySource) or source.targets.ndim != 1 or source.targets.is_floating_point():
-        raise RelayError("data.sampling 'balanced' needs one class per sample, held in memory: use 'shuffle'")
-    targets = source.targets.numpy()
-    members = np.argsort(targets, kind="stable")
-    counts = np.bincount(targets)
-    present = np.flatnonzero(counts)
-    starts = np.cumsum(counts) - counts
-
-    def balanced(epoch: int, positions: Positions) -> Positions:
-        drawn = words(seed, "balanced", epoch, torch.from_numpy(positions), 2).numpy()
-        chosen = present[drawn[:, 0] * len(present) >> 32]
-        indices: Positions = members[starts[chosen] + (drawn[:, 1] * counts[chosen] >> 32)]
-        return indices
-
-    return balanced

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchrelay.errors import UsageError
+
 
 class Update:
     """An optimizer and the parameters that it updates; most tasks have one in a step.
@@ -43,6 +45,32 @@ class Update:
                 return recompute()
 
         self.optimizer.step(closure)  # type: ignore[arg-type]
+
+
+def left_out(model: nn.Module, updates: Sequence[Update]) -> list[str]:
+    """Return the names of the parameters that require gradients and that no optimizer has."""
+    held = {id(parameter) for update in updates for parameter in update.parameters}
+    return [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in held]
+
+
+def check_unfrozen(model: nn.Module, updates: Sequence[Update], before: Sequence[str]) -> None:
+    """Refuse parameters that were unfrozen though no optimizer has them.
+
+    Args:
+        model: has the parameters.
+        updates: have the optimizers.
+        before: what `left_out` returned before the training.
+
+    Raises:
+        UsageError: there are some.
+    """
+    names = [name for name in left_out(model, updates) if name not in before]
+    if names:
+        raise UsageError(
+            f"'{names[0]}' was unfrozen ({len(names):,} parameters in all), but the optimizer left out what was frozen "
+            "when it was made: freeze it by the optimizer's settings, such as groups=[tr.optim.Group(match=['head.*'], "
+            "freeze='1 epoch')], which a resume repeats"
+        )
 
 
 def wants_closure(optimizer: Optimizer) -> bool:

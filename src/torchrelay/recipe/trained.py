@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrelay import tasks
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.retention import find
-from torchrelay.data.accept import as_source
+from torchrelay.data.accept import as_source, stacked
 from torchrelay.data.augment.pipeline import Augment, Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.folder import decode_images, decoder
@@ -28,7 +28,7 @@ from torchrelay.recipe import recipe as recipes
 from torchrelay.recipe.build import build_task, image_size
 from torchrelay.run.settings import Views
 from torchrelay.tasks.task import Task
-from torchrelay.train.assemble import dtype_of, stacked
+from torchrelay.train.assemble import dtype_of
 from torchrelay.train.evaluation import Evaluation, Evaluator
 
 

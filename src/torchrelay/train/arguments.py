@@ -6,8 +6,8 @@ from typing import Any, Never, TypedDict
 import torch
 
 from torchrelay.checkpoint.schedule import CheckpointSettings
-from torchrelay.data.augment.pipeline import Augment
-from torchrelay.data.batches import Sampling
+from torchrelay.data.augment.accept import AugmentLike
+from torchrelay.data.sampling import Sampling
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.errors import UsageError, nearest
@@ -44,14 +44,15 @@ class BatchOptions(TypedDict, total=False):
 
     batch_size: int
     """Samples of a global batch; 256 if not given."""
-    augment: Sequence[Augment]
+    augment: AugmentLike | Sequence[AugmentLike]
     """Batched augmentation of image arrays, such as `[augment.Flip(), augment.PaddedCrop()]`."""
-    prepare: Sequence[Augment]
+    prepare: AugmentLike | Sequence[AugmentLike]
     """What training and test images alike go through first, such as `[augment.Resize(size=112)]`."""
     normalize: bool
     """Whether images are normalized by the data's channel means and standard deviations; they are by default."""
     sampling: Sampling
-    """"shuffle" (the default), "balanced" (every class equally often) or "sequential"."""
+    """"shuffle" (the default), "balanced" (every class equally often), "sequential", or a function from (seed, epoch),
+    the epoch counted from 0, to the indices of the samples in their order."""
     drop_last: bool
     """Whether an epoch's last batch is left out if it is smaller; it isn't by default."""
     workers: int
@@ -74,6 +75,7 @@ _ELSEWHERE = {
     "metrics": "the task has the metrics: override Task.measure or Task.metrics",
     **dict.fromkeys(("verbose", "quiet", "progress_bar"), "the terminal prints: terminal=Terminal(quiet=True)"),
     "shuffle": 'write sampling="shuffle" or sampling="sequential"',
+    "sampler": "write sampling=, which may be a function from (seed, epoch) to sample indices",
     "num_workers": "write workers=",
     **dict.fromkeys(("batchsize", "bs", "train_batch_size"), "write batch_size="),
     **dict.fromkeys(("val", "valid", "validation_data", "val_data"), "write validation="),
@@ -104,6 +106,18 @@ def refuse(method: str, names: Mapping[str, Any], known: Sequence[str] = ()) -> 
         if name in RunSettings.model_fields:
             raise UsageError(f"{method} has no argument '{name}': write {_SETTINGS.format(name)}")
         raise UsageError(f"{method} has no argument '{name}'{nearest(name, known)}")
+
+
+def check_numbers(ema: float, clip_norm: float | None) -> None:
+    """Refuse numbers that a recipe couldn't have either.
+
+    Raises:
+        UsageError: one of them is out of range.
+    """
+    if not 0.0 <= ema < 1.0:
+        raise UsageError(f"ema is {ema}: give the decay of the average, from 0 (none) up to, not including, 1")
+    if clip_norm is not None and not clip_norm > 0.0:
+        raise UsageError(f"clip_norm is {clip_norm}: give the gradient's largest norm, above 0; or None, for any")
 
 
 def refuse_in_fit(data: Sequence[Never], names: Mapping[str, Never]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from torchrelay.data.accept import as_source, options_of
+from torchrelay.data.accept import as_source, options_of, stacked
+from torchrelay.data.augment.accept import as_transforms
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import statistics
@@ -42,6 +43,7 @@ from torchrelay.train.arguments import (
     OptimizersLike,
     as_callbacks,
     as_device,
+    check_numbers,
     refuse,
 )
 from torchrelay.train.callbacks import Callback, EarlyStopping
@@ -106,8 +108,8 @@ def make_batches(
     if isinstance(train, DataLoader):
         options = cast(BatchOptions, options_of(train) | options)
     pipeline = Pipeline(
-        transforms=tuple(options.get("augment", ())),
-        prepare=tuple(options.get("prepare", ())),
+        transforms=as_transforms(options.get("augment"), "augment"),
+        prepare=as_transforms(options.get("prepare"), "prepare"),
         classes=len(source.classes),
         **(statistics(source) if options.get("normalize", True) else {}),
     )
@@ -158,18 +160,10 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
 
 
-def stacked(inputs: Any) -> Any:
-    """Return a list of arrays of one shape, a sample each, as a tensor, and other data as they are."""
-    each = isinstance(inputs, list) and all(isinstance(sample, Tensor | np.ndarray) for sample in inputs)
-    if not each or len({tuple(sample.shape) for sample in inputs}) != 1:
-        return inputs
-    return torch.stack([torch.as_tensor(sample) for sample in inputs])
-
-
-def batches_like(batches: Batches, data: Any) -> Batches:
-    """Return other data in batches like those of a trainer."""
+def batches_like(batches: Batches, data: Any, *, inputs_alone: bool = False) -> Batches:
+    """Return other data, of which a list of arrays may be inputs alone, in batches like those of a trainer."""
     return Batches(
-        as_source(data, batches.dtype),
+        as_source(stacked(data) if inputs_alone else data, batches.dtype),
         batches.batch_size,
         batches.device,
         batches.pipeline,
@@ -208,8 +202,9 @@ def make_updates(
         task: has the updates.
 
     Raises:
-        UsageError: an optimizer can't work on what the strategy has of the parameters, or isn't the task's.
+        UsageError: a number is out of range; an optimizer can't work on the strategy's parameters, or isn't the task's.
     """
+    check_numbers(ema, clip_norm)
     # An average is made of the parameters that the strategy has, and before the optimizer changes them.
     average = EMA(strategy.model, ema) if ema else None
     names = task.updates
@@ -323,7 +318,7 @@ def join_parts(
 
 
 def dummy_loss(strategy: Strategy, task: Task, batches: Batches) -> Tensor:
-    """Go forward through a dummy batch: for a process without samples, whose forward pass the others wait for."""
+    """Go forward through a dummy batch: for a process without samples, which the others wait for."""
     batch = batches.dummy_batch()
     with log.muted(), batches.device.autocast():
         model = strategy if calls_once(task) else strategy.module

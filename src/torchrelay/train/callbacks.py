@@ -97,9 +97,10 @@ def notify(callbacks: Sequence[Callback], hook: str, trainer: Training, *argumen
     """Call a hook of each callback.
 
     Raises:
-        RelayError: one of them failed; the text says which, and where.
+        RelayError: one of them failed; the text says which, and where. Or it set a rate that the schedule sets anew.
     """
     for callback in callbacks:
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
         try:
             getattr(callback, hook)(trainer, *arguments)
         except RelayError:
@@ -109,6 +110,14 @@ def notify(callbacks: Sequence[Callback], hook: str, trainer: Training, *argumen
                 f"the callback {type(callback).__name__} failed in {hook} after step {trainer.step}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        is_changed = any(
+            now["lr"] is not rate for now, rate in zip(trainer.optimizer.param_groups, rates, strict=False)
+        )
+        if is_changed and hook != "on_gradients":
+            raise UsageError(
+                f"the callback {type(callback).__name__} sets a group's 'lr' in {hook}, and the schedule sets it anew "
+                "before each step: set 'initial_lr', which the schedule multiplies; or 'lr' in on_gradients, for a step"
+            )
 
 
 class EarlyStopping(Callback):

@@ -150,10 +150,10 @@ class Evaluator:
         packed = pack(joined(found)).numpy().tobytes() if self._group.main else None
         return unpack(self._group.broadcast_bytes(packed))
 
-    def outputs(self, batch: Batch) -> Any:
-        """Return the model's outputs for a batch, in evaluation mode."""
+    def loss(self, batch: Batch) -> float:
+        """Return the task's summed loss of a batch, in evaluation mode."""
         with self._evaluating(), self._device.autocast():
-            return self._task.forward(self._forward, batch)
+            return float(total(self._task.evaluate_batch(self._forward, batch)[0], self._task))
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -1,18 +1,19 @@
 """Step 7: what a person would notice in the numbers of a run that goes wrong: a hint, said once."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from torch import Tensor
-
+from torchrelay.data.batch import Batch, replica_sizes
 from torchrelay.data.batches import Batches
 from torchrelay.data.stream_reader import StreamReader
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.detection import Detection
-from torchrelay.tasks.task import Task, total
+from torchrelay.tasks.task import Task
 
 _ABSURD = 3.0  # times the loss of guessing, or of the first epoch
 _FEW = 7  # samples, of which a half may have nearly the whole loss
+_UNEQUAL = 0.05  # of a loss, by which that of its halves may differ
 
 
 def of_batches(batches: Batches) -> str | None:
@@ -43,22 +44,34 @@ def of_task(task: Task) -> str | None:
     return "hint: only losses are measured, no mean average precision: pip install 'torchrelay[detection]' adds it"
 
 
-def of_sum(task: Task, outputs: Any, targets: Any) -> str | None:
-    """Return the hint that a loss is a mean: that of half a batch is the same, and of a sum it would be about half.
+def of_parts(task: Task, loss: Callable[[Batch], float], batch: Batch, replicas: int) -> str | None:
+    """Return the hint that a loss is a mean, or that each replica of a batch minimizes something else than the whole.
+
+    The two halves of a batch have half the loss each; of a mean, each has the whole. Where samples are compared with
+    each other, as in contrastive training, the halves don't add up to the whole.
 
     Args:
         task: one of the user's.
-        outputs: of a batch, which nothing can be said about unless it is a tensor.
-        targets: of the batch.
+        loss: returns the task's summed loss of a batch.
+        batch: a batch.
+        replicas: into how many a batch of the training is divided.
     """
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and len(outputs) == len(targets) > _FEW):
+    if batch.samples <= _FEW or batch.parts:
         return None
-    whole, half = (float(total(task.loss(outputs[:end], targets[:end]), task)) for end in (None, len(outputs) // 2))
-    if not 0.9 * abs(whole) < abs(half) < 1.1 * abs(whole):
+    wholes = [loss(batch) for _ in range(3)]  # which differ where the loss draws random numbers
+    halves = [loss(half) for half in replace(batch, replica_sizes=replica_sizes(batch.samples, 2)).replicas()]
+    whole, half, noise = wholes[0], halves[0], max(wholes) - min(wholes)
+    if 0.9 * abs(whole) < abs(half) < 1.1 * abs(whole):
+        return (
+            f"hint: the loss of {type(task).__name__} is {whole:.3g} for a batch and {half:.3g} for half of it, as a "
+            'mean is: return the sum over the samples (reduction="sum"), which the trainer divides by their number'
+        )
+    if replicas == 1 or abs(sum(halves) - whole) <= max(_UNEQUAL * abs(whole), 3 * noise):
         return None
     return (
-        f"hint: the loss of {type(task).__name__} is {whole:.3g} for a batch and {half:.3g} for half of it, as a mean "
-        'is: return the sum over the samples (reduction="sum"), which the trainer divides by their number'
+        f"hint: the loss of {type(task).__name__} is {whole / batch.samples:.3g} a sample for a batch and "
+        f"{sum(halves) / batch.samples:.3g} for its two halves, so it compares samples with each other: each of the "
+        f"{replicas} replicas sees its own part alone, which is another objective than that of one replica"
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 
+from torchrelay.data.batches import Batches
 from torchrelay.duration import Duration, steps_between
 from torchrelay.errors import UsageError
 from torchrelay.optim.schedules import Schedule
@@ -58,20 +59,33 @@ class Judge:
         Raises:
             UsageError: the headline metric isn't among what was measured.
         """
-        if type(self._task).__module__.startswith("torchrelay.") or not self._evaluator.parts:
+        if type(self._task).__module__.startswith("torchrelay."):
             return
-        part = self._evaluator.selects_on
-        batch = next(self._evaluator.parts[part].epoch(), None)
-        if batch is not None and type(self._task).compute is Task.compute and not self._evaluator.collective_forward:
-            hint = hints.of_sum(self._task, self._evaluator.outputs(batch), batch.targets)
-            if hint is not None:
-                self._session.say(hint)
-        evaluation = self._evaluator.evaluate(part, rounds=1)
+        self._try_loss(self._session.state.batches)
+        if not self._evaluator.parts:
+            return
+        evaluation = self._evaluator.evaluate(self._evaluator.selects_on, rounds=1)
         if evaluation is not None and self._task.headline not in evaluation.values:
             raise UsageError(
                 f"{type(self._task).__name__}.headline is '{self._task.headline}', and an evaluation measures "
                 f"{', '.join(evaluation.values)}: choose one of them, or return it from measure() or metrics()"
             )
+
+    def _try_loss(self, batches: Batches) -> None:
+        """Compare the loss of a batch with that of its halves, and say what is wrong with it."""
+        is_default = type(self._task).compute is Task.compute
+        part = self._evaluator.parts.get(self._evaluator.selects_on, batches)
+        if self._evaluator.collective_forward or part.stream is not None or (batches.replicas == 1 and not is_default):
+            return
+        batch = next(part.epoch(), None)
+        if batch is None:
+            return
+        try:
+            hint = hints.of_parts(self._task, self._evaluator.loss, batch, batches.replicas)
+        except Exception:  # noqa: BLE001 - the evaluation or the first step names it, with its sample
+            return
+        if hint is not None:
+            self._session.say(hint)
 
     def is_due(self) -> bool:
         """Return whether an evaluation is due after this step; all processes ask at the same time."""

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torchrelay.data.batches import Batches
 from torchrelay.device.device import Device
 from torchrelay.distributed.strategy import Strategy
+from torchrelay.errors import UsageError
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
@@ -16,6 +17,7 @@ from torchrelay.train.evaluation import Evaluation, Evaluator
 from torchrelay.train.judge import Judge
 from torchrelay.train.logs import description
 from torchrelay.train.progress import Best, Progress
+from torchrelay.train.record import Log, log
 from torchrelay.train.session import Session
 from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
@@ -37,9 +39,23 @@ class Parts:
     session: Session
     judge: Judge
 
+    def __init_subclass__(cls) -> None:
+        """Refuse a method that would never be called, or would hide the step."""
+        for name in ("train_step", "training_step"):
+            if name in vars(cls):
+                raise UsageError(
+                    f"{cls.__name__} defines {name}, and a step's loss is the task's: write a tr.Task with "
+                    "compute(model, batch, update), and give it as task="
+                )
+
     def __repr__(self) -> str:
         """Return what is trained on what, and where it stands."""
         return f"Trainer({description(self.state, self.session.folder)})"
+
+    @property
+    def log(self) -> Log:
+        """What logs a number, an image, a text or a histogram from a callback: `tr.log`."""
+        return log
 
     @property
     def step(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Never, Unpack
 from torch import Tensor, nn
 
 from torchrelay.data.batch import Batch
+from torchrelay.optim.update import check_unfrozen, left_out
 from torchrelay.train import arguments, assemble
 from torchrelay.train.callbacks import notify, step_hooks
 from torchrelay.train.evaluation import Evaluation
@@ -115,7 +116,7 @@ class Trainer(Parts):
             self.strategy, self.task, updates, self.batches, evaluated, self.settings, callbacks, record, self._settle
         )
         self.session = Session(self.state, self.settings, run, checkpoint, log, record)
-        self._hooks = step_hooks(self.callbacks)
+        self._hooks, self._left_out = step_hooks(self.callbacks), left_out(model, self.train_step.updates)
         self.judge = Judge(self.evaluator, self.task, self.settings, self.train_step.schedule, self.session)
 
     def _dummy_loss(self) -> Tensor:
@@ -190,6 +191,7 @@ class Trainer(Parts):
             return
         if progress.position == 0:
             notify(self.callbacks, "on_epoch_start", self, progress.epochs_done + 1)
+            check_unfrozen(self.model, self.train_step.updates, self._left_out)
         elif not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due():
             # The run was interrupted in an evaluation.
             self.judge.within_epoch(self, self.callbacks)
@@ -275,7 +277,7 @@ class Trainer(Parts):
     def predict(self, data: Any) -> Any:
         """Return the task's predictions for data, or inputs alone (samples, …); see `Evaluator.predict`."""
         with self.session.alone():
-            return self.evaluator.predict(assemble.batches_like(self.batches, assemble.stacked(data)))
+            return self.evaluator.predict(assemble.batches_like(self.batches, data, inputs_alone=True))
 
     def save(self, *, training_continues: bool = False) -> None:
         """Save a checkpoint; see `Session.save`."""
