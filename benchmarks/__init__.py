@@ -1,1 +1,1 @@
-"""What is claimed, as programs: each prints a table or draws a picture."""
+"""Programs that check what the docs claim: each prints a table or draws a picture."""

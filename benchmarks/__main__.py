@@ -1,8 +1,8 @@
-"""The short benchmarks, one after another, on one page.
+"""Run the short benchmarks one after another, and write one page.
 
     python -m benchmarks [--only NAME…] [--quick] [--out docs/evidence/benchmarks.md]
 
-Each runs in a process of its own. Long benchmarks have commands of their own, which the page lists.
+Each runs in its own process. Long benchmarks have their own commands, which the page lists.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from benchmarks.measure import fresh_process
 from benchmarks.page import GOAL, QUICK, Table, circumstances, markdown, sections
 from tools import pictures
 
-# Of the room `speed`.
+# In the folder `speed`.
 SHORT = (
     "overhead",
     "first_step",
@@ -32,35 +32,35 @@ SHORT = (
 OVERHEAD, ACCURACY = "../pictures/overhead.png", "../pictures/accuracy-over-time.png"
 
 NOTE_ON_TIME = """\
-Made by `python -m tools.pictures --root FOLDER`. The fast recipe was tested after each epoch for this picture; its
-times are without the earlier tests, which it doesn't make otherwise. The reference's accuracies are those that the
-tutorial prints after 1, 10, 20 and 30 epochs; its times follow from the rate of its step on the same machine."""
+Made by `python -m tools.pictures --root FOLDER`. For this picture the fast recipe was evaluated after each epoch; its
+times exclude the evaluations before the last, which the recipe doesn't run otherwise. The reference's accuracies are
+those that the tutorial prints after 1, 10, 20 and 30 epochs; its times are computed from its rate on this machine."""
 
 
 @dataclass(frozen=True)
 class Long:
-    """A benchmark that isn't run here."""
+    """A benchmark that this program doesn't run."""
 
     what: str
     command: str
-    table: str  # what it wrote, from the page's folder
+    table: str  # its page, relative to the folder of this page
 
 
 LONG = (
     Long(
-        "one run killed again and again, compared byte for byte",
+        "a run killed 200 times, compared byte for byte",
         "python -m benchmarks.exactness.kill --root FOLDER --epochs 20",
         "kill.md",
     ),
     Long("a run that changes its number of processes", "python -m benchmarks.exactness.elastic", "elastic.md"),
     Long(
-        "several processes beside DistributedDataParallel",
+        "several processes, compared with DistributedDataParallel",
         "python -m benchmarks.scale.parallel",
         "parallel.md",
     ),
     Long("what grows with the number of devices", "python -m benchmarks.scale", "scale-tables.md"),
     Long(
-        "losses and weights against a plain loop",
+        "losses and weights, compared with a plain loop",
         "python -m benchmarks.exactness.agreement --data FOLDER",
         "agreement.md",
     ),
@@ -74,7 +74,7 @@ LONG = (
 
 
 def run(name: str, quick: bool) -> list[Table]:
-    """Run a benchmark in a process of its own."""
+    """Run a benchmark in a new process."""
     tables = importlib.import_module(f"benchmarks.speed.{name}").tables
     with fresh_process() as pool:
         found: list[Table] = pool.submit(tables, quick).result()
@@ -87,7 +87,7 @@ def title(name: str) -> str:
 
 
 def goals(found: Mapping[str, Sequence[Table]]) -> str:
-    """Return all bars and aims in one table, with what was measured beside them."""
+    """Return one table of all bars, aims and measured values."""
     rows = [
         (f"{table.title}: {what}", *figures)
         for tables in found.values()
@@ -102,18 +102,18 @@ def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False,
 
     Args:
         found: each benchmark's tables.
-        before: the machine, as it was before they ran.
-        quick: whether the figures are of few rounds.
-        folder: where the page will be; a picture that is there is shown.
+        before: the machine and its load before they ran.
+        quick: whether the figures come from few rounds.
+        folder: where the page will be written; pictures found there are shown.
     """
-    how = "Made by `python -m benchmarks`, in one run. In brackets: minimum and maximum of the rounds."
+    how = "Made by `python -m benchmarks`, in one run. Parentheses hold the minimum and maximum of the rounds."
     parts = ["# Benchmarks", f"{before}\n{how}", *([QUICK] if quick else [])]
     if summary := goals(found):
-        parts += ["## Bars and aims", "A bar must be met; an aim is a wish.", summary]
+        parts += ["## Bars and aims", "A bar must be met; an aim is a target beyond it.", summary]
     for name, tables in found.items():
         parts.append(f"## {title(name)}")
         if name == "overhead" and folder is not None and (folder / OVERHEAD).exists():
-            parts.append(f"![What each framework adds to a training step]({OVERHEAD})")
+            parts.append(f"![The overhead of each framework in a training step]({OVERHEAD})")
         parts.append(sections(tables, 3))
     if folder is not None and (folder / ACCURACY).exists():
         parts += ["## Accuracy over time", f"![Test accuracy of two recipes over time]({ACCURACY})", NOTE_ON_TIME]
@@ -129,8 +129,8 @@ def text(found: Mapping[str, Sequence[Table]], before: str, quick: bool = False,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHORT, metavar="NAME", help=f"some of: {', '.join(SHORT)}")
-    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
-    parser.add_argument("--out", type=Path, help="where to write the page; its picture goes into `../pictures`")
+    parser.add_argument("--quick", action="store_true", help="few rounds: only to check that it runs")
+    parser.add_argument("--out", type=Path, help="where to write the page; its picture goes to `../pictures`")
     options = parser.parse_args()
     before = circumstances()
     found: dict[str, list[Table]] = {}

@@ -1,11 +1,10 @@
-"""The examples: how long each is, beside the program that people start from elsewhere, what it takes and learns.
+"""Run each example, and compare its length with the corresponding program of other repositories.
 
     python -m benchmarks.examples [--out docs/evidence/examples.md]
 
-Each example runs as its reader starts it, but on one thread, in a process and a folder of its own. Its seconds are of
-CPU time, which others on the machine change little, of all that it does: imports, data, training, evaluation,
-checkpoints and plots. The lines of other programs were counted at the commits
-below; a line is a line of the file, blank lines and comments included.
+Each example runs in its own process and folder, on one thread. The table shows its CPU time, which other programs on
+the machine change little, for everything: imports, data, training, evaluation, checkpoints and plots. The lines of the
+other programs were counted at the commits below; blank lines and comments count.
 """
 
 import argparse
@@ -25,9 +24,9 @@ COMMITS = {
     "karpathy/nanoGPT": "3adf61e154c3fe3fca428ad6bc3818b27a3b8291",
 }
 Lines = dict[str, int]
-# How the line begins in which an example says how well it did.
-SAID = "best |accuracy of|mean squared|the mean image|test perplexity"
-# Each example, what it shows, and the files that the other program consists of, with their lines.
+# The beginnings of the line in which an example reports its result.
+SAID = "best |accuracy of|mean squared|the mean image|test p"
+# Each example, what it shows, and the files of the corresponding program with their lines.
 SHOWN: dict[str, tuple[str, Lines]] = {
     "mnist": ("two convolutions", {"mnist/main.py": 141}),
     "vae": ("a loss of two parts, without targets", {"vae/main.py": 139}),
@@ -54,45 +53,41 @@ TEXT = """# Examples
 
 {circumstances} Made by `python -m benchmarks.examples`.
 
-Each example is one file that needs no download. Beside its result, each leaves a run's folder: metrics, curves, TensorBoard's
-events, checkpoints without pickle. A test stops ten of them in their first epoch and resumes them to the bytes of an undisturbed
-run. A result is that of the epoch which is best on the test data, or what the example computes after its last epoch.
+Each example is one file that needs no download. Besides its result, each leaves a run folder: metrics, curves, TensorBoard
+events, and checkpoints without pickle. A test stops ten of them in their first epoch, resumes them, and compares the bytes with an
+uninterrupted run. The result is that of the best epoch on the test data, or what the example computes after its last epoch.
 
-| example | what it shows | lines | lines of the other program | CPU seconds | result |
+| example | what it shows | lines | lines of the corresponding program | CPU seconds | result |
 | --- | --- | ---: | ---: | ---: | --- |
 {rows}
 
-The seconds are CPU time, on one thread, of the whole process, its start and its plots included; the machine had other work
-meanwhile. The other programs are of
+The seconds are CPU time of the whole process on one thread, including its start and its plots; the machine ran other work
+meanwhile. The other programs come from
 {commits}.
-Most train larger networks on more data, and have options on the command line, for which some of their lines are; they were not
-run here. Of them, nanoGPT's `train.py` alone continues a training that was stopped, and it saves no state of random numbers.
+Most of them train larger networks on more data, and some of their lines parse command-line options; they were not run here.
+Only nanoGPT's `train.py` can resume a stopped training, and it doesn't save the state of the random number generators.
 """  # noqa: E501 - the lines of a page
 
 
 def lines(name: str) -> int:
-    """Return the number of an example's lines."""
+    """Return the number of lines of an example."""
     return len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines())
 
 
 def others(files: Lines) -> str:
-    """Return the lines of another program, with the file that most of them are in."""
+    """Return the number of lines of another program, and its files."""
     return f"{sum(files.values())} ({', '.join(f'`{file}`' for file in files)})" if files else ""
 
 
 def run(name: str) -> tuple[float, str]:
-    """Run an example on one thread; return its seconds of CPU time, and the line in which it says how well it did."""
+    """Run an example on one thread; return its CPU seconds and the line in which it reports its result."""
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command, environment = [sys.executable, str(EXAMPLES / f"{name}.py")], os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    said = [
-        line
-        for line in done.stdout.splitlines()
-        if re.match(r"best |accuracy of|mean squared|the mean image|test p", line)
-    ]
+    said = [line for line in done.stdout.splitlines() if re.match(SAID, line)]
     return seconds, re.sub(r"^best | \(.*\)$", "", said[-1])
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times side by side, and the machine they were taken on."""
+"""What the benchmarks share: timing several cases in turns, and a description of the machine."""
 
 import gc
 import multiprocessing
@@ -15,7 +15,7 @@ import torch
 
 
 def side_by_side(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
-    """Return the seconds of each case, a round of all after a round of all: what slows the machine slows each alike."""
+    """Return the seconds of each case. The cases take turns, so that other load slows all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         case()  # warm
@@ -29,25 +29,25 @@ def side_by_side(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> 
 
 
 def shown(times: list[float], unit: float = 1e3, digits: int = 2) -> str:
-    """Return a median with its spread, in milliseconds if not said otherwise."""
+    """Return a median with its minimum and maximum, in milliseconds by default."""
     low, middle, high = (f"{value * unit:,.{digits}f}" for value in (min(times), median(times), max(times)))
     return f"{middle} ({low} to {high})"
 
 
 def installed() -> dict[str, str]:
-    """Return the environment of a fresh process that finds bytecode, as that of an installed package is found."""
+    """Return an environment in which a new process finds bytecode, as it does for an installed package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def machine() -> str:
-    """Return what figures depend on, in a line."""
+    """Return the machine, the threads and the torch version, in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     threads = torch.get_num_threads()
     return f"{processor()}, {os.cpu_count()} cores, {threads} threads{gpu}, torch {torch.__version__}"
 
 
 def processor() -> str:
-    """Return the processor's name, and what it has for products in bf16."""
+    """Return the processor's name and its bf16 instructions."""
     try:
         facts = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
@@ -58,10 +58,10 @@ def processor() -> str:
 
 
 def fresh_process() -> ProcessPoolExecutor:
-    """Return a process that has no threads, settings or memory of another benchmark.
+    """Return a process without the threads, settings and memory of another benchmark.
 
-    What it starts is started as in any program. A spawned process would spawn a loader's workers, too, and each of
-    them would import PyTorch anew, in each epoch, at the peers' cost.
+    It starts its own children by the default method. A spawned process would spawn the workers of a `DataLoader` too,
+    each of which would import PyTorch again in each epoch, which would slow down the peers.
     """
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_as_usual)

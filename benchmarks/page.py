@@ -1,7 +1,7 @@
-"""What a benchmark found, as Markdown: tables, and figures beside the bar that they must pass and the aim beyond it.
+"""The results of a benchmark as Markdown: tables, and figures with the bar they must pass and the aim beyond it.
 
-A benchmark is a module with `TITLE` and `tables(quick)`. Its own command and the page of all of them, `python -m
-benchmarks`, print the same tables.
+A benchmark is a module with `TITLE` and `tables(quick)`. Its own command and `python -m benchmarks`, which runs all of
+them, print the same tables.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from statistics import median
 from benchmarks.measure import machine, shown
 
 NOT_MEASURED = "not measured"
-QUICK = "**Made with `--quick`: few rounds. It shows that everything runs; quote no figure, believe no verdict.**"
+QUICK = "**Made with `--quick`: few rounds. It only shows that everything runs; don't quote its figures or verdicts.**"
 GOAL = ("", "measured", "bar", "aim")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of several rounds, shown as their median with least and most."""
+    """The values of several rounds, shown as their median with minimum and maximum."""
 
     values: tuple[float, ...]
     digits: int = 1
@@ -38,17 +38,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure, with the bar that it must pass and the aim beyond it; None where there is no such limit."""
+    """A figure, the bar it must pass and the aim beyond it; None where there is no such limit."""
 
     what: str
     found: float | None  # None: not measured
     bar: float | None
     aim: float | None
-    form: str  # how figures are written, such as "{:+.1%}"
+    form: str  # format of the figures, such as "{:+.1%}"
     more: bool = False  # whether more is better
 
     def verdict(self, limit: float | None) -> str:
-        """Return a limit, and whether the figure meets it; the figure counts, not how it is rounded."""
+        """Return a limit, and whether the unrounded figure meets it."""
         if limit is None:
             return ""
         if self.found is None:
@@ -57,19 +57,19 @@ class Goal:
         return f"{self.form.format(limit)}: {'met' if met else '**not met**'}"
 
     def row(self) -> tuple[str, str, str, str]:
-        """Return what is measured, the figure, the bar and the aim."""
+        """Return the name, the figure, the bar and the aim."""
         figure = NOT_MEASURED if self.found is None else self.form.format(self.found)
         return self.what, figure, self.verdict(self.bar), self.verdict(self.aim)
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a benchmark found."""
+    """A table of results."""
 
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str | Spread]]
-    note: str = ""  # what was measured, and how
+    note: str = ""  # what was measured and how
     goals: Sequence[Goal] = ()
 
     def text(self) -> str:
@@ -81,27 +81,27 @@ class Table:
 
 
 def sections(tables: Sequence[Table], level: int) -> str:
-    """Return tables as Markdown, each under its title; one alone needs none."""
+    """Return tables as Markdown, each under its title; a single table has none."""
     if len(tables) == 1:
         return tables[0].text()
     return "\n\n".join(f"{'#' * level} {table.title}\n\n{table.text()}" for table in tables)
 
 
 def circumstances() -> str:
-    """Return what the figures depend on: the machine, the versions, and how busy the machine was."""
-    return f"{machine()}, Python {platform.python_version()}; load when it began: {os.getloadavg()[0]:.1f}."
+    """Return what the figures depend on: the machine, the versions and the load."""
+    return f"{machine()}, Python {platform.python_version()}; load at the start: {os.getloadavg()[0]:.1f}."
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str | Spread]]) -> str:
-    """Return a table: the first column is what, the others are figures."""
+    """Return a table: the first column holds names, the others figures."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def main(description: str, title: str, tables: Callable[[bool], Sequence[Table]]) -> None:
-    """Run one benchmark as a command: print its tables, and write them to a file if asked to."""
+    """Run one benchmark as a command: print its tables, and write them to `--out`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
+    parser.add_argument("--quick", action="store_true", help="few rounds: only to check that it runs")
     parser.add_argument("--out", type=Path, help="where to write the tables")
     options = parser.parse_args()
     before = f"# {title}\n\n{circumstances()}" + (f"\n\n{QUICK}" if options.quick else "")

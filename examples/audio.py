@@ -1,4 +1,4 @@
-"""Sounds by their spectrogram, which the model computes: four forms of a wave at any pitch, in noise."""
+"""Audio classification: four waveforms of any pitch, in noise; the model computes their spectrogram."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ FORMS = ("sine", "square", "sawtooth", "chirp")
 
 
 class Spectrogram(nn.Module):
-    """(batch, samples) of sound to the logarithm of its power, (batch, 1, frequencies, frames)."""
+    """Map sound (batch, samples) to its log power spectrogram (batch, 1, frequencies, frames)."""
 
     window: Tensor
 
@@ -25,7 +25,7 @@ class Spectrogram(nn.Module):
 
 
 def tones(samples: int, seed: int) -> tr.data.ArraySource:
-    """Return half a second of sound each; the class is the form of its wave."""
+    """Return sounds of half a second; the class is the waveform."""
     draw = torch.Generator().manual_seed(seed)
     labels, time = torch.arange(samples) % len(FORMS), torch.arange(LENGTH) / RATE
     pitch = 200 + 600 * torch.rand(samples, 1, generator=draw)

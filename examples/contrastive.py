@@ -1,6 +1,6 @@
-"""Contrastive training (SimCLR, Chen et al., 2020): two views of an image should be alike, without any labels.
+"""Contrastive learning (SimCLR, Chen et al., 2020): the features of two views of an image should agree; no labels.
 
-The loss compares the images of a batch with each other; of several replicas, each compares its own part.
+The loss compares the images of a batch with each other; with several replicas, each compares its own part.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torchrelay as tr
 
 
 class Contrastive(tr.Task):
-    """Each view must find the other view of its image among those of all images."""
+    """Each view must identify the other view of its image among the views of all images."""
 
     headline = "found"
     higher_is_better = percent = True
@@ -31,7 +31,7 @@ class Contrastive(tr.Task):
 
 
 def view(images: Tensor) -> Tensor:
-    """Return each image moved by up to a pixel and in noise; PyTorch's generator is reseeded for each step."""
+    """Shift the images by up to a pixel and add noise; PyTorch's generator is reseeded for each step."""
     moved = F.pad(images, (1, 1, 1, 1))
     y, x = torch.randint(3, (2,)).tolist()
     moved = moved[..., y : y + images.shape[-2], x : x + images.shape[-1]]
@@ -39,7 +39,7 @@ def view(images: Tensor) -> Tensor:
 
 
 def nearest_neighbors(known: Tensor, labels: Tensor, new: Tensor) -> Tensor:
-    """Return the labels of the known images whose features are most like those of the new ones."""
+    """Return the labels of the known features that are nearest to the new ones."""
     return labels[(F.normalize(new, dim=1) @ F.normalize(known, dim=1).T).argmax(1)]
 
 

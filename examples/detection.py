@@ -1,6 +1,6 @@
-"""Object detection: bright rectangles in images of different sizes, by a small Faster R-CNN of torchvision.
+"""Object detection: bright rectangles in images of different sizes, found by torchvision's Faster R-CNN, made small.
 
-`pip install 'torchrelay[detection]'` adds mean average precision; without it, the losses are measured.
+`pip install 'torchrelay[detection]'` adds mean average precision; without it, the run reports the losses.
 """
 
 import torch

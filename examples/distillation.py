@@ -1,4 +1,4 @@
-"""Distillation (Hinton et al., 2015): a small network learns what a larger one thinks of each class."""
+"""Distillation (Hinton et al., 2015): a small network learns the class probabilities of a larger one."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import torchrelay as tr
 
 
 class Distillation(tr.Classification):
-    """The cross entropy, and the divergence from the teacher, which the task holds: it is neither trained nor saved."""
+    """Cross entropy plus the divergence from the teacher. The task holds the teacher, neither trained nor saved."""
 
     def __init__(self, teacher: nn.Module, temperature: float = 3.0) -> None:
         super().__init__()

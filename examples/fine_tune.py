@@ -1,6 +1,6 @@
-"""Fine-tune: load the weights of an earlier training, replace the head, and train on.
+"""Fine-tuning: load the weights of an earlier training, replace the head, and continue training.
 
-The weights are a safetensors file, here of an earlier run; torchvision's own come with `pretrained=True`.
+The weights are a safetensors file, here of an earlier run; `pretrained=True` loads torchvision's weights.
 """
 
 from pathlib import Path

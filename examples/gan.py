@@ -1,4 +1,4 @@
-"""A GAN of two convolutional networks (Radford et al., 2016): two updates a step, with an optimizer each."""
+"""A GAN of two convolutional networks (Radford et al., 2016): two updates per step, each with its own optimizer."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ NOISE = 32
 
 
 class GAN(nn.Module):
-    """A generator from noise (batch, 32) to images (batch, 1, 8, 8) in [-1, 1], and what tells them from real ones."""
+    """A generator from noise (batch, 32) to images (batch, 1, 8, 8) in [-1, 1], and a discriminator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class GAN(nn.Module):
 
 
 class Adversarial(tr.Task):
-    """The updates take their turns in each step; only the part that is updated requires gradients meanwhile."""
+    """Each step runs both updates in turn; only the network that is updated requires gradients meanwhile."""
 
     updates = ("discriminator", "generator")
 
@@ -58,7 +58,7 @@ def main(run: str = "runs/gan", epochs: int = 10) -> float:
     )
     trainer.fit()
     fake = trainer.predict(torch.randn(200, NOISE, generator=torch.Generator().manual_seed(1)))
-    # How far the mean image of what was generated is from that of the real ones.
+    # The distance of the mean generated image from the mean real image.
     return float((fake.mean(0) - data.inputs.mean(0)).abs().mean())
 
 

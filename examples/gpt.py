@@ -1,4 +1,4 @@
-"""A small GPT over characters, and what it writes; without a text of yours, it reads Python's own help.
+"""A small GPT over characters, and a sample of what it generates; by default it reads the text of Python's help.
 
 python examples/gpt.py TEXT
 """
@@ -15,7 +15,7 @@ import torchrelay as tr
 
 
 class Block(nn.Module):
-    """Causal attention, then a two-layer perceptron, each on the normalized stream and added to it."""
+    """Causal attention, then a two-layer perceptron, both with pre-normalization and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Block(nn.Module):
         layers = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         self.perceptron = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width), and back
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width) -> the same
         parts = self.query_key_value(self.norm(x)).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """(batch, length) characters to the logits (batch, length, vocabulary) of those that follow."""
+    """Map characters (batch, length) to the logits (batch, length, vocabulary) of the next ones."""
 
     def __init__(self, vocabulary: int, length: int, width: int = 96, layers: int = 2, heads: int = 4) -> None:
         super().__init__()

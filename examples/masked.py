@@ -1,4 +1,4 @@
-"""Masked training (BERT, masked autoencoders): a transformer fills in the patches that it isn't shown."""
+"""Masked training (BERT, masked autoencoders): a transformer predicts hidden patches."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PATCHES, PIXELS = 16, 4
 
 
 class Masked(nn.Module):
-    """Patches (batch, 16, 4) of digits, of which some are hidden, to all patches."""
+    """Map the patches (batch, 16, 4) of digits, some of them hidden, to all patches."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Masked(nn.Module):
 
 
 class FillIn(tr.Task):
-    """The mean squared error of the hidden patches, a quarter of all; which they are is drawn anew in each step."""
+    """The mean squared error of the hidden patches: a random quarter, drawn again in each step."""
 
     def compute(self, model: Any, batch: Any, update: str) -> Tensor:
         patches = batch.inputs

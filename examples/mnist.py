@@ -1,8 +1,8 @@
-"""MNIST or Fashion-MNIST from their idx files, by two convolutions.
+"""MNIST or Fashion-MNIST from their idx files, with two convolutions.
 
     python examples/mnist.py FOLDER
 
-Without a folder it trains on scikit-learn's smaller digits. Debian's package dataset-fashion-mnist has such files.
+Without a folder it trains on scikit-learn's smaller digits. Debian's package dataset-fashion-mnist has idx files.
 """
 
 import sys

@@ -16,7 +16,7 @@ EIGHT_BITS = 255 / 16  # scikit-learn's digits have 17 gray levels
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """The odd rows of scikit-learn's digits, slightly shifted and rotated, for training; the even rows for testing."""
+    """scikit-learn's digits: the odd rows, slightly shifted and rotated, for training; the even rows for testing."""
 
     def __init__(self, train: bool) -> None:
         data = load_digits()

@@ -1,4 +1,4 @@
-"""Semantic segmentation: disks and squares in noise, pixel by pixel, by a small U-Net."""
+"""Semantic segmentation: a small U-Net finds disks and squares in noise, pixel by pixel."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ CLASSES = ("background", "disk", "square")
 
 
 class UNet(nn.Module):
-    """(batch, 1, height, width) to logits (batch, classes, height, width)."""
+    """Map images (batch, 1, height, width) to logits (batch, classes, height, width)."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class UNet(nn.Module):
 
 
 def shapes(samples: int, seed: int, size: int = 32) -> tr.data.ArraySource:
-    """Return noisy images with a disk and a square in each; the image's border is ignored."""
+    """Return noisy images with a disk and a square in each; the loss ignores the border."""
     draw = torch.Generator().manual_seed(seed)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     masks = torch.zeros(samples, size, size, dtype=torch.int64)

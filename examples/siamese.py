@@ -8,7 +8,7 @@ import torchrelay as tr
 
 
 class Siamese(nn.Module):
-    """Two images go through one network; what it says of both is compared."""
+    """One network embeds two images; a linear layer compares the embeddings."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A table with numbers and categories: a sample is a dict, whose entries the model takes by name."""
+"""Tabular data with numbers and categories: a sample is a dict, and the model takes its entries by name."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ CELLARS = 3
 
 
 class Wines(Dataset[dict[str, Tensor]]):
-    """scikit-learn's wines: their measurements, the cellar that bottled them, which is made up, and their kind."""
+    """scikit-learn's wines: their measurements, an invented cellar, and their kind as the target."""
 
     def __init__(self, part: tr.data.ArraySource) -> None:
         self.numbers, self.kinds = part.inputs, part.targets
@@ -25,7 +25,7 @@ class Wines(Dataset[dict[str, Tensor]]):
 
 
 class Net(nn.Module):
-    """Each category has an embedding, which stands beside the numbers."""
+    """Embeds the category and concatenates it with the numbers."""
 
     def __init__(self, numbers: int, classes: int) -> None:
         super().__init__()

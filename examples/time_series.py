@@ -1,4 +1,4 @@
-"""Sine waves continued by an LSTM, trained by L-BFGS, which evaluates the loss several times a step."""
+"""Time series: an LSTM continues sine waves, trained with L-BFGS, which evaluates the loss several times per step."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ import torchrelay as tr
 
 
 class Sequence(nn.Module):
-    """Waves (batch, length) to the value after each of theirs, and `future` values more."""
+    """Map waves (batch, length) to the value that follows each of theirs, and to `future` more values."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A variational autoencoder (Kingma and Welling, 2014): a loss of two parts, and digits that nobody has written."""
+"""A variational autoencoder (Kingma and Welling, 2014): a loss of two parts, and generated digits."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import torchrelay as tr
 
 
 class VAE(nn.Module):
-    """A digit of 64 pixels in [0, 1] to a normal distribution over `latent` numbers, and back."""
+    """Map digits of 64 pixels in [0, 1] to normal distributions over `latent` numbers, and back."""
 
     def __init__(self, latent: int = 8) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class VAE(nn.Module):
 
 
 class Bound(tr.Task):
-    """The negative lower bound of the likelihood; each part is logged by its name."""
+    """The negative evidence lower bound; both parts are logged by name."""
 
     def compute(self, model: Any, batch: Any, update: str) -> dict[str, Tensor]:
         logits, mean, log_variance = model(batch.inputs)

@@ -1,4 +1,4 @@
-"""A language model over words, by an LSTM; without a text of yours, it reads Python's own help.
+"""An LSTM language model over words; by default it reads the text of Python's help.
 
 python examples/word_language_model.py TEXT
 """
@@ -17,7 +17,7 @@ import torchrelay as tr
 
 
 class LanguageModel(nn.Module):
-    """(batch, length) words to the logits (batch, length, vocabulary) of the words that follow."""
+    """Map words (batch, length) to the logits (batch, length, vocabulary) of the next words."""
 
     def __init__(self, vocabulary: int, width: int = 128) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class LanguageModel(nn.Module):
 
 
 def windows(text: str, words: int, length: int) -> tuple[tr.data.ArraySource, tr.data.ArraySource]:
-    """Return windows of the most frequent words, and the same moved on by one; every tenth is for testing."""
+    """Return windows of the most frequent words, and their next words; every tenth window is for testing."""
     found = re.findall(r"\w+|[^\w\s]", text.lower())
     vocabulary = ["?", *(word for word, _ in Counter(found).most_common(words - 1))]
     index = {word: number for number, word in enumerate(vocabulary)}

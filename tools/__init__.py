@@ -1,1 +1,1 @@
-"""What measures the code and makes the pages and pictures of the docs; no part of the package."""
+"""Programs that measure the code and make pages and pictures of the docs; not part of the package."""

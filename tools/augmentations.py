@@ -1,8 +1,8 @@
-"""Draw what each transform does: a row a transform, the same eight images in all.
+"""Draw what each transform does: one row per transform, with the same eight images in each.
 
 python -m tools.augmentations --out docs/pictures/augmentations.png
 
-The images are parts of the two photographs that come with scikit-learn, so nothing is downloaded.
+The images are parts of the two photographs that come with scikit-learn; nothing is downloaded.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def tiles() -> Tensor:
 
 
 def rows(images: Tensor, seed: int = 18) -> list[Row]:
-    """Return the images as they are, then through each transform."""
+    """Return the original images, then a row per transform."""
     batch = len(images)
     found = [Row("Original", "eight images", images)]
     for number, (transform, note) in enumerate(SHOWN):
@@ -86,15 +86,15 @@ def rows(images: Tensor, seed: int = 18) -> list[Row]:
 
 
 def written(transform: Augment) -> str:
-    """Return a transform as a person writes it in Python: its class, and what differs from the defaults."""
+    """Return a transform as a Python call, with the arguments that differ from the defaults."""
     fields = type(transform).model_fields
     given = [(name, value) for name, value in transform if name != "name" and value != fields[name].default]
     return f"{type(transform).__name__}({', '.join(f'{name}={value}' for name, value in given)})"
 
 
 def row_top(row: int) -> int:
-    """Return how many pixels below the picture's upper edge a row begins."""
-    return TOP + row * (TILE + APART) + (APART if row else 0)  # the originals stand by themselves
+    """Return the distance in pixels from the picture's upper edge to a row."""
+    return TOP + row * (TILE + APART) + (APART if row else 0)  # extra space below the originals
 
 
 def draw_picture(shown: Sequence[Row], path: Path) -> None:

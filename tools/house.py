@@ -1,4 +1,4 @@
-"""How the code is laid out, in figures: `python -m tools.house` (or `make house`) prints them beside those of before.
+"""Figures of the code's layout: `python -m tools.house` (or `make house`) prints them beside earlier ones.
 
 The code is only parsed, never run. An import under `TYPE_CHECKING` counts: a reader has to know the other module too.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "torchrelay"
 
-# What each figure was at the tag `house-before`, and its bound.
+# Each figure at the tag `house-before`, and its bound.
 BEFORE = {
     "lines": (14_133, "fewer"),
     "entries at the package's top": (54, "18"),
@@ -31,11 +31,11 @@ BEFORE = {
 
 @dataclass(frozen=True)
 class Module:
-    """A file of the source.
+    """A source file.
 
     Args:
-        name: its dotted name inside the package; a package's `__init__` has the package's, the top's is empty.
-        path: where it is.
+        name: its dotted name inside the package; a folder's `__init__` has the folder's name, the top's is empty.
+        path: path of the file.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Module:
 
     @property
     def folder(self) -> str:
-        """The folder at the package's top, or the module where it stands there itself."""
+        """The top-level folder that holds the module, or the module's own name at the top level."""
         return self.name.partition(".")[0]
 
     def functions(self) -> Iterator[tuple[str, int]]:
-        """Yield the name of each function and its lines without the docstring."""
+        """Yield the name of each function and its number of lines without the docstring."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = node.body[0]
@@ -66,7 +66,7 @@ class Module:
                 yield f"{self.name}.{node.name}", length(node) - docstring
 
     def imports(self) -> Iterator[str]:
-        """Yield what it imports from the package anywhere in it, such as `data.batches.Batch` or `data.batches`."""
+        """Yield the names it imports from the package, such as `data.batches.Batch` or `data.batches`."""
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
                 if node.level:
@@ -80,7 +80,7 @@ class Module:
 
 
 def length(node: ast.stmt) -> int:
-    """Return how many lines a statement has."""
+    """Return the number of lines of a statement."""
     return (node.end_lineno or 0) - node.lineno + 1
 
 
@@ -95,7 +95,7 @@ def read_modules(source: Path = SOURCE) -> dict[str, Module]:
 
 
 def import_graph(modules: dict[str, Module]) -> dict[str, set[str]]:
-    """Return which modules each one imports; the package's own `__init__` aside, which imports for users."""
+    """Return which modules each one imports, except the package's own `__init__`, which imports for users."""
 
     def resolve(imported: str) -> str:
         return imported if imported in modules else imported.rpartition(".")[0]
@@ -108,7 +108,7 @@ def import_graph(modules: dict[str, Module]) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that import each other, directly or through others."""
+    """Return the groups of modules that import each other, directly or indirectly."""
     reached: dict[str, set[str]] = {}
     for start in graph:
         seen: set[str] = set()
@@ -133,7 +133,7 @@ def find_trainer(modules: dict[str, Module]) -> tuple[Module, ast.ClassDef]:
 
 
 def attributes(node: ast.ClassDef) -> set[str]:
-    """Return the names that a class assigns on `self`."""
+    """Return the attributes that a class assigns on `self`."""
     return {
         target.attr
         for target in ast.walk(node)
@@ -145,7 +145,7 @@ def attributes(node: ast.ClassDef) -> set[str]:
 
 
 def uses_of_a_trainer(modules: dict[str, Module]) -> tuple[int, int]:
-    """Return how often other modules write `trainer.<member>`, and how often to assign it."""
+    """Return how often other modules use `trainer.<member>`, and how often they assign it."""
     own, _ = find_trainer(modules)
     members = [
         node
@@ -182,7 +182,7 @@ def figures(source: Path = SOURCE) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print each figure: before, now, and its bound."""
+    """Print each figure: before, now, bound."""
     print(f"{'':42}{'before':>10}{'now':>10}{'at most':>10}")
     for name, now in figures().items():
         before, bound = BEFORE[name]

@@ -1,9 +1,9 @@
-"""Pictures of what was measured: bars of overhead, and accuracy over time.
+"""Draw measurements: bars of overhead, and accuracy over time.
 
     python -m tools.pictures --root FOLDER [--out docs/pictures]
 
-trains `cifar10-fast` on the photographs in FOLDER, tested after each epoch, and draws its accuracy over time beside the
-reference's, whose times follow from the rate of its step before and after; the run's own pictures are put beside it.
+trains `cifar10-fast` on the photographs in FOLDER, evaluates it after each epoch, and draws its accuracy over time
+beside the reference's, whose times are computed from its step rate before and after. It also copies the run's plots.
 `python -m benchmarks` draws the bars.
 """
 
@@ -28,8 +28,8 @@ from benchmarks.speed import accuracy as measured
 from torchrelay.run.metrics import read_metrics
 
 INK, GREY, RULE, OURS, OTHERS = "#16181d", "#6b7280", "#d9dde3", "#c2410c", "#9aa3b2"
-WIDTH, MARGIN, DPI = 1040, 48, 100  # pixels, pixels, pixels an inch
-BAR = 40  # pixels from a bar to the next
+WIDTH, MARGIN, DPI = 1040, 48, 100  # pixels, pixels, pixels per inch
+BAR = 40  # pixels from one bar to the next
 MARKS = {1: "1 s", 10: "10 s", 30: "30 s", 60: "1 min", 180: "3 min", 600: "10 min", 1800: "30 min"}
 MARKS |= {3600: "1 h", 10_800: "3 h", 36_000: "10 h"}  # seconds
 TUTORIAL = {1: 0.5148, 10: 0.7652, 20: 0.8255, 30: 0.8844}  # test accuracy by epoch; the last one is its best
@@ -51,7 +51,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def bare(axes: Axes) -> None:
-    """Take away what says nothing."""
+    """Remove spines and ticks."""
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=9.5, labelcolor=GREY)
     axes.set_axisbelow(True)
@@ -66,14 +66,16 @@ def draw_overhead(table: Table, path: Path) -> None:
     found = sorted(((str(row[0]), row[1]) for row in rows), key=lambda row: row[1].median)  # type: ignore[union-attr]
     by_hand = median(row[3].median for row in rows if isinstance(row[3], Spread))
     height = 200 + BAR * len(found)
-    figure = page(height, "What a framework adds to a training step", "Microseconds a step; a tiny network, one thread")
+    figure = page(
+        height, "What a framework adds to a training step", "Microseconds per step; a tiny network, one thread"
+    )
     left, right, top, bottom = 300, 100, 122, 78
     place = (left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - top - bottom) / height)
     axes = figure.add_axes(place)
     bare(axes)
     halo = [withStroke(linewidth=4, foreground="white")]
     for row, (name, added) in enumerate(found):
-        assert isinstance(added, Spread)  # noqa: S101 - the rows without figures were left out
+        assert isinstance(added, Spread)  # noqa: S101 - rows without figures were dropped
         ours = name.startswith("torchrelay")
         axes.barh(row, max(added.median, 0.0), height=0.62, color=OURS if ours else OTHERS)
         axes.plot((min(added.values), max(added.values)), (row, row), color=INK, linewidth=1, zorder=3)
@@ -91,7 +93,7 @@ def draw_overhead(table: Table, path: Path) -> None:
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     axes.axvline(by_hand, color=INK, linewidth=1, dashes=(4, 3), zorder=2)
     axes.text(by_hand, -0.7, f"a whole step by hand: {by_hand:,.0f}", color=INK, fontsize=9, ha="left", va="bottom")
-    note = "Medians of several rounds; thin lines: least and most of them. Settings: docs/benchmarks.md."
+    note = "Medians of several rounds; thin lines: minimum to maximum. Settings: docs/evidence/benchmarks.md."
     figure.text(left / WIDTH, 28 / height, note, fontsize=9, color=GREY, va="center")
     save(figure, path)
 
@@ -100,16 +102,16 @@ def draw_overhead(table: Table, path: Path) -> None:
 
 
 def of_tutorial(rate: float) -> Points:
-    """Return the tutorial's evaluations, at the times that follow from the images a second of its step."""
+    """Return the tutorial's evaluations, at times computed from the images per second of its step."""
     return [(epoch * 50_000 / rate, accuracy) for epoch, accuracy in TUTORIAL.items()]
 
 
 def of_run(lines: Sequence[Mapping[str, Any]], began: float) -> Points:
-    """Return a run's evaluations, at the seconds from its start without the earlier evaluations.
+    """Return a run's evaluations, at the seconds since its start minus the earlier evaluations.
 
     Args:
-        lines: of its metrics.jsonl.
-        began: when its process was started, in seconds of the clock.
+        lines: lines of its metrics.jsonl.
+        began: start of its process, in seconds of the clock.
     """
     found, left_out = [], 0.0
     trained = {line["epoch"]: line["time"] for line in lines if line["split"] == "train"}
@@ -120,7 +122,7 @@ def of_run(lines: Sequence[Mapping[str, Any]], began: float) -> Points:
 
 
 def draw_accuracy(reference: Points, fast: Points, path: Path) -> None:
-    """Draw two trainings on a logarithmic axis of time: from seconds to hours."""
+    """Draw two trainings on a logarithmic time axis, from seconds to hours."""
     figure = page(
         520,
         "Accuracy over time",
@@ -151,7 +153,7 @@ def draw_accuracy(reference: Points, fast: Points, path: Path) -> None:
 
 
 def _compare(axes: Axes, reference: Points, fast: Points) -> None:
-    """Draw how much sooner the fast training has the reference's best accuracy, if it comes to it."""
+    """Draw how much sooner the fast training reaches the reference's best accuracy, if it does."""
     latest, goal = max(reference, key=lambda point: point[1])
     sooner = next((seconds for seconds, accuracy in fast if accuracy >= goal), None)
     if sooner is None:

@@ -1,14 +1,14 @@
-"""Writes what the documentation takes from the code, in place.
+"""Update the parts of the documentation that come from the code, in place.
 
     python -m tools.reference
 
-- a Python block after `<!-- quote: FILE NAME -->` becomes the source of that function, class or method, without its
-  docstring; `<!-- quote: FILE -->` quotes a whole file after its docstring; comments that the page has translated stay;
-- what stands between `<!-- keys: begin -->` and `<!-- keys: end -->` becomes the tables of all recipe keys, and between
-  `<!-- commands: begin -->` and `<!-- commands: end -->` the options of all commands;
+- A Python block after `<!-- quote: FILE NAME -->` becomes the source of that function, class or method, without its
+  docstring; `<!-- quote: FILE -->` quotes a whole file after its docstring. Translated comments stay.
+- The text between `<!-- keys: begin -->` and `<!-- keys: end -->` becomes the tables of all recipe keys, and between
+  `<!-- commands: begin -->` and `<!-- commands: end -->` the options of all commands.
 - `reference/recipe.schema.json` becomes the JSON schema of recipes.
 
-A test compares the committed pages with what this module returns.
+A test compares the committed pages with the result of this module.
 """
 
 import argparse
@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[type[Settings], ...]] = {
 
 
 def pages() -> dict[Path, str]:
-    """Return each page of the documentation, and the schema, as they should be."""
+    """Return the up-to-date text of each page, and of the schema."""
     texts = {page: quoted(page.read_text(encoding="utf-8")) for page in (ROOT / "README.md", *DOCS.rglob("*.md"))}
     for page, text in texts.items():
         for part, content in (("keys", keys), ("commands", commands)):
@@ -54,7 +54,7 @@ def pages() -> dict[Path, str]:
 
 
 def quoted(text: str) -> str:
-    """Return a page with its quotations renewed; a Chinese page keeps its comments unless their number changes."""
+    """Return a page with updated quotes; a Chinese page keeps its comments unless their number changes."""
 
     def renew(match: re.Match[str]) -> str:
         before, _, block = match[0].partition("```")
@@ -67,7 +67,7 @@ def quoted(text: str) -> str:
 
 
 def source(path: str, name: str | None) -> str:
-    """Return the source of a file, or of a function, class or method in it, without docstring and indentation."""
+    """Return the source of a file, or of a function, class or method, without docstring and indentation."""
     text = (ROOT / path).read_text(encoding="utf-8")
     node: Any = ast.parse(text)
     for part in name.split(".") if name else ():
@@ -84,7 +84,7 @@ def source(path: str, name: str | None) -> str:
 
 
 def keys() -> Iterator[str]:
-    """Yield the sections of a recipe, each with the table of its keys."""
+    """Yield the sections of a recipe with the tables of their keys."""
     for section, meaning in recipe.Recipe.meanings().items():
         number, _, text = meaning.partition(". ")
         yield f"## `[{section}]`\n\nStep {number}: {text}\n"
@@ -98,7 +98,7 @@ def keys() -> Iterator[str]:
 
 
 def key_table(settings: type[Settings]) -> str:
-    """Return the keys of one settings class, the name first."""
+    """Return the table of a settings class, with the key `name` first."""
     meanings = settings.meanings()
     fields = sorted(settings.model_fields.items(), key=lambda item: item[0] != "name")
     return table(
@@ -108,7 +108,7 @@ def key_table(settings: type[Settings]) -> str:
 
 
 def commands() -> Iterator[str]:
-    """Yield the commands, each with the table of its arguments and options."""
+    """Yield the commands with the tables of their arguments and options."""
     for name in cli.COMMANDS:
         module = import_module(f"torchrelay.commands.{name}")
         parser = argparse.ArgumentParser(add_help=False)
@@ -123,7 +123,7 @@ def commands() -> Iterator[str]:
 
 
 def argument(action: argparse.Action) -> str:
-    """Return an option with its value, or what stands in an argument's place."""
+    """Return an option with its value, or the placeholder of an argument."""
     value = "" if action.nargs == 0 else str(action.metavar or action.dest)
     if action.option_strings:
         return f"{action.option_strings[-1]} {value}".strip()
@@ -131,7 +131,7 @@ def argument(action: argparse.Action) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a default as a recipe would write it."""
+    """Return a default as a recipe spells it."""
     if value is None:
         return "unset"
     text = str(value).lower() if isinstance(value, bool) else str(value)
@@ -145,12 +145,12 @@ def table(heads: tuple[str, ...], rows: Iterator[tuple[str | None, ...]]) -> str
 
 
 def escape(text: str | None) -> str:
-    """Return a cell's text, in which no bar ends the cell and options are code."""
+    """Return a cell's text with escaped bars, and with options as code."""
     return re.sub(r"(?<![`\w-])--[a-z][a-z-]*", r"`\g<0>`", text or "").replace("|", "\\|")
 
 
 def main() -> None:
-    """Write the pages that differ from what they should be."""
+    """Write the pages that are out of date."""
     for page, text in pages().items():
         if page.read_text(encoding="utf-8") != text:
             page.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Draw every schedule over a run of 30 epochs: small multiples of the learning rate.
+"""Draw the learning rate of every schedule over a run of 30 epochs, as small multiples.
 
 python -m tools.schedules --out docs/pictures/schedules.png
 
-Each line is read from a bound schedule, step by step, as the trainer reads it; nothing is redrawn by hand.
+Each line is read from a bound schedule, step by step, as the trainer reads it.
 """
 
 import argparse
@@ -53,12 +53,12 @@ PANELS = (
 
 
 def accuracy(epoch: int) -> float:
-    """Return a made-up test accuracy that stands still twice, for the schedule that follows one."""
+    """Return an invented test accuracy with two plateaus, for the `Plateau` schedule."""
     return 1.0 - 0.6 * math.exp(-min(epoch, 7) / 3) + 0.05 * (1.0 - math.exp(-max(min(epoch, 18) - 12, 0) / 2))
 
 
 def rates(settings: ScheduleSettings) -> list[float]:
-    """Return the learning rate of every step of the run, as the trainer asks for it."""
+    """Return the learning rate of every step of the run, as the trainer computes it."""
     schedule = settings.bind(STEPS_PER_EPOCH, EPOCHS * STEPS_PER_EPOCH)
     found = []
     for step in range(EPOCHS * STEPS_PER_EPOCH):
@@ -69,20 +69,20 @@ def rates(settings: ScheduleSettings) -> list[float]:
 
 
 def written(settings: ScheduleSettings) -> str:
-    """Return what differs from the defaults, as a person writes it in Python."""
+    """Return the arguments that differ from the defaults, in Python syntax."""
     fields = type(settings).model_fields
     given = [(name, value) for name, value in settings if value != fields[name].get_default(call_default_factory=True)]
     return ", ".join(f'{name}="{value}"' if isinstance(value, str) else f"{name}={value}" for name, value in given)
 
 
 def draw_panel(axes: Axes, panel: Panel, first: bool, lowest: bool) -> None:
-    """Draw one schedule; the scales are written only at the row's first panel and at the lowest row."""
+    """Draw one schedule; only the first panel of a row and the lowest row have tick labels."""
     epochs = [step / STEPS_PER_EPOCH for step in range(EPOCHS * STEPS_PER_EPOCH)]
     found = rates(panel.settings)
     axes.fill_between(epochs, found, color=FILL, linewidth=0, zorder=0)
     axes.plot(epochs, found, color=LINE, linewidth=1.8, solid_joinstyle="round", zorder=3)
     if isinstance(panel.settings, optim.Plateau):
-        ends = range(EPOCHS)  # each epoch's evaluation is known at its end
+        ends = range(EPOCHS)  # an epoch's evaluation follows at its end
         axes.plot([e + 1 for e in ends], [0.8 * LR * accuracy(e) for e in ends], color=GREY, linewidth=1, dashes=(3, 2))
         axes.text(EPOCHS - 0.6, 0.67 * LR, "test accuracy", color=GREY, fontsize=8, ha="right")
     axes.set_xlim(0, EPOCHS)

@@ -1,1 +1,1 @@
-"""Equal bytes: as a plain loop, after a kill, on any number of processes, before and after a change of the code."""
+"""Bit-equal results: with a plain loop, after a kill, on any number of processes, and across a change of the code."""

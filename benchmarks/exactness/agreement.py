@@ -1,9 +1,9 @@
-"""Do the recipes compute what a plain loop computes? Losses and final weights, bit by bit.
+"""Compare the recipes with a plain loop: losses and final weights, bit by bit.
 
     python -m benchmarks.exactness.agreement [--data FOLDER] [--out docs/evidence/agreement.md]
 
-trains each recipe with torchrelay and records the batches, then runs `twin.py`, a hand-written loop that imports
-nothing of torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's photographs;
+trains each recipe with torchrelay and records the batches, then runs `twin.py`, a hand-written loop that doesn't import
+torchrelay, on the same batches from the same seed. FOLDER is an image folder with CIFAR-10's photographs;
 without it only the digits run.
 """
 
@@ -33,7 +33,7 @@ TWIN = Path(__file__).with_name("twin.py")
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe to compare, with what is changed of it."""
+    """A recipe to compare, and the overrides to apply to it."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -48,8 +48,8 @@ CASES = (
 )
 
 
-class WriteDown(tr.Callback):
-    """Keeps the losses, and writes each batch to a file."""
+class Recorder(tr.Callback):
+    """Keeps the losses and writes each batch to a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,7 +68,7 @@ def compare(case: Case, data: Path | None, epochs: int | None = None) -> str:
     where = (f"data.root={data}", "data.name=image-folder") if case.photographs else ()
     shorter = () if epochs is None else (f"run.epochs={epochs}",)
     loaded = recipe.load(case.recipe, (*where, *case.overrides, *shorter))
-    written = WriteDown(folder)
+    written = Recorder(folder)
     trainer = build_trainer(loaded, callbacks=[written], terminal=Terminal(quiet=True))
     started = time.perf_counter()
     trainer.fit()
@@ -91,7 +91,7 @@ def compare(case: Case, data: Path | None, epochs: int | None = None) -> str:
 
 
 def parameters(loaded: recipe.Recipe, trainer: tr.Trainer) -> dict[str, Any]:
-    """Return what the hand-written loop must know."""
+    """Return the parameters of the hand-written loop."""
     optimizer, schedule = loaded.optimizer, loaded.schedule
     return {
         "model": loaded.model.name,
@@ -109,7 +109,7 @@ def parameters(loaded: recipe.Recipe, trainer: tr.Trainer) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="an image folder with CIFAR-10's photographs")
-    parser.add_argument("--epochs", type=int, help="train fewer: to see that it runs, not to quote")
+    parser.add_argument("--epochs", type=int, help="train fewer epochs: only to check that it runs")
     parser.add_argument("--out", type=Path, help="where to write the table")
     options = parser.parse_args()
     rows = [compare(case, options.data, options.epochs) for case in CASES if options.data or not case.photographs]

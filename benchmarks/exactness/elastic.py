@@ -1,10 +1,10 @@
-"""One run on 1, 2, 4 and 8 processes, moved between them by kill -9, and on hosts of which one dies: the same bytes.
+"""Train one run on 1, 2, 4 and 8 processes, across `kill -9`, and on hosts of which one dies; compare the bytes.
 
     python -m benchmarks.exactness.elastic [--out docs/evidence/elastic.md]
 
 The network has BatchNorm, dropout and weights that only some replicas use; the gradient is clipped and the weights are
-averaged; the last batch of an epoch has three samples for eight replicas. Hashes are those of all files of the final
-checkpoint. The hosts are network namespaces; where they aren't allowed, their row says so.
+averaged; the last batch of an epoch has three samples for eight replicas. The hashes cover all files of the final
+checkpoint. The hosts are network namespaces; where these aren't allowed, the row says so.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STEPS = EPOCHS * -(-SAMPLES // BATCH)
 
 
 class Net(nn.Module):
-    """A small network with all that could depend on the number of processes."""
+    """A small network with every layer whose result could depend on the number of processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 
 def train(run: Path) -> None:
-    """Train as the environment says, from the beginning or from what a killed process left."""
+    """Train, with rank and world size from the environment; resume if a killed process left a run."""
     import torchrelay as tr
     from torchrelay.checkpoint import CheckpointSettings
     from torchrelay.device.device import DeviceSettings
@@ -83,7 +83,7 @@ def train(run: Path) -> None:
 
 
 def start(run: Path, size: int) -> list["subprocess.Popen[bytes]"]:
-    """Start so many processes on this host."""
+    """Start `size` processes on this host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -95,14 +95,14 @@ def start(run: Path, size: int) -> list["subprocess.Popen[bytes]"]:
 
 
 def to_the_end(run: Path, size: int) -> None:
-    """Run to the end on so many processes."""
+    """Run to the end on `size` processes."""
     codes = [process.wait() for process in start(run, size)]
     if any(codes):
         sys.exit(f"of {size} processes, the exit codes were {codes}")
 
 
 def killed_at(run: Path, size: int, step: int, chance: random.Random) -> None:
-    """Run on so many processes up to a step and a random moment more, and kill all of them."""
+    """Run on `size` processes until a random moment after `step`, and kill all of them."""
     processes = start(run, size)
     until(lambda: newest(run) >= step, processes)
     time.sleep(chance.uniform(0, 0.3))
@@ -113,7 +113,7 @@ def killed_at(run: Path, size: int, step: int, chance: random.Random) -> None:
 
 
 def on_two_hosts(run: Path) -> None:
-    """Run on two hosts, and let the second one lose its power in the middle."""
+    """Run on two hosts, and cut the second one off halfway."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     with tempfile.TemporaryDirectory() as folder, hosts(2) as (first, second):
         logs = [Path(folder) / "0.log", Path(folder) / "1.log"]
@@ -139,7 +139,7 @@ def on_two_hosts(run: Path) -> None:
 def until(
     happened: Callable[[], bool], processes: "list[subprocess.Popen[bytes]] | list[subprocess.Popen[str]]"
 ) -> None:
-    """Wait until something is true while all processes run."""
+    """Wait for a condition; exit if a process ends first."""
     while not happened():
         if any(process.poll() is not None for process in processes):
             sys.exit("a process ended too early")
@@ -167,7 +167,7 @@ def fingerprint(run: Path) -> str:
 
 
 def rows(folder: Path) -> dict[str, str]:
-    """Return what ran, and the hash of what it left."""
+    """Return the hash of each run's final checkpoint."""
     chance, found = random.Random(0), {}
     for size in (1, 2, 4, 8):
         run = folder / str(size)
@@ -190,7 +190,7 @@ def rows(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run all, print the table, and write it if asked to."""
+    """Train all runs, print the table, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the table")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

@@ -1,11 +1,11 @@
-"""Kill a run again and again, resume it each time, and compare all that it leaves with the run that nobody touched.
+"""Kill a run again and again, resume it each time, and compare its files with those of an uninterrupted run.
 
     python -m benchmarks.exactness.kill [--root FOLDER] [--kills 200] [--epochs 6] [--out docs/evidence/kill.md]
 
 The run reads an image folder (`--root`, such as CIFAR-10's photographs; without it, pictures of handwritten digits)
-image by image in two worker processes, by a transform that draws from PyTorch, NumPy and Python; on top of that batched
-augmentation and mixup, dropout, BatchNorm, averaged weights, two replicas, and a checkpoint every 10 steps, written
-behind its back. SIGKILL hits it at a random moment: while it imports, resumes, trains, evaluates or saves.
+image by image in two worker processes, with a transform that draws from PyTorch, NumPy and Python. It also has batched
+augmentation and mixup, dropout, BatchNorm, averaged weights, two replicas, and a checkpoint every 10 steps, written in
+the background. SIGKILL hits it at a random moment: while it imports, resumes, trains, evaluates or saves.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from torch.utils.data import Subset
 
 EVERY = 10  # steps between two checkpoints
 IN_TRAINING = 0.75  # of the kills that wait for the first step
-CLOCK = ("time", "seconds", "samples_per_second")  # what the clock decides of a line of metrics
+CLOCK = ("time", "seconds", "samples_per_second")  # fields of a metrics line that depend on the clock
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -44,7 +44,7 @@ def transform(image: Any) -> Tensor:
 
 
 def train(root: Path, run: Path, epochs: int) -> None:
-    """Train, or go on with what a killed process left."""
+    """Train, or resume what a killed process left."""
     import torchrelay as tr
     from torchrelay.checkpoint import CheckpointSettings
     from torchrelay.distributed.replicas import ParallelSettings
@@ -103,13 +103,13 @@ def train(root: Path, run: Path, epochs: int) -> None:
 
 @dataclass
 class Deaths:
-    """What the kills did."""
+    """What happened at the kills."""
 
     kills: int = 0
-    before_training: int = 0  # while it imported, or resumed
-    lost: list[int] = field(default_factory=list)  # steps done since the last whole checkpoint
+    before_training: int = 0  # while it imported or resumed
+    lost: list[int] = field(default_factory=list)  # steps since the last complete checkpoint
     resumed_at: set[int] = field(default_factory=set)
-    left_behind: int = 0  # workers that outlived their run by ten seconds
+    left_behind: int = 0  # workers still alive ten seconds after their run
 
 
 def start(root: Path, run: Path, epochs: int) -> "subprocess.Popen[bytes]":
@@ -119,14 +119,14 @@ def start(root: Path, run: Path, epochs: int) -> "subprocess.Popen[bytes]":
 
 
 def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: float, seed: int) -> Deaths:
-    """Start the run, kill it at a random moment, and so on; then let it come to its end."""
+    """Start the run and kill it at a random moment, `kills` times; then let it finish."""
     from torchrelay import checkpoint
 
     chance, deaths = random.Random(seed), Deaths()
     while True:
         process = start(root, run, epochs)
         spared = deaths.kills == kills
-        if chance.random() < IN_TRAINING and not spared:  # the others die at any moment, most while they start
+        if chance.random() < IN_TRAINING and not spared:  # the others may die before the first step
             while process.poll() is None and _place(run)[1] != process.pid:
                 time.sleep(0.01)
         try:
@@ -149,11 +149,11 @@ def kill_repeatedly(root: Path, run: Path, epochs: int, kills: int, longest: flo
         deaths.lost.append(step - saved)
         deaths.resumed_at.add(saved)
         if deaths.kills % 10 == 0:
-            print(f"{deaths.kills} kills, at step {step:,}", flush=True)
+            print(f"{deaths.kills} kills; now at step {step:,}", flush=True)
 
 
 def _place(run: Path) -> tuple[int, int]:
-    """Return the step that a run has done last, and the process that did it."""
+    """Return the run's last step and the process that took it."""
     path = run.with_suffix(".place")
     content = path.read_bytes() if path.exists() else b""
     step, pid = struct.unpack("qq", content) if content else (0, 0)
@@ -161,7 +161,7 @@ def _place(run: Path) -> tuple[int, int]:
 
 
 def _session_ended(session: int, patience: float = 10.0) -> bool:
-    """Wait until no process of a session is left."""
+    """Wait until all processes of a session have ended; return whether they have."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
@@ -176,7 +176,7 @@ def _session_ended(session: int, patience: float = 10.0) -> bool:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Return what differs between two runs' folders: every byte counts but what the clock decides."""
+    """Return which files of two run folders differ, clock fields aside."""
     found = []
     names = {path.relative_to(folder) for folder in (one, other) for path in (folder / "checkpoints").rglob("*")}
     for name in sorted(names | {Path("evaluation.json"), Path("recipe.toml"), Path("model.txt")}):
@@ -193,7 +193,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what the clock decides."""
+    """Return the lines of metrics.jsonl without the clock fields."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
@@ -229,35 +229,36 @@ def table(deaths: Deaths, found: list[str], steps: int, data: str, command: str)
     """Return the page of results."""
     rows = [
         ("kills by SIGKILL", f"{deaths.kills:,}"),
-        ("of these during import or resume", f"{deaths.before_training:,}"),
-        ("different steps that it resumed from", f"{len(deaths.resumed_at):,}"),
-        ("steps of the run", f"{steps:,}"),
-        ("steps between two checkpoints", f"{EVERY}"),
-        ("steps lost by a kill, median and most", f"{median(deaths.lost or [0]):g} and {max(deaths.lost or [0])}"),
-        ("workers still alive 10 s after their run", f"{deaths.left_behind}"),
-        ("files that differ from the undisturbed run's", ", ".join(found) or "none"),
+        ("kills during import or resume", f"{deaths.before_training:,}"),
+        ("distinct steps it resumed from", f"{len(deaths.resumed_at):,}"),
+        ("steps in the run", f"{steps:,}"),
+        ("steps between checkpoints", f"{EVERY}"),
+        ("steps lost per kill, median and maximum", f"{median(deaths.lost or [0]):g} and {max(deaths.lost or [0])}"),
+        ("workers still alive 10 s after their run ended", f"{deaths.left_behind}"),
+        ("files that differ from the uninterrupted run", ", ".join(found) or "none"),
     ]
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     return (
-        f"# A killed run and an undisturbed one\n\n{data}; {machine}; made by "
-        f"`{command}`.\nCompared: all checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` "
-        f"to the byte,\nmetrics and TensorBoard's points but for the clock.\n\n| | |\n| --- | ---: |\n{lines}\n"
+        f"# A killed run and an uninterrupted one\n\n{data}; {machine}; made by "
+        f"`{command}`.\nAll checkpoints, `evaluation.json`, `recipe.toml` and `model.txt` are compared "
+        "byte for byte;\nmetrics and TensorBoard's points without their clock fields."
+        f"\n\n| | |\n| --- | ---: |\n{lines}\n"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, help="an image folder with parts train and test")
+    parser.add_argument("--root", type=Path, help="an image folder with the subfolders train and test")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument(
         "--longest",
         type=float,
         default=10.0,
-        help="seconds that a run lives at most, after its start or its first step",
+        help="maximum seconds a run lives after its start or its first step",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
     parser.add_argument("--out", type=Path, help="where to write the table")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

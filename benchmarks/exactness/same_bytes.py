@@ -1,11 +1,11 @@
-"""Two versions of the source train the same runs: do they end in the same bytes?
+"""Train the same runs with two versions of the source, and compare the bytes they end in.
 
     python -m benchmarks.exactness.same_bytes --before OTHER/src [--after src] [--root FOLDER] [--only TEXT]
 
-Both versions are driven by `python -m torchrelay train` for a few steps, with one thread a process: shipped recipes, an
-image folder with every augmentation, and each strategy on 1, 2 and 4 processes. Besides, the version after resumes what
-the version before has trained half-way. FOLDER is an image folder with CIFAR-10's photographs; without it, and for the
-augmentations, images are drawn from a seed.
+Both versions run `python -m torchrelay train` for a few steps, with one thread per process: shipped recipes, an image
+folder with every augmentation, and each strategy on 1, 2 and 4 processes. The new version also resumes what the old
+version has trained halfway. FOLDER is an image folder with CIFAR-10's photographs; without it, and for the
+augmentations, images are generated from a seed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from PIL import Image
 
 from benchmarks.page import markdown
 
-CLOCK = ("time", "seconds", "samples_per_second")  # what the clock decides of a line of metrics
+CLOCK = ("time", "seconds", "samples_per_second")  # fields of a metrics line that depend on the clock
 HALF, STEPS = 3, 6
 COUNTS = (1, 2, 4)
 REPLICAS = f"parallel.replicas={max(COUNTS)}"
@@ -45,10 +45,10 @@ class Case:
     """A run that both versions train.
 
     Args:
-        name: of the table's row.
-        recipe: a shipped recipe's name.
-        sets: the changes to it.
-        processes: how many share it.
+        name: label of the table's row.
+        recipe: name of a shipped recipe.
+        sets: overrides of the recipe.
+        processes: the world size.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Result:
 
 
 def draw_images(folder: Path, side: int, suffix: str) -> None:
-    """Write an image folder of three classes, from a seed."""
+    """Write an image folder of three classes, generated from a seed."""
     draw = np.random.default_rng(0)
     for part, count in (("train", 72), ("test", 15)):
         for number in range(count):
@@ -82,13 +82,13 @@ def draw_images(folder: Path, side: int, suffix: str) -> None:
 
 
 def write_text(path: Path) -> None:
-    """Write a text of words that a seed has chosen."""
+    """Write a text of random words, drawn from a seed."""
     words = ("a", "run", "that", "is", "killed", "and", "resumed", "ends", "in", "the", "same", "bytes")
     path.write_text(" ".join(np.random.default_rng(0).choice(words, 2_500)))
 
 
 def cases(folder: Path, root: Path | None) -> Iterator[Case]:
-    """Yield the runs, those of one process first; what they read is written into a folder."""
+    """Yield the runs, those of one process first; their data is written into `folder`."""
     small, photos, text = folder / "small", folder / "photos", folder / "text.txt"
     draw_images(small, 32, ".png")
     draw_images(photos, 40, ".jpg")
@@ -141,7 +141,7 @@ def start(source: Path, arguments: list[str], sets: tuple[str, ...], home: Path)
 
 
 def digest(paths: list[Path]) -> str:
-    """Return one SHA-256 of files and their names."""
+    """Return one SHA-256 over the files and their names."""
     if len(paths) == 1:
         return hashlib.sha256(paths[0].read_bytes()).hexdigest()
     parts = (f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths)
@@ -181,7 +181,7 @@ def train(source: Path, case: Case, run: Path) -> Result:
 
 
 def resume_half(source: Path, case: Case, trained: Path, run: Path) -> Result:
-    """Resume, with one version, the first half of what another has trained."""
+    """Resume, with one version, from the checkpoint halfway through another version's run."""
     shutil.copytree(trained, run, symlinks=True)
     for path in checkpoints(run):
         if step_of(path) > HALF:
@@ -218,15 +218,17 @@ def compare(before: Path, after: Path, folder: Path, root: Path | None, only: st
             yield row(case.name, case.processes, old, new)
             if not old.error and ("one replica" in case.name or case.processes == 2):
                 resumed = resume_half(after, case, runs[0], homes[1] / "resumed")
-                yield row(f"{case.name}: half before, half after", case.processes, old, resumed)
+                yield row(f"{case.name}: first half before, second half after", case.processes, old, resumed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, required=True, help="the source folder of the version before")
-    parser.add_argument("--after", type=Path, default=Path("src"), help="that of the version after (src)")
+    parser.add_argument("--before", type=Path, required=True, help="source folder of the old version")
+    parser.add_argument(
+        "--after", type=Path, default=Path("src"), help="source folder of the new version (default: src)"
+    )
     parser.add_argument("--root", type=Path, help="CIFAR-10's photographs as an image folder")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the runs whose names contain this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only the cases whose names contain TEXT")
     parser.add_argument("--out", type=Path, help="where to write the table")
     options = parser.parse_args()
     rows = []
@@ -235,7 +237,7 @@ def main() -> None:
             print(" | ".join(found), flush=True)
             rows.append(found)
     if options.out is not None:
-        text = "Made by `python -m benchmarks.exactness.same_bytes`. Metrics are compared without the clock's fields."
+        text = "Made by `python -m benchmarks.exactness.same_bytes`. Metrics are compared without the clock fields."
         options.out.write_text(f"# The same bytes before and after\n\n{text}\n\n{markdown(HEAD, rows)}\n")
     if different := [found[0] for found in rows if "**different**" in found]:
         sys.exit(f"different: {'; '.join(different)}")

@@ -1,7 +1,6 @@
-"""A hand-written training loop in plain PyTorch, as a user would write it. It imports nothing of torchrelay.
+"""A hand-written training loop in plain PyTorch, as a user would write it. It doesn't import torchrelay.
 
-`agreement.py` runs it beside the recipes, on the batches that those trained on, and compares losses and
-weights bit by bit:
+`agreement.py` runs it on the batches that a recipe trained on, and compares losses and weights bit by bit:
 
     python benchmarks/exactness/twin.py FOLDER
 

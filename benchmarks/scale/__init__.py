@@ -1,1 +1,1 @@
-"""What grows with the number of devices: formulas, and what is counted."""
+"""What grows with the number of devices: formulas, and counts that check them."""

@@ -1,13 +1,13 @@
-"""What grows with the number of devices: formulas from 1 to 16,384, checked by counting, and by the kernel's counts.
+"""What grows with the number of devices: formulas for 1 to 16,384, checked by a simulation and by the kernel's counts.
 
     python -m benchmarks.scale [--out docs/evidence/scale-tables.md] [--picture docs/pictures/scale.png]
 
-1. The formulas of benchmarks/scale/model.py, as tables. Times in them are extrapolated from the links that they name.
-2. A simulation that runs the exchange's own code for 1 to 64 processes, and counts each message.
-3. 1, 2, 4 and 8 real processes over gloo, whose connections the Linux kernel counts.
-4. What one process's own work grows by.
+1. The formulas of benchmarks/scale/model.py, as tables. Their times are extrapolated from the link speeds they name.
+2. A simulation that runs the all-reduce code for 1 to 64 processes, and counts each message.
+3. 1, 2, 4 and 8 real processes over gloo; the Linux kernel counts the bytes of their connections.
+4. The work of a single process.
 
-It fails if a count is not what the formulas say.
+It fails if a count differs from its formula.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from benchmarks.scale.model import (
 
 SIZES = [4**k for k in range(8)]  # devices: 1 to 16,384
 ON_HOST = 8
-BUCKET = 25 * 2**20 // 4  # numbers in a bucket of gradients
+BUCKET = 25 * 2**20 // 4  # float32 elements in a gradient bucket
 REAL, MEETING = (1, 2, 4, 8), (2, 4, 8, 16)
 PER_DEVICE = 32  # samples
 
@@ -59,7 +59,7 @@ PER_DEVICE = 32  # samples
 
 
 def bytes_table() -> str:
-    """Return how many bytes a bucket makes a process and a host send."""
+    """Return the bytes that a process and a host send for a bucket."""
     rows = []
     for size in SIZES:
         found = dict(forms(BUCKET, size, ON_HOST))
@@ -70,7 +70,7 @@ def bytes_table() -> str:
 
 
 def messages_table() -> str:
-    """Return how many messages a bucket makes a process send, and how small they are."""
+    """Return how many messages a process sends for a bucket, and the smallest size."""
     rows = []
     for size in SIZES:
         found = dict(forms(BUCKET, size, ON_HOST)) | {"three": three(BUCKET, size, ON_HOST)}
@@ -82,7 +82,7 @@ def messages_table() -> str:
 
 
 def times_table(links: Links) -> str:
-    """Return how long a bucket would take."""
+    """Return the extrapolated time of a bucket."""
     rows = []
     for size in SIZES:
         found = dict(forms(BUCKET, size, ON_HOST)) | {"three": three(BUCKET, size, ON_HOST)}
@@ -92,12 +92,12 @@ def times_table(links: Links) -> str:
 
 
 def assumed(links: Links) -> str:
-    """Return in words what times are computed from."""
+    """Return the assumptions about the links, in words."""
     return (
-        f"Assumed: {ON_HOST} devices a host; a device sends {links.inside / 1e9:g} GB/s inside it; a host sends "
-        f"{links.between / 1e9:g} GB/s to others, all its cards together;\na message takes "
-        f"{1e6 * links.latency_inside:g} us inside and {1e6 * links.latency_between:g} us between hosts until it has "
-        f"arrived; the next one may begin {1e6 * links.gap:g} us after it. The links carry nothing else."
+        f"Assumed: {ON_HOST} devices per host; a device sends {links.inside / 1e9:g} GB/s inside its host; "
+        f"a host sends {links.between / 1e9:g} GB/s to others over all its network cards;\na message takes "
+        f"{1e6 * links.latency_inside:g} us inside and {1e6 * links.latency_between:g} us between hosts to arrive; "
+        f"the next one may start {1e6 * links.gap:g} us after it. The links carry nothing else."
     )
 
 
@@ -105,7 +105,7 @@ def assumed(links: Links) -> str:
 
 
 def own_work() -> str:
-    """Return how long one process takes for what grows with all of them."""
+    """Return the times of the work in one process that grows with the number of processes."""
     rows = []
     for size in SIZES:
         batch = PER_DEVICE * size
@@ -125,7 +125,7 @@ def own_work() -> str:
 
 
 def evaluations() -> str:
-    """Return rounds, and what the first process receives, for two tests."""
+    """Return the rounds of two evaluations, and the bytes that rank 0 receives."""
     rows = []
     for size in SIZES:
         row: list[object] = [f"{size:,}"]
@@ -159,13 +159,13 @@ def checkpoints() -> str:
     ):
         size = saved_bytes(parameters, states)
         rows.append([name, mega(size), f"{size / copying:,.2f}", f"{size / writing:,.1f}", mega(size * 1024)])
-    heads = ["what is trained", "MB", "s: copy, which holds training up", "s: writing, behind it"]
-    speeds = f"A copy of {copying / 1e9:.1f} GB/s, writing (flushed, checksummed) of {writing / 1e9:.2f} GB/s."
-    return f"{speeds}\n\n{table([*heads, 'MB read at a resume by 1,024 devices'], rows)}"
+    heads = ["what is trained", "MB", "s: copy, during which training waits", "s: writing in the background"]
+    speeds = f"Copying at {copying / 1e9:.1f} GB/s, writing (with checksums, flushed) at {writing / 1e9:.2f} GB/s."
+    return f"{speeds}\n\n{table([*heads, 'MB that 1,024 devices read at a resume'], rows)}"
 
 
 def report(counts: Counts) -> str:
-    """Return all of it."""
+    """Return the page."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         real: dict[int, list[Any]] = {size: fork(size, measured.collectives, folder) for size in REAL}
@@ -176,7 +176,7 @@ def report(counts: Counts) -> str:
         del os.environ["TORCH_GLOO_LAZY_INIT"]
     simulated, links, whole = simulation(counts), links_table(counts, real), steps_table(counts, steps)
     waits = table(
-        ["processes", "ms: the bit on which all agree, handed in", "ms: a number gathered from all, waited for"],
+        ["processes", "ms: submitting the bit of agreement", "ms: gathering a number from all ranks"],
         [[size, milli(one["agree"]), milli(one["gather"])] for size, (one, *_) in real.items() if size > 1],
     )
     parts = {
@@ -184,28 +184,28 @@ def report(counts: Counts) -> str:
         "By formula: messages of a bucket": messages_table(),
         f"Extrapolated: ms of a bucket, links of {FAST.name}": f"{assumed(FAST)}\n\n{times_table(FAST)}",
         f"Extrapolated: ms of a bucket, links of {SLOW.name}": f"{assumed(SLOW)}\n\n{times_table(SLOW)}",
-        "Counted in the simulation": f"{SIMULATED[0]} to {SIMULATED[-1]} processes, all forms, every "
-        f"process; of which:\n\n{simulated}",
+        "Counted in the simulation": f"{SIMULATED[0]} to {SIMULATED[-1]} processes, all algorithms, every "
+        f"process; some of them:\n\n{simulated}",
         "Counted by the kernel: an exchange": f"A vector of {measured.ELEMENTS:,} numbers. All processes share this "
-        f"machine: times say what the forms cost, not what links do.\n\n{links}",
+        f"machine: the times compare the algorithms, not the links.\n\n{links}",
         "Counted by the kernel: a training step, an evaluation": whole,
-        "Measured: what all wait for": waits,
-        "Measured: until all have met": meeting_table(meetings, lazily),
-        "Measured: one process's own work": own_work(),
+        "Measured: collectives that every process waits for": waits,
+        "Measured: rendezvous": meeting_table(meetings, lazily),
+        "Measured: the work of one process": own_work(),
         "By formula: evaluation in batches of 256": evaluations(),
         "Extrapolated: checkpoints, ddp": checkpoints(),
     }
-    verdict = f"{counts.compared:,} counts compared with formulas, {len(counts.wrong)} of them differ."
+    verdict = f"{counts.compared:,} counts were compared with formulas; {len(counts.wrong)} of them differ."
     made = f"{machine()}, gloo; made by `python -m benchmarks.scale`."
     head = f"# Scale: tables\n\n{made}\n{verdict}\n"
     return head + "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
 
 
 def main() -> None:
-    """Print the tables, and fail if a count isn't what its formula says."""
+    """Print the tables, and fail if a count differs from its formula."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the tables")
-    parser.add_argument("--picture", type=Path, help="where to draw bytes and times")
+    parser.add_argument("--picture", type=Path, help="where to save the picture of bytes and times")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.picture is not None:

@@ -1,4 +1,4 @@
-"""What was counted, compared with what the formulas say."""
+"""Compare the counts with the formulas."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.scale.model import Phase, evaluation_bytes, hierarchical, leavin
 from torchrelay.distributed.replicas import add_neighbors
 
 SIMULATED = range(1, 65)
-FRAME = 48  # bytes that gloo puts before each message; up to two notices of as many go with it
+FRAME = 48  # bytes of gloo's header before each message, and of each of up to two notices that go with it
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -30,7 +30,7 @@ def milli(time: float) -> str:
 
 
 class Counts:
-    """Compares what was counted and what formulas say."""
+    """Compares counts with formulas."""
 
     def __init__(self) -> None:
         self.compared = 0
@@ -43,7 +43,7 @@ class Counts:
 
 
 def simulation(counts: Counts) -> str:
-    """Compare formulas and simulations of all sizes; return a table of some."""
+    """Compare formulas with simulations of all sizes; return a table of some of them."""
     rows = []
     for size in SIMULATED:
         values = torch.randn(size, 1003, generator=torch.Generator().manual_seed(size))
@@ -67,11 +67,11 @@ def simulation(counts: Counts) -> str:
         if size & (size - 1) == 0:
             ways = [f"{a} x {b}" for a, b in shapes[1:]]
             rows.append([size, ", ".join(ways) or "-", messages(tree(1003, (size,), size)), "equal"])
-    return table(["processes", "two levels: on a host x hosts", "messages of each, flat", "bits"], rows)
+    return table(["processes", "two levels: on a host x hosts", "messages per process, flat", "bits"], rows)
 
 
 def compare(counts: Counts, what: str, wire: Wire, phases: list[Phase], on_host: int) -> None:
-    """Compare what every simulated process sent, and what left a host."""
+    """Compare the messages and bytes of every simulated process, and the bytes that left a host."""
     for rank in range(wire.size):
         counts.same(f"{what}, messages of {rank}", sum(wire.messages[rank].values()), messages(phases))
         counts.same(f"{what}, bytes of {rank}", sum(wire.bytes[rank].values()), sent(phases))
@@ -79,7 +79,7 @@ def compare(counts: Counts, what: str, wire: Wire, phases: list[Phase], on_host:
 
 
 def links_table(counts: Counts, found: dict[int, list[Any]]) -> str:
-    """Compare the kernel's counts of every link with the simulation's; return them by form."""
+    """Compare the kernel's count of every link with the simulation; return a table by algorithm."""
     rows = []
     for size, processes in found.items():
         for name in [name for name, value in processes[0].items() if isinstance(value, dict) and name != "all_reduce"]:
@@ -91,7 +91,7 @@ def links_table(counts: Counts, found: dict[int, list[Any]]) -> str:
                 extra = carried - wire.bytes[source][target]
                 frames += extra // FRAME
                 counts.same(f"{size} processes, {name}, {source} to {target}: bytes beside frames", extra % FRAME, 0)
-            told = size * messages(said)  # each of which goes with one notice or two
+            told = size * messages(said)  # gloo sends one or two notices with each
             if size > 1:
                 counts.same(f"{size} processes, {name}: messages", 2 * told <= frames <= 3 * told, True)
             took, stock = (processes[0][which]["seconds"] for which in (name, "all_reduce"))
@@ -107,12 +107,12 @@ def links_table(counts: Counts, found: dict[int, list[Any]]) -> str:
                     f"{milli(took)} ({milli(stock)})",
                 ]
             )
-    heads = ["processes", "form", "links in use", "bytes of each, formula", "kernel"]
+    heads = ["processes", "algorithm", "links in use", "bytes per process, formula", "kernel"]
     return table([*heads, "gloo's messages, formula", "kernel's frames / 3", "ms (all_reduce)"], rows)
 
 
 def steps_table(counts: Counts, found: dict[int, list[Any]]) -> str:
-    """Compare what whole training steps and evaluations send with what formulas say of their largest part."""
+    """Compare the bytes of whole training steps and evaluations with the formulas for their largest part."""
     rows = []
     for size, processes in found.items():
         first, *_ = processes
@@ -125,12 +125,12 @@ def steps_table(counts: Counts, found: dict[int, list[Any]]) -> str:
         rows.append(
             [size, f"{gradients:,}", f"{most:,}", f"{most - gradients:,}", f"{said:,}", f"{first['evaluation']:,}"]
         )
-    heads = ["processes", "gradients, formula", "a step, kernel (most of all processes)", "the rest"]
+    heads = ["processes", "gradients, formula", "a step, kernel (the largest of all processes)", "the rest"]
     return table([*heads, "evaluation into rank 0, formula", "kernel"], rows)
 
 
 def meeting_table(found: dict[int, list[Any]], lazily: dict[int, list[Any]]) -> str:
-    """Return what it takes to meet: at once, as PyTorch does it, or when there is something to say."""
+    """Return the cost of the rendezvous: PyTorch's eager connections, and gloo's lazy ones."""
     rows = []
     for size, processes in found.items():
         each = []
@@ -138,8 +138,8 @@ def meeting_table(found: dict[int, list[Any]], lazily: dict[int, list[Any]]) -> 
             each += [last["sockets"], f"{last['store']:,}"]
         longest = max(one["seconds"] for one in processes)
         rows.append([size, *each[:1], 4 * (size - 1) + 1, *each[1:2], f"{longest:.2f}", *each[2:]])
-    heads = ["processes", "connections of one", "4 (W - 1) + 1", "bytes to and from the store", "seconds"]
+    heads = ["processes", "connections per process", "4 (W - 1) + 1", "bytes to and from the store", "seconds"]
     shape = np.polyfit(list(found), [processes[-1]["store"] for processes in found.values()], 2)
     further = [f"{mega(float(np.polyval(shape, size)))} MB at {size:,}" for size in (256, 1024, 4096, 16_384)]
-    parabola = f"Extrapolated, by a parabola through these: {', '.join(further)} processes, for each of them."
-    return f"{table([*heads, 'lazily: connections', 'lazily: bytes'], rows)}\n\n{parabola}"
+    parabola = f"Extrapolated by a parabola through these points, per process: {', '.join(further)} processes."
+    return f"{table([*heads, 'lazy: connections', 'lazy: bytes'], rows)}\n\n{parabola}"

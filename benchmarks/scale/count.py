@@ -1,7 +1,7 @@
-"""What an exchange of gradients sends, counted: in a simulation of any size, and by the kernel for real processes.
+"""Count what an all-reduce of gradients sends: in a simulation of any size, and by the kernel for real processes.
 
-The simulation runs the exchange's own code, a thread a process, over mailboxes that count. For real processes, the
-kernel says how many bytes each connection has carried.
+The simulation runs the all-reduce code, one thread per process, over mailboxes that count. For real processes, the
+kernel reports how many bytes each connection has carried.
 """
 
 import json
@@ -25,16 +25,16 @@ from torchrelay.distributed import all_reduce
 from torchrelay.distributed.all_reduce import Levels
 
 Link = tuple[int, int]  # from, to
-# Where Linux's struct tcp_info has bytes_sent, of which what was sent again is no message, and bytes_received.
+# Offsets in Linux's struct tcp_info: bytes_sent, bytes_retrans (subtracted from it) and bytes_received.
 _SENT_AT, _AGAIN_AT, _RECEIVED_AT = 200, 208, 128
 _TCP_INFO_SIZE = 256
 
 
 class Wire:
-    """Mailboxes between simulated processes, and what went through each.
+    """Mailboxes between simulated processes, and counts of what went through each.
 
     Args:
-        size: how many processes there are.
+        size: the world size.
     """
 
     def __init__(self, size: int) -> None:
@@ -44,20 +44,20 @@ class Wire:
         self.bytes: list[dict[int, int]] = [defaultdict(int) for _ in range(size)]
 
     def send(self, source: int, target: int, content: Tensor) -> None:
-        """Put a copy into the mailbox from one to the other, and count it."""
+        """Put a copy into the mailbox from `source` to `target`, and count it."""
         self.messages[source][target] += 1
         self.bytes[source][target] += content.nbytes
         self._box(source, target).put(content.clone())
 
     def receive(self, source: int, target: int) -> Tensor:
-        """Wait for what one has sent to the other."""
+        """Wait for the next message from `source` to `target`."""
         return self._box(source, target).get(timeout=60)
 
     def _box(self, source: int, target: int) -> "SimpleQueue[Tensor]":
-        return self._boxes.setdefault((source, target), SimpleQueue())  # at once, whoever of the two comes first
+        return self._boxes.setdefault((source, target), SimpleQueue())  # atomic: either side may come first
 
     def run(self, process: Callable[[int], Tensor]) -> list[Tensor]:
-        """Run all processes, and return what each has in the end."""
+        """Run all processes, and return the result of each."""
         results: dict[int, Tensor] = {}
         threads = [
             threading.Thread(target=lambda rank=rank: results.update({rank: process(rank)}), daemon=True)
@@ -70,7 +70,7 @@ class Wire:
         return [results[rank] for rank in range(self.size)]
 
     def leaving(self, on_host: int) -> int:
-        """Return the bytes that left a host, of the host from which most did."""
+        """Return the most bytes that left any host."""
         away = [0] * -(-self.size // on_host)
         for source, targets in enumerate(self.bytes):
             away[source // on_host] += sum(n for to, n in targets.items() if to // on_host != source // on_host)
@@ -79,7 +79,7 @@ class Wire:
 
 @dataclass(frozen=True)
 class Group:
-    """Some of the simulated processes, as one of them sees them."""
+    """A process group of simulated processes, as one member sees it."""
 
     wire: Wire
     ranks: Sequence[int]
@@ -94,7 +94,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What is on its way to a simulated process."""
+    """A message on its way to a simulated process."""
 
     target: Tensor
     group: Group
@@ -105,11 +105,11 @@ class Arrival:
 
 
 class Simulated:
-    """What the exchange calls, in place of `torch.distributed`.
+    """Replaces `torch.distributed` in the all-reduce code.
 
     Args:
-        backend: whose way the exchange takes: "gloo", where each process sends its chunk to each other; else an
-            all_gather, here around a ring, as NCCL may do it.
+        backend: "gloo": each process sends its chunk to every other one; otherwise an all_gather, here around a ring,
+            as NCCL may do it.
     """
 
     def __init__(self, backend: str) -> None:
@@ -128,7 +128,7 @@ class Simulated:
 
     @staticmethod
     def isend(content: Tensor, group: Group, group_dst: int) -> None:
-        """Send at once: nobody needs to wait for it."""
+        """Send immediately; there is nothing to wait for."""
         group.send(group_dst, content)
 
     @staticmethod
@@ -137,7 +137,7 @@ class Simulated:
 
     @staticmethod
     def all_to_all_single(received: Tensor, flat: Tensor, group: Group) -> None:
-        """Send each its chunk at once."""
+        """Send each process its chunk, all at once."""
         size = len(group.ranks)
         own, theirs = flat.view(size, -1), received.view(size, -1)
         theirs[group.place] = own[group.place]
@@ -150,7 +150,7 @@ class Simulated:
 
     @staticmethod
     def all_gather_into_tensor(flat: Tensor, chunk: Tensor, group: Group) -> None:
-        """Hand chunks on around a ring."""
+        """Pass chunks around a ring."""
         size = len(group.ranks)
         parts = flat.view(size, -1)
         parts[group.place] = chunk
@@ -160,7 +160,7 @@ class Simulated:
 
 
 def reduce_scatter(parts: Tensor, group: Group) -> Tensor:
-    """Add chunks around a ring, each in another order; return this process's sum."""
+    """Add chunks around a ring, each in a different order; return this process's sum."""
     size = len(group.ranks)
     for step in range(1, size):
         group.send((group.place + 1) % size, parts[(group.place - step) % size])
@@ -169,7 +169,7 @@ def reduce_scatter(parts: Tensor, group: Group) -> Tensor:
 
 
 def groups_of(wire: Wire, rank: int, sizes: Sequence[int]) -> list[tuple[Group, int]]:
-    """Return with whom a process exchanges chunks, from inside a host outwards."""
+    """Return the groups in which a process exchanges chunks, from inside a host outwards."""
     found, stride = [], 1
     for size in sizes:
         place = rank // stride % size
@@ -180,20 +180,20 @@ def groups_of(wire: Wire, rank: int, sizes: Sequence[int]) -> list[tuple[Group, 
 
 
 def padded(values: Tensor) -> list[Tensor]:
-    """Return each process's vector, as long as the exchange makes it."""
+    """Return each process's vector, padded as the all-reduce pads it."""
     return list(torch.nn.functional.pad(values, (0, -values.shape[1] % len(values))).clone().unbind())
 
 
 def simulate_tree(values: Tensor, levels: Sequence[int], backend: str = "nccl") -> tuple[Wire, list[Tensor]]:
-    """Add vectors by the exchange's own code.
+    """Add vectors with the all-reduce code.
 
     Args:
         values: (processes, elements).
         levels: sizes of the groups, from inside a host outwards.
-        backend: "gloo", or what has an all_gather around a ring.
+        backend: "gloo", or any other name for an all_gather around a ring.
 
     Returns:
-        What was sent, and what each process has in the end, padding included.
+        The counts, and each process's result with its padding.
     """
     wire, own = Wire(len(values)), padded(values)
     with patch.object(all_reduce, "dist", Simulated(backend)):
@@ -201,7 +201,7 @@ def simulate_tree(values: Tensor, levels: Sequence[int], backend: str = "nccl") 
 
 
 def simulate_rings(values: Tensor, levels: Sequence[int]) -> tuple[Wire, list[Tensor]]:
-    """Add vectors by rings inside rings: (processes,) a ring all-reduce, (on a host, hosts) a hierarchical one."""
+    """Add vectors by nested rings: (processes,) is a ring all-reduce, (on a host, hosts) a hierarchical one."""
     wire, own = Wire(len(values)), padded(values)
 
     def add(flat: Tensor, groups: Levels) -> Tensor:
@@ -223,7 +223,7 @@ Ports = tuple[int, int]  # here, there
 def connections() -> dict[Ports, tuple[int, int]]:
     """Return the bytes that each TCP connection of this process has sent and received since it began."""
     found = {}
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - a name is all that is needed
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - only the names are needed
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):  # noqa: PTH115
                 continue
@@ -244,7 +244,7 @@ def connections() -> dict[Ports, tuple[int, int]]:
 
 
 def since(before: dict[Ports, tuple[int, int]], only: set[Ports] | None = None) -> dict[Ports, tuple[int, int]]:
-    """Return what connections, or some of them, have sent and received since an earlier look."""
+    """Return what all or some connections have sent and received since an earlier reading."""
     return {
         ports: (sent - before.get(ports, (0, 0))[0], received - before.get(ports, (0, 0))[1])
         for ports, (sent, received) in connections().items()
@@ -253,9 +253,9 @@ def since(before: dict[Ports, tuple[int, int]], only: set[Ports] | None = None) 
 
 
 def by_link(found: Sequence[dict[Ports, tuple[int, int]]]) -> dict[Link, int]:
-    """Return bytes by sender and receiver, from what every process has seen of its own connections.
+    """Return bytes by sender and receiver, from every process's counts of its own connections.
 
-    A connection's two ends name the same two ports.
+    Both ends of a connection name the same two ports.
     """
     owner = {ports: rank for rank, own in enumerate(found) for ports in own}
     links: dict[Link, int] = defaultdict(int)
@@ -266,7 +266,7 @@ def by_link(found: Sequence[dict[Ports, tuple[int, int]]]) -> dict[Link, int]:
 
 
 def fork(size: int, run: Callable[[int], object], folder: Path) -> list[object]:
-    """Run `run(rank)` in so many real processes that find each other, and return what each returned, as JSON has it.
+    """Run `run(rank)` in `size` real processes of one process group, and return each result (JSON).
 
     Raises:
         ChildProcessError: one of them failed.
@@ -284,7 +284,7 @@ def fork(size: int, run: Callable[[int], object], folder: Path) -> list[object]:
                 os.environ |= {name: str(value) for name, value in places.items()}
                 (folder / f"{size}-{rank}.json").write_text(json.dumps(run(rank)))
                 code = 0
-            except BaseException:  # noqa: BLE001 - a child must not go on with what its parent does
+            except BaseException:  # noqa: BLE001 - a child must not continue the parent's work
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with an address each, joined by a bridge in one more."""
+"""Several hosts on one machine: network namespaces with their own addresses, joined by a bridge in another one."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ def ip(*arguments: str) -> None:
 
 
 def why_not() -> str | None:
-    """Return why there can't be hosts here."""
+    """Return why hosts can't be created here, or None if they can."""
     if shutil.which("ip") is None:
         return "iproute2 isn't installed"
     try:
@@ -31,7 +31,7 @@ def why_not() -> str | None:
 
 @dataclass
 class Host:
-    """A host; its processes see their own network alone."""
+    """A host; its processes only see its own network."""
 
     name: str
     switch: str
@@ -43,7 +43,7 @@ class Host:
         return f"10.213.0.{self.number + 1}"
 
     def start(self, *command: object, log: Path, **environment: str) -> "subprocess.Popen[str]":
-        """Start a command on this host; what it prints goes to a file."""
+        """Start a command on this host; its output goes to a file."""
         own = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"} | environment
         with log.open("w") as out:
             process = subprocess.Popen(
@@ -55,7 +55,7 @@ class Host:
     def torchrun(
         self, *command: object, log: Path, nodes: str, meeting: str, **environment: str
     ) -> "subprocess.Popen[str]":
-        """Start torchrun with a process of torchrelay, which meets the others at an address."""
+        """Start torchrun with one torchrelay process, which joins the rendezvous at an address."""
         run = [
             sys.executable,
             "-m",
@@ -68,25 +68,25 @@ class Host:
         return self.start(*run, *command, log=log, **environment)
 
     def rendezvous(self, nodes: str, meeting: str) -> list[str]:
-        """Return the options of torchrun by which a process of each host meets the others."""
+        """Return torchrun's rendezvous options for one process per host."""
         options = ["--nproc-per-node", "1", "--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-id", "hosts"]
         options += ["--rdzv-endpoint", f"{meeting}:{PORT}", "--local-addr", self.address, "--max-restarts", "3"]
-        store = f"is_host={int(meeting == self.address)}"  # torchrun would ask the host's name, which they all share
+        store = f"is_host={int(meeting == self.address)}"  # torchrun would compare host names, which are all the same
         options += ["--rdzv-conf", f"{store},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"]
         return options
 
     def cut(self) -> None:
-        """Take the cable out: nothing arrives any more, and nobody is told."""
+        """Pull the cable: nothing arrives any more, and no connection is closed."""
         ip("-n", self.switch, "link", "set", f"port{self.number}", "down")
 
     def slow(self, megabits: int) -> None:
-        """Let no more than this leave the host in a second."""
+        """Limit the host's outgoing bandwidth."""
         options = ["rate", f"{megabits}mbit", "burst", "32kbit", "latency", "50ms"]
         command = ["ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", *options]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     def kill(self) -> None:
-        """End all of its processes at once."""
+        """Kill all of its processes."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True).stdout
         for pid in map(int, pids.split()):
             with contextlib.suppress(ProcessLookupError):
@@ -97,10 +97,10 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """Make hosts, and remove them with all that runs on them.
+    """Create hosts, and remove them with all their processes.
 
     Raises:
-        CalledProcessError: they can't be made here.
+        CalledProcessError: hosts can't be created here.
     """
     prefix = f"tr{os.getpid()}-{next(_NUMBERS)}"
     switch, made = f"{prefix}-switch", [f"{prefix}-switch"]

@@ -1,4 +1,4 @@
-"""What real processes send, by the kernel's count; and what one process's own work grows by."""
+"""Measure what real processes send, by the kernel's count, and the work of one process for many devices."""
 
 import os
 import time
@@ -25,12 +25,12 @@ from torchrelay.distributed.replicas import ParallelSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.progress import RunningSums
 
-ELEMENTS = 2**20 + 4  # of a vector, four bytes each: no multiple of 8
+ELEMENTS = 2**20 + 4  # float32, not a multiple of 8
 BATCH, CLASSES, BATCHES, STEPS = 64, 10, 6, 6  # of the run that is measured
 
 
 def collectives(rank: int) -> dict[str, Any]:
-    """Return, from inside one of several processes, what each form of exchange makes its connections carry."""
+    """Return what each all-reduce algorithm sends over the connections of this process."""
     torch.set_num_threads(1)
     group = init_process_group(torch.device("cpu"))
     found: dict[str, Any] = {"sockets": len(connections())}
@@ -85,13 +85,13 @@ def _times(group: ProcessGroup, work: Callable[[], object], rounds: int) -> floa
 
 
 def _of_store(found: dict[Ports, tuple[int, int]]) -> int:
-    """Return the bytes to and from the store, whose port all know."""
+    """Return the bytes to and from the store, which listens on a known port."""
     port = int(os.environ["MASTER_PORT"])
     return sum(sent + received for (_, there), (sent, received) in found.items() if there == port)
 
 
 class Carried(tr.Callback):
-    """Looks at what this process has sent, after each step."""
+    """Counts what this process has sent, after each step."""
 
     def __init__(self) -> None:
         self.at: list[int] = []
@@ -106,8 +106,8 @@ def _totals() -> tuple[int, int]:
     return sum(sent for sent, _ in found), sum(received for _, received in found)
 
 
-def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
-    """Return, from inside one of several processes, what a whole training step and an evaluation send."""
+def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - every rank does the same
+    """Return what a whole training step and an evaluation send from this process."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.BatchNorm1d(1024), nn.ReLU())
@@ -140,29 +140,29 @@ def training(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
     }
 
 
-def meeting(rank: int) -> dict[str, Any]:  # noqa: ARG001 - all do the same
-    """Return, from inside one of several processes, what it takes that they know each other."""
+def meeting(rank: int) -> dict[str, Any]:  # noqa: ARG001 - every rank does the same
+    """Return what the rendezvous costs this process."""
     began = time.perf_counter()
     group = init_process_group(torch.device("cpu"))
     found = {"seconds": time.perf_counter() - began}
     found |= {"sockets": len(connections()), "store": _of_store(connections())}
-    group.barrier("a look")  # the first one has the store, and must not leave before the others
+    group.barrier("a look")  # rank 0 holds the store, and must not leave before the others
     return found
 
 
 def links_of(found: list[Any], name: str) -> dict[Link, int]:
-    """Return the bytes that a form of exchange made each process send to each other one."""
+    """Return the bytes that each process sent to each other one in an algorithm."""
     return by_link([{(here, there): (s, r) for here, there, s, r in one[name]["carried"]} for one in found])
 
 
-# -------------------------------------------------------------------------------- one process's own work
+# -------------------------------------------------------------------------------- the work of one process
 
 
 class Many(ProcessGroup):
-    """As one of very many processes, all of which say what this one says."""
+    """Stands for very many processes that all report the same values."""
 
     def gather(self, values: Tensor) -> Tensor:
-        """Return the values so many times."""
+        """Return the values, repeated for every process."""
         return values.expand(self.size, *values.shape)
 
 
@@ -176,19 +176,19 @@ def _seconds(work: Callable[[], object], rounds: int = 5) -> float:
 
 
 def order_seconds(samples: int) -> float:
-    """Return how long it takes to know which samples a batch has, of a billion."""
+    """Return how long it takes to compute the sample indices of a batch out of a billion samples."""
     places = np.arange(10**8, 10**8 + samples)
     return _seconds(lambda: order(0, 1, places, 10**9))
 
 
 def weights_seconds(replicas: int) -> float:
-    """Return how long it takes to add the replicas' weights, once they are there."""
+    """Return how long it takes to add the replicas' weights once they are gathered."""
     gathered = torch.full((replicas, 1), 32.0, dtype=torch.float64)
     return _seconds(lambda: fsum(gathered.flatten().tolist()))
 
 
 def measures_seconds(replicas: int, steps: int) -> float:
-    """Return how long it takes to add up all replicas' measures of some steps."""
+    """Return how long it takes to add all replicas' measures of several steps."""
 
     def work() -> None:
         sums = RunningSums(Many(0, replicas, torch.device("cpu")))
@@ -200,7 +200,7 @@ def measures_seconds(replicas: int, steps: int) -> float:
 
 
 def copying_and_writing(megabytes: int, folder: Path) -> tuple[float, float]:
-    """Return bytes a second of the copy that holds training up, and of the writing behind its back."""
+    """Return bytes per second of the copy, during which training waits, and of writing in the background."""
     tensors = {f"{i}": torch.randn(2**18) for i in range(megabytes)}
     contents = checkpoint.Contents(1, tensors, {"step": 1})
     size = 2**20 * megabytes

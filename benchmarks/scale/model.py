@@ -1,7 +1,7 @@
-"""What an exchange of gradients sends, in formulas: messages and bytes, of a process and out of a host; and how long.
+"""Formulas for an all-reduce of gradients: messages and bytes per process, bytes that leave a host, and the time.
 
-Every form of exchange is a list of phases. In a phase each process sends so many messages of one size, all at once or
-one after another. Processes are numbered host by host, as torchrun does.
+Every algorithm is a list of phases. In a phase each process sends a number of messages of one size, all at once or
+one after another. Ranks are numbered host by host, as torchrun does.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from math import prod
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of an exchange, in which all processes do the same."""
+    """A part of an all-reduce, in which all processes do the same."""
 
     messages: int  # that a process sends
     size: int  # bytes of each
     in_turn: bool  # whether a message waits for the one before, as in a ring
-    leaving: int  # bytes that leave a host, of all its processes together
+    leaving: int  # bytes that leave a host, summed over its processes
 
     @property
     def bytes(self) -> int:
@@ -26,14 +26,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Links:
-    """What a time is computed from; assumptions, which a table must name."""
+    """Assumed link speeds; a table must name them."""
 
     name: str
-    inside: float  # bytes a second that a process sends to others of its host
-    between: float  # bytes a second that a host sends to others, over all its network cards
-    latency_inside: float  # seconds until a message that nobody waited for has arrived
+    inside: float  # bytes per second that a process sends to others on its host
+    between: float  # bytes per second that a host sends to others, over all its network cards
+    latency_inside: float  # seconds until a message arrives
     latency_between: float
-    gap: float  # seconds from the beginning of one message to the beginning of the next one
+    gap: float  # seconds from the start of one message to the start of the next
 
 
 FAST = Links("450 GB/s, 8 x 50 GB/s", 450e9, 400e9, 3e-6, 10e-6, 1e-6)
@@ -41,29 +41,29 @@ SLOW = Links("450 GB/s, 12.5 GB/s", 450e9, 12.5e9, 3e-6, 30e-6, 3e-6)
 
 
 def chunk(elements: int, processes: int, item: int = 4) -> int:
-    """Return the bytes of a process's part of a vector, which is padded so that all parts are alike."""
+    """Return the bytes of one process's chunk of a vector that is padded to equal chunks."""
     return -(-elements // processes) * item
 
 
 def tree(elements: int, levels: Sequence[int], on_host: int, backend: str = "nccl") -> list[Phase]:
-    """Return the phases of the fixed tree: all_to_all from the inside out, and sums handed round from the outside in.
+    """Return the phases of the fixed tree: all_to_all from the inside out, then sums passed on from the outside in.
 
     Args:
-        elements: numbers in the vector, of four bytes each.
+        elements: length of the float32 vector.
         levels: sizes of the groups, from inside a host outwards; (processes,): flat.
         on_host: how many processes share a host.
-        backend: how sums are handed round: over "gloo" from each to all others, else by an all_gather around a ring.
+        backend: how sums are passed on: with "gloo" from each to all others, otherwise by an all_gather around a ring.
     """
     own, processes = chunk(elements, prod(levels)), prod(levels)
     there, back = [], []
     for level, size in enumerate(levels):
-        stride = prod(levels[:level])  # from a member of a group to the next one
+        stride = prod(levels[:level])  # distance in ranks between neighbors in a group
         message = own * (processes // (stride * size))
-        together = max(1, min(size, on_host // stride))  # members of a group that share a host
+        together = max(1, min(size, on_host // stride))  # members of a group on one host
         crossing = size > together
         away = on_host * (size - together) * message if crossing else 0
         there.append(Phase(size - 1, message, False, away))
-        # In a ring, the last one of a host sends out of it; every one does where each is alone there.
+        # In a ring, the last member on a host sends out of it; with one member per host, every member does.
         around = (on_host // together) * (size - 1) * message if crossing else 0
         back.append(Phase(size - 1, message, backend != "gloo", away if backend == "gloo" else around))
     return [*there, *reversed(back)]
@@ -77,7 +77,7 @@ def ring(elements: int, processes: int, on_host: int) -> list[Phase]:
 
 
 def hierarchical(elements: int, on_host: int, hosts: int) -> list[Phase]:
-    """Return the phases of a hierarchical all-reduce: rings inside a host, around a ring between hosts."""
+    """Return the phases of a hierarchical all-reduce: rings inside hosts, around a ring between hosts."""
     own = chunk(elements, on_host * hosts)
     inside = Phase(on_host - 1, own * hosts, True, 0)
     between = Phase(hosts - 1, own, True, on_host * (hosts - 1) * own)
@@ -100,7 +100,7 @@ def leaving(phases: Sequence[Phase]) -> int:
 
 
 def seconds(phases: Sequence[Phase], links: Links) -> float:
-    """Return how long an exchange takes if nothing else is on the links and nobody comes late."""
+    """Return how long an all-reduce takes if nothing else uses the links and no process is late."""
     total = 0.0
     for phase in phases:
         if not phase.messages:
@@ -112,7 +112,7 @@ def seconds(phases: Sequence[Phase], links: Links) -> float:
 
 
 def forms(elements: int, processes: int, on_host: int) -> Iterator[tuple[str, list[Phase]]]:
-    """Yield every form of exchange by its name, for hosts of so many processes (one host, if there are fewer)."""
+    """Yield each algorithm's name and phases, for hosts of `on_host` processes (one host if there are fewer)."""
     on_host = min(on_host, processes)
     hosts = processes // on_host
     yield "flat", tree(elements, (processes,), on_host)
@@ -122,7 +122,7 @@ def forms(elements: int, processes: int, on_host: int) -> Iterator[tuple[str, li
 
 
 def three(elements: int, processes: int, on_host: int) -> list[Phase]:
-    """Return the phases of a tree in three levels, of which the outer two are as alike as powers of two can be."""
+    """Return the phases of a tree in three levels; the outer two are as equal as powers of two allow."""
     on_host = min(on_host, processes)
     hosts = processes // on_host
     near = 1 << (hosts.bit_length() // 2)
@@ -133,21 +133,21 @@ def three(elements: int, processes: int, on_host: int) -> list[Phase]:
 
 
 def evaluation_rounds(batches: int, processes: int) -> int:
-    """Return how often every process goes through the model in an evaluation."""
+    """Return the number of forward passes of every process in an evaluation."""
     return -(-batches // processes)
 
 
 def evaluation_bytes(batches: int, processes: int, batch: int, classes: int) -> int:
-    """Return the bytes that the first process receives in an evaluation: outputs and targets of all but its own.
+    """Return the bytes that rank 0 receives in an evaluation: all outputs and targets but its own.
 
     Args:
-        batches: of the data; full ones.
-        processes: which take them in turn.
-        batch: samples in each.
-        classes: numbers that the model gives for a sample, of four bytes; a target has eight.
+        batches: number of full batches.
+        processes: the world size; processes take batches in turn.
+        batch: samples per batch.
+        classes: float32 outputs per sample; a target is an int64.
     """
     of_others = batches - -(-batches // processes)
-    heads = 2 * 8 * 10  # type and shape go before each tensor
+    heads = 2 * 8 * 10  # dtype and shape precede each tensor
     return of_others * (batch * (4 * classes + 8) + heads)
 
 
@@ -155,8 +155,8 @@ def saved_bytes(parameters: int, states: int, averaged: bool = False) -> int:
     """Return the size of a checkpoint.
 
     Args:
-        parameters: float32 numbers of the model.
-        states: numbers that the optimizer keeps for each: 1 with momentum, 2 with AdamW.
-        averaged: whether there is an average of the weights.
+        parameters: number of float32 parameters of the model.
+        states: optimizer state per parameter: 1 for momentum, 2 for AdamW.
+        averaged: whether averaged weights are saved too.
     """
     return 4 * parameters * (1 + states + averaged)

@@ -1,10 +1,10 @@
-"""What several processes cost: a step of an exact run beside DistributedDataParallel's, and what a second one brings.
+"""What several processes cost: an exact run's step compared with DistributedDataParallel's, and the scaling to two.
 
     python -m benchmarks.scale.parallel [--rounds 5] [--out docs/evidence/parallel.md]
 
 Each case runs in one and in two processes of one thread, on the CPU over gloo, or on as many GPUs over nccl. `by hand`
-is a loop of PyTorch's own DistributedDataParallel that imports nothing of ours. All take the same batches from memory;
-the cases take turns, so what slows the machine slows each alike. Times are medians of all steps of all rounds.
+is a loop with PyTorch's DistributedDataParallel that doesn't import torchrelay. All cases read the same batches from
+memory and take turns, so other load slows all of them alike. Times are medians over all steps of all rounds.
 """
 
 import argparse
@@ -26,12 +26,12 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-STEPS, WARM = 12, 3  # of a round, and how many of them don't count
-EACH = 16  # samples of a process, a step
+STEPS, WARM = 12, 3  # steps per round, of which the first ones don't count
+EACH = 16  # samples per process and step
 
 
 class Small(nn.Sequential):
-    """Many small layers: a backward pass that brings many small gradients in a short time."""
+    """Many small layers, whose backward pass produces many small gradients in a short time."""
 
     def __init__(self) -> None:
         layers: list[nn.Module] = [nn.Flatten(), nn.Linear(3 * 32 * 32, 64)]
@@ -57,7 +57,7 @@ def data(name: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(name: str, rank: int, size: int, device: torch.device) -> list[float]:
-    """Return the seconds of each step of a loop as PyTorch's documentation writes it."""
+    """Return the seconds of each step of a DistributedDataParallel loop like that in PyTorch's documentation."""
     torch.manual_seed(0)
     model: nn.Module = MODELS[name]().to(device)
     if size > 1:
@@ -117,7 +117,7 @@ def with_torchrelay(name: str, size: int, device: torch.device, exact: bool) -> 
 
 
 def measure(rank: int, size: int, rounds: int, cuda: bool) -> dict[str, list[float]]:
-    """Return the times of all cases in this process, which meets the others."""
+    """Return the times of all cases in this process of the group."""
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if size > 1:
@@ -133,14 +133,14 @@ def measure(rank: int, size: int, rounds: int, cuda: bool) -> dict[str, list[flo
 
 
 def cases(name: str, rank: int, size: int, device: torch.device) -> Iterator[tuple[str, Callable[[], list[float]]]]:
-    """Yield what is measured by its name."""
+    """Yield each case's name and function."""
     yield "by hand", lambda: by_hand(name, rank, size, device)
     yield "exact", lambda: with_torchrelay(name, size, device, exact=True)
     yield "not exact", lambda: with_torchrelay(name, size, device, exact=False)
 
 
 def start(size: int, rounds: int, cuda: bool) -> dict[str, float]:
-    """Run the cases in so many processes, and return the first one's medians in milliseconds."""
+    """Run the cases in `size` processes, and return rank 0's medians in milliseconds."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -155,7 +155,7 @@ def start(size: int, rounds: int, cuda: bool) -> dict[str, float]:
             started.append(subprocess.Popen([*command, *(["--cuda"] if cuda else [])], env=common | own))
         codes = [process.wait() for process in started]
         if any(codes):
-            sys.exit(f"of {size} processes, one has failed")
+            sys.exit(f"one of {size} processes failed")
         return {case: 1e3 * median(times) for case, times in json.loads(out.read_text()).items()}
 
 
@@ -163,9 +163,10 @@ def table(one: dict[str, float], two: dict[str, float]) -> str:
     """Return the tables of both models."""
     lines = []
     for name in MODELS:
-        lines += [f"## {name}, {EACH} samples a process", ""]
+        lines += [f"## {name}, {EACH} samples per process", ""]
         lines += [
-            "| | one process, ms a step | two, ms a step | of DDP's | efficiency 1 to 2 | of the hand-written loop's |"
+            "| | one process, ms per step | two, ms per step | relative to DDP | efficiency 1 to 2 "
+            "| efficiency, relative to DDP |"
         ]
         lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         hand = f"{name}|by hand"
@@ -182,10 +183,10 @@ def table(one: dict[str, float], two: dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Measure, print the tables, and write them if asked to."""
+    """Measure, print the tables, and write them to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cuda", action="store_true", help="on GPUs: two are needed")
+    parser.add_argument("--cuda", action="store_true", help="run on two GPUs")
     parser.add_argument("--out", type=Path, help="where to write the tables")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -200,8 +201,9 @@ def main() -> None:
     one, two = (start(size, options.rounds, options.cuda) for size in (1, 2))
     where = "GPUs, nccl" if options.cuda else "One thread per process, gloo"
     text = (
-        "# The cost of several processes\n\nStep times of a hand-written loop with PyTorch's DistributedDataParallel, "
-        "and of torchrelay, exact and not,\nwith as many processes as replicas; medians, measured in turns. "
+        "# The cost of several processes\n\n"
+        "Step times of a hand-written loop with PyTorch's DistributedDataParallel and of torchrelay, exact and not "
+        "exact,\nwith one process per replica; medians of cases that take turns. "
         f"{where};\n{machine()}; made by `python -m benchmarks.scale.parallel`.\n\n{table(one, two)}"
         + ("" if options.cuda else "\n## GPUs, nccl\n\nNot measured: it needs two GPUs, and `--cuda`.\n")
     )

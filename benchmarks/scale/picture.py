@@ -1,4 +1,4 @@
-"""A picture of what leaves a host, and of how long that would take."""
+"""Draw the bytes that leave a host, and the extrapolated times."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def draw(path: Path) -> None:
 
 
 def frame(axes: Axes, title: str) -> None:
-    """Draw the axis of devices, and how far real processes were counted."""
+    """Draw the device axis, and shade the range that was counted with real processes."""
     axes.set_xscale("log", base=2)
     axes.set_xticks([1, 8, 64, 512, 4096, 16384], ["1", "8", "64", "512", "4,096", "16,384"])
     axes.set_xlim(1, 2**14)

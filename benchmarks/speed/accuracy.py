@@ -1,12 +1,12 @@
-"""How long `cifar10-fast` takes to the reference's 88.44%, beside the reference's own rate on the same machine.
+"""Measure how long `cifar10-fast` takes to reach the reference's 88.44%, compared with the reference on this machine.
 
     python -m benchmarks.speed.accuracy --root FOLDER [--seeds 5] [--out docs/evidence/accuracy.md]
 
-FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg. Each seed is a `torchrelay train` of its own with a cache of its
-own, timed from the start of the process to its end: imports, decoding, training, evaluation and checkpoint. The
-reference is the tutorial's step as it stands, ResNet-18 on images of 112x112 in float32, written by hand; its 30 epochs
-are 1.5 million images, which nobody waits for: its time follows from its rate. That is measured before and after each
-seed, which is compared with their mean, since a machine's speed may change from one minute to the next.
+FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg. Each seed is a separate `torchrelay train` with its own cache,
+timed from the start of the process to its end: imports, decoding, training, evaluation and checkpoint. The reference is
+the tutorial's training step, ResNet-18 on images of 112x112 in float32, written by hand. Its 30 epochs are 1.5 million
+images and take hours, so its time is computed from its rate. The rate is measured before and after each seed, and the
+seed is compared with the mean of both, since a machine's speed may change from one minute to the next.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from torch import nn
 from benchmarks.measure import machine
 from torchrelay.run.metrics import read_metrics
 
-IMAGES, ACCURACY = 1_500_000, 88.44  # of the reference: 30 epochs, and what they reach
+IMAGES, ACCURACY = 1_500_000, 88.44  # of the reference: images in 30 epochs, and the accuracy they reach
 BATCH, STEPS = 256, 3
-RUN = "cifar10-fast"  # the run's folder, whose name its pictures bear
+RUN = "cifar10-fast"  # the name of the run folder, which its plots show
 
 
 def reference_rate() -> float:
-    """Return the images a second of the reference's training step."""
+    """Return the images per second of the reference's training step."""
     model = torchvision.models.resnet18(num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.05)
     images, labels = torch.randn(BATCH, 3, 112, 112), torch.arange(BATCH) % 10
@@ -43,16 +43,16 @@ def reference_rate() -> float:
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
-    return BATCH / median(times[1:])  # the first one takes the memory
+    return BATCH / median(times[1:])  # the first step allocates the memory
 
 
 def fast(root: Path, seed: int, folder: Path, **more: object) -> tuple[float, float]:
     """Train with one seed; return the seconds from start to end and the test accuracy in percent.
 
     Args:
-        root: the photographs.
-        seed: of the run.
-        folder: where the run, whose folder is named `RUN`, and its cache go.
+        root: folder of the photographs.
+        seed: seed of the run.
+        folder: where the run folder, named `RUN`, and the cache go.
         more: other settings of the section "run".
     """
     settings = ["data.name=image-folder", f"data.root={root}", f"data.cache_dir={folder / 'cache'}", f"run.seed={seed}"]
@@ -67,7 +67,7 @@ def fast(root: Path, seed: int, folder: Path, **more: object) -> tuple[float, fl
 
 
 def main() -> None:
-    """Measure, print the table, and write it if asked to."""
+    """Measure, print the table, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the photographs, as an image folder")
     parser.add_argument("--seeds", type=int, default=5)
@@ -80,13 +80,13 @@ def main() -> None:
         print(f"seed {seed}: {runs[-1][1]:.2f}% after {runs[-1][0]:.0f} s", flush=True)
         rates.append(reference_rate())
         text = table(rates, runs)
-        if options.out is not None:  # after each, as all of them take long
+        if options.out is not None:  # after each seed, since all of them take long
             options.out.write_text(text)
     print(text)
 
 
 def table(rates: list[float], runs: list[tuple[float, float]]) -> str:
-    """Return the table of all seeds, and what follows from it."""
+    """Return the page: the table of all seeds and the summary."""
     seconds, reached = [run[0] for run in runs], [run[1] for run in runs]
     whole = [IMAGES / mean(rates[seed : seed + 2]) for seed in range(len(runs))]
     times = [whole / seconds for whole, (seconds, _) in zip(whole, runs, strict=True)]
@@ -94,18 +94,18 @@ def table(rates: list[float], runs: list[tuple[float, float]]) -> str:
         f"| {seed} | {s:.0f} | {a:.2f}% | {whole[seed]:,.0f} | {times[seed]:.0f} |" for seed, (s, a) in enumerate(runs)
     )
     spread = f" ± {stdev(reached):.2f}" if len(reached) > 1 else ""
-    met = "reached" if mean(reached) >= ACCURACY else "not reached"
+    met = "reaches" if mean(reached) >= ACCURACY else "doesn't reach"
     return (
         f"# The reference's accuracy\n\n{machine()}; made by `python -m benchmarks.speed.accuracy --root FOLDER`.\n\n"
-        f"The reference's training step: {median(rates):.1f} images a second "
+        f"The reference's training step: {median(rates):.1f} images per second "
         f"({min(rates):.1f} to {max(rates):.1f}); its 1.5 million images: {median(whole) / 3600:.1f} hours.\n\n"
         "`torchrelay train cifar10-fast`, from the start of the process to its end:\n\n"
-        "| seed | seconds | test accuracy | the reference's seconds | times |\n"
+        "| seed | seconds | test accuracy | the reference's seconds | speedup |\n"
         f"| ---: | ---: | ---: | ---: | ---: |\n{rows}\n"
-        f"| **median, of accuracies the mean** | **{median(seconds):.0f}** | **{mean(reached):.2f}%{spread}** "
+        f"| **median; mean of the accuracies** | **{median(seconds):.0f}** | **{mean(reached):.2f}%{spread}** "
         f"| **{median(whole):,.0f}** | **{median(times):.0f}** |\n\n"
-        f"{ACCURACY}% is {met} in the mean, **{median(times):.0f} times** as fast as the reference at its rate before "
-        "and after each seed. On a GPU: not measured.\n"
+        f"The mean accuracy {met} {ACCURACY}%, **{median(times):.0f} times** as fast as the reference at its rate "
+        "before and after each seed. On a GPU: not measured.\n"
     )
 
 

@@ -1,9 +1,9 @@
-"""Images that are ready for the network, a second: gathered, flipped, cropped, normalized.
+"""Images per second of the input pipeline: gathered, flipped, cropped, normalized.
 
     python -m benchmarks.speed.augment_speed [--quick] [--out FILE]
 
-Ours works on whole batches in one process; torchvision's transforms work image by image, in a `DataLoader` of two
-worker processes. Both start from the same bytes in memory and end in float32 batches.
+torchrelay works on whole batches in one process; torchvision's transforms work image by image, in a `DataLoader` with
+two worker processes. Both read the same bytes from memory and return float32 batches.
 """
 
 import time
@@ -24,7 +24,7 @@ from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource
 from torchrelay.device.device import DeviceSettings, set_up
 
-TITLE = "Input work"
+TITLE = "Input pipeline"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 BATCH, WORKERS, PADDING = 256, 2, 4
 IMAGES, ROUNDS = 50_000, 5
@@ -37,7 +37,7 @@ def images(count: int) -> Tensor:
 
 
 class OneByOne(Dataset[tuple[Tensor, int]]):
-    """The images as torchvision's CIFAR10 gives them, to a transform: (height, width, channels) in memory."""
+    """The images as torchvision's CIFAR10 stores them, (height, width, channels), passed through a transform."""
 
     def __init__(self, found: Tensor) -> None:
         from torchvision import transforms as T
@@ -54,7 +54,7 @@ class OneByOne(Dataset[tuple[Tensor, int]]):
 
 
 def ours(found: Tensor, device: str) -> Callable[[int], Iterable[Any]]:
-    """Return what yields an epoch's batches."""
+    """Return a function that yields the batches of an epoch."""
     transforms = (Flip(), PaddedCrop(padding=PADDING, mode="zeros"))
     source = ArraySource(found, torch.arange(len(found)) % 10)
     placed = set_up(DeviceSettings(name=device), exact=True)
@@ -62,7 +62,7 @@ def ours(found: Tensor, device: str) -> Callable[[int], Iterable[Any]]:
 
 
 def rate(epoch: Iterable[Any], count: int) -> float:
-    """Return the images a second of an epoch, the start of workers aside: from the first batch to the last."""
+    """Return an epoch's images per second from the first batch to the last, without the start of the workers."""
     batches = iter(epoch)
     next(batches)
     began = time.perf_counter()
@@ -74,7 +74,7 @@ def rate(epoch: Iterable[Any], count: int) -> float:
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return the table; both take turns, an epoch each."""
+    """Return the table; the cases take turns, one epoch each."""
     count, rounds = (QUICK_IMAGES, QUICK_ROUNDS) if quick else (IMAGES, ROUNDS)
     found = images(count)
     loader = DataLoader(OneByOne(found), BATCH, shuffle=True, num_workers=WORKERS)
@@ -98,12 +98,12 @@ def tables(quick: bool = False) -> list[Table]:
     if on_gpu not in spreads:
         rows.append((on_gpu, NOT_MEASURED, ""))
     times = spreads[here].median / base
-    goal = Goal("torchrelay's rate, of torchvision's", times, 10, 25, "{:.1f} times", more=True)
+    goal = Goal("torchrelay's rate, relative to torchvision", times, 10, 25, "{:.1f} times", more=True)
     note = (
-        f"{count:,} images of 32x32 from memory in batches of {BATCH}: gathered in a random order, flipped, cropped "
+        f"{count:,} images of 32x32 from memory in batches of {BATCH}: gathered in random order, flipped, cropped "
         f"after padding by {PADDING}, normalized. Medians of {rounds} epochs."
     )
-    return [Table("Images a second", ("", "images a second", "of torchvision's"), rows, note, [goal])]
+    return [Table("Images per second", ("", "images per second", "relative to torchvision"), rows, note, [goal])]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What exactness costs: a training step with it and without, and how long a checkpoint holds training up.
+"""The cost of exactness: a training step with and without it, and how long training waits for a checkpoint.
 
     python -m benchmarks.speed.exactness [--quick] [--out FILE]
 
-Steps: `run.exact` on and off, otherwise alike (on the CPU, and on a GPU where there is one). Checkpoints: the time for
-which the training waits for one, beside a plain memcpy of as many bytes.
+Steps: `run.exact` on and off, all else equal (on the CPU, and on a GPU if there is one). Checkpoints: the time that
+training waits for one, compared with a plain memcpy of as many bytes.
 """
 
 import ctypes
@@ -28,8 +28,8 @@ from torchrelay.device.device import DeviceSettings
 from torchrelay.models.small import resnet18_small
 from torchrelay.run.terminal import Terminal
 
-TITLE = "What exactness costs"
-STEPS = 4  # of an epoch, which is a round
+TITLE = "The cost of exactness"
+STEPS = 4  # per epoch, which is one round
 
 
 def trainer(model: nn.Module, device: str, exact: bool, precision: str = "float32", **changes: Any) -> tr.Trainer:
@@ -49,7 +49,7 @@ def trainer(model: nn.Module, device: str, exact: bool, precision: str = "float3
 
 
 def steps(device: str, precision: str, rounds: int) -> Sequence[str | Spread]:
-    """Return a row: the step with exactness and without."""
+    """Return a row: the exact step and the one that isn't exact."""
 
     def case(exact: bool) -> Callable[[], object]:
         made = trainer(resnet18_small(10), device, exact, precision)
@@ -70,19 +70,21 @@ def steps(device: str, precision: str, rounds: int) -> Sequence[str | Spread]:
 
 
 class Pauses(tr.Callback):
-    """After every other step, takes the time for which a save holds up the training, and that of a memcpy."""
+    """Saves after every other step, and times how long training waits, and a memcpy."""
 
     def __init__(self) -> None:
         self.save: list[float] = []
         self.copy: list[float] = []
-        self.step: dict[bool, list[float]] = {True: [], False: []}  # after a save, and after none
+        self.step: dict[bool, list[float]] = {True: [], False: []}  # keyed by whether a save came before
         self.bytes = 0
-        self.memory: tuple[np.ndarray, np.ndarray] | None = None  # in no cache any more when the next step is done
+        self.memory: tuple[np.ndarray, np.ndarray] | None = (
+            None  # evicted from the caches by the time the next step ends
+        )
         self._saved = False
         self._left = 0.0
 
     def on_start(self, trainer: Any) -> None:
-        """Count the time in which an optimizer's step waits for the copy, too."""
+        """Include the time that the optimizer's step waits for the copy."""
         checkpointer = trainer.session.checkpoints
         settle = checkpointer.settle
 
@@ -108,7 +110,7 @@ class Pauses(tr.Callback):
         self.bytes = sum(tensor.nbytes for tensor in tensors)
         self.memory = self.memory or (np.ones(self.bytes, np.uint8), np.ones(self.bytes, np.uint8))
         target, source = self.memory
-        trainer.session.checkpoints.wait()  # whoever saves so often that the disk can't follow waits for the disk
+        trainer.session.checkpoints.wait()  # let the earlier save finish: at this rate the disk falls behind
         began = time.perf_counter()
         ctypes.memmove(target.ctypes.data, source.ctypes.data, self.bytes)
         copied = time.perf_counter()
@@ -118,21 +120,21 @@ class Pauses(tr.Callback):
 
 
 def pause(name: str, saves: int) -> tuple[Sequence[str | Spread], Goal]:
-    """Return a row and a goal: saving a network's whole state, beside copying as many bytes."""
+    """Return a row and a goal: saving a network's whole state, compared with copying as many bytes."""
     pauses = Pauses()
     with tempfile.TemporaryDirectory() as folder:
         model = getattr(torchvision.models, name)(num_classes=10)
         trainer(model, "cpu", True, run=Path(folder) / "run", callbacks=[pauses], steps=2 * saves, batch_size=16).fit()
-    # The first ones take the memory.
+    # The first save and copy allocate the memory.
     save, copy = (Spread(tuple(1e3 * t for t in times[1:]), 2) for times in (pauses.save, pauses.copy))
     after, others = (Spread(tuple(1e3 * t for t in pauses.step[saved])) for saved in (True, False))
     ratio = save.median / copy.median
     row = name, f"{pauses.bytes / 1e6:,.0f} MB", save, copy, f"{ratio:.2f}", after, others
-    return row, Goal(f"{name}, of a memcpy", ratio, 1.2, 1.05, "{:.2f} times")
+    return row, Goal(f"{name}, relative to a memcpy", ratio, 1.2, 1.05, "{:.2f} times")
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return what a step and what a checkpoint costs."""
+    """Return the tables of steps and of checkpoints."""
     torch.backends.cudnn.benchmark = False
     rounds, saves = (1, 3) if quick else (5, 10)
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -142,14 +144,14 @@ def tables(quick: bool = False) -> list[Table]:
     pauses = [pause(name, saves) for name in (("resnet18",) if quick else ("resnet18", "resnet50"))]
     what = "`resnet18-small`, batches of 32 images of 32x32, flipped and cropped; ms, medians of"
     return [
-        Table("A training step, `run.exact` on and off", ("", "exact", "not", "cost"), rows, f"{what} {rounds}."),
+        Table("A training step, `run.exact` on and off", ("", "exact", "not exact", "cost"), rows, f"{what} {rounds}."),
         Table(
             "How long training waits for a checkpoint",
-            ("network and optimizer", "state", "held up", "memcpy", "ratio", "the step after", "other steps"),
+            ("network and optimizer", "state", "waiting", "memcpy", "ratio", "the step after", "other steps"),
             [row for row, _ in pauses],
-            f"ms, medians of {saves - 1}. Held up: in the save, and before the optimizer changes what "
-            "is still being copied. That goes on beside the next step, and takes its part of the cores: the step "
-            "after a save, beside others.",
+            f"ms, medians of {saves - 1}. Training waits in the save, and again before the optimizer changes tensors "
+            "that are still being copied. The copy continues in the background and takes time on the cores, so the "
+            "step after a save is shown beside the other steps.",
             [goal for _, goal in pauses],
         ),
     ]

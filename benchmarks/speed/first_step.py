@@ -1,8 +1,8 @@
-"""From the start of a process to the end of its first training step: the digits recipe, and the same by hand.
+"""Time from the start of a process to the end of its first training step: the digits recipe, and the same by hand.
 
     python -m benchmarks.speed.first_step [--quick] [--out FILE]
 
-The moment is taken by PyTorch's own hook behind `Optimizer.step`, and the process ends there.
+A post-hook of `Optimizer.step` takes the time and ends the process.
 """
 
 import os
@@ -17,10 +17,10 @@ from benchmarks import page
 from benchmarks.measure import installed
 from benchmarks.page import Goal, Spread, Table
 
-TITLE = "To the first step"
+TITLE = "Time to the first step"
 ROUNDS, QUICK_ROUNDS = 7, 1
 
-# What every case begins with; the clock is the machine's, so that its parent can compare.
+# Every case starts with this; perf_counter is the machine's clock, so the parent process can compare.
 LEAVE = """
 import os, time
 from torch.optim.optimizer import register_optimizer_step_post_hook as after_step
@@ -73,7 +73,7 @@ BESIDE, OURS = "by hand", "`torchrelay train digits`"
 
 
 def seconds(script: str) -> float:
-    """Return the seconds from the start of a process to the end of its first step."""
+    """Return the seconds from the start of a new process to the end of its first step."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**installed(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path[1:])}
         began = time.perf_counter()
@@ -90,19 +90,19 @@ def tables(quick: bool = False) -> list[Table]:
     for number in range(rounds + 1):
         for name, script in CASES.items():
             taken = seconds(script)
-            if number:  # the round before fills the disk's cache and writes bytecode
+            if number:  # the first round fills the disk's cache and writes bytecode
                 found[name].append(taken)
     rows: list[Sequence[str | Spread]] = [
         (name, Spread(tuple(values), 2), f"{median(values) - median(found[BESIDE]):+.2f}")
         for name, values in found.items()
     ]
     later = median(found[OURS]) - median(found[BESIDE])
-    goal = Goal(f"{OURS}, later than the script by hand", later, 0.5, 0.2, "{:+.2f} s")
+    goal = Goal(f"{OURS}, compared with the script", later, 0.5, 0.2, "{:+.2f} s")
     note = (
-        f"Seconds, fresh processes, medians of {rounds}. By hand: the same data, network, optimizer, schedule and crop "
-        "in 23 lines, without log, checkpoint or run folder; once more with TensorBoard's `SummaryWriter`."
+        f"Seconds of new processes, medians of {rounds}. By hand: a script of 23 lines with the same data, network, "
+        "optimizer, schedule and crop, without log, checkpoint or run folder; also with TensorBoard's `SummaryWriter`."
     )
-    return [Table("Start to first step", ("", "seconds", "later than by hand"), rows, note, [goal])]
+    return [Table("Start to first step", ("", "seconds", "difference to the script"), rows, note, [goal])]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""An image folder: decoding it, against reading it from the cache; and four processes that start at once.
+"""An image folder: decoding it, reading it from the cache, and four processes that start at the same time.
 
     python -m benchmarks.speed.folder_cache [--quick] [--out FILE]
 
-The first epoch lists and decodes small JPEG files; the next ones read the decoded images, mapped into memory.
+The first epoch lists and decodes small JPEG files; later epochs read the decoded images, mapped into memory.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ QUICK_IMAGES, QUICK_ROUNDS = 500, 1
 
 
 def make(folder: Path, count: int) -> None:
-    """Write colourful JPEG files of 32x32, of ten classes."""
+    """Write random color JPEG files of 32x32 in ten classes."""
     generator = torch.Generator().manual_seed(0)
     for part, images in (("train", count), ("test", count // 10)):
         for label in range(10):
@@ -42,7 +42,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def epoch(folder: Path, cache: Path, said: list[str]) -> tuple[float, float, float]:
-    """Return the seconds of reading the folder and its first epoch, of its second one, and of a gather in memory."""
+    """Return the seconds of listing and the first epoch, of the second epoch, and of an epoch from memory."""
     began = time.perf_counter()
     train, _ = image_folder(folder, cache_dir=cache, log=said.append)
     batches = Batches(train, BATCH, set_up(DeviceSettings(name="cpu"), exact=True), Pipeline())
@@ -60,7 +60,7 @@ def epoch(folder: Path, cache: Path, said: list[str]) -> tuple[float, float, flo
 
 
 def _in_memory(source: Source) -> ArraySource:
-    assert isinstance(source, ArraySource)  # noqa: S101 - which a folder of one size is
+    assert isinstance(source, ArraySource)  # noqa: S101 - a folder of equal sizes is one
     return replace(source, inputs=source.inputs.clone())
 
 
@@ -88,17 +88,15 @@ def tables(quick: bool = False) -> list[Table]:
     rows = [
         ("first epoch, with decoding", first, f"{first.median / second.median:.0f}"),
         ("second epoch", second, "1"),
-        ("the same from memory of one's own", memory, f"{memory.median / second.median:.2f}"),
+        ("an epoch of arrays in memory", memory, f"{memory.median / second.median:.2f}"),
     ]
     goals = [
-        Goal(
-            "the first epoch's time, of the second's", first.median / second.median, 20, None, "{:.0f} times", more=True
-        ),
-        Goal("the second epoch's time, of memory's", second.median / memory.median, None, 1.1, "{:.2f} times"),
-        Goal(f"how often {PROCESSES} processes that start at once decode a part", decoded / 2, 1, 1, "{:.1f}"),
+        Goal("first epoch, relative to the second", first.median / second.median, 20, None, "{:.0f} times", more=True),
+        Goal("second epoch, relative to memory", second.median / memory.median, None, 1.1, "{:.2f} times"),
+        Goal(f"how often {PROCESSES} processes that start together decode a part", decoded / 2, 1, 1, "{:.1f}"),
     ]
     note = f"{count:,} JPEG files of 32x32 in batches of {BATCH}. Medians of {rounds} rounds."
-    return [Table("Milliseconds of an epoch", ("", "ms", "of the second's"), rows, note, goals)]
+    return [Table("Milliseconds of an epoch", ("", "ms", "relative to the second"), rows, note, goals)]
 
 
 if __name__ == "__main__":

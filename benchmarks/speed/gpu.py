@@ -1,9 +1,9 @@
-"""A training step on a GPU: how busy it keeps the device, what is added to it, and what exactness costs there.
+"""A training step on a GPU: how busy it keeps the device, its overhead, and the cost of exactness.
 
     python -m benchmarks.speed.gpu [--quick] [--out FILE]
     python -m benchmarks.speed.gpu --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
 
-The second also takes the times to an accuracy: see `benchmarks/speed/records.py`.
+The second command also measures the times to an accuracy: see `benchmarks/speed/records.py`.
 """
 
 import argparse
@@ -39,18 +39,18 @@ from torchrelay.models.small import resnet18_small
 from torchrelay.run.terminal import Terminal
 
 TITLE = "A training step on a GPU"
-KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # what a GPU does, as a trace calls it
+KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of GPU work in a trace
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """How many steps and rounds are measured."""
 
     batch: int = 512
-    images: int = 98 * 512  # as many as CIFAR-10 has, in whole batches
-    warm: int = 20  # steps that don't count
-    steps: int = 100  # that are timed
-    traced: int = 20  # that are traced
+    images: int = 98 * 512  # about CIFAR-10's size, in full batches
+    warm: int = 20  # warm-up steps
+    steps: int = 100  # timed steps
+    traced: int = 20  # traced steps
     tiny: int = 1000  # steps of the tiny model
     rounds: int = 5
 
@@ -59,7 +59,7 @@ FULL, QUICK = Size(), Size(steps=20, traced=5, tiny=200, rounds=1)
 
 
 def settle(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -85,7 +85,7 @@ def photographs(device: str, size: Size, *, exact: bool = True, graph: bool = Fa
 
 
 def together(spans: Sequence[tuple[float, float]]) -> float:
-    """Return the length of what spans cover; where several streams work at once, it counts once."""
+    """Return the length of the union of spans; time in which several streams work counts once."""
     covered, end = 0.0, float("-inf")
     for first, last in sorted(spans):
         covered += max(0.0, last - max(first, end))
@@ -94,17 +94,17 @@ def together(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def spans_of(trace: Path, kinds: Sequence[str]) -> list[tuple[float, float]]:
-    """Return when each of a trace's events of these kinds began and ended, in microseconds."""
+    """Return the start and end of each event of these kinds in a trace, in microseconds."""
     events = json.loads(trace.read_text())["traceEvents"]
     return [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("ph") == "X" and e.get("cat") in kinds]
 
 
 class Busy(tr.Callback):
-    """Takes the wall time of some steps, and then, by the profiler, how long the device has work in some more.
+    """Measures the wall-clock time of some steps, then profiles how long the device is busy in further steps.
 
     Args:
-        device: where it runs; on the CPU, operations stand for kernels.
-        size: how many steps.
+        device: the device; on the CPU, operations stand in for kernels.
+        size: the numbers of steps.
     """
 
     def __init__(self, device: str, size: Size) -> None:
@@ -112,11 +112,11 @@ class Busy(tr.Callback):
         on_gpu = device == "cuda"
         self._kinds = KERNELS if on_gpu else ("cpu_op",)
         self._activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        # The profiler must be there before a CUDA graph is recorded, and stay: or it sees none of its kernels.
+        # The profiler must be attached before a CUDA graph is captured, and stay attached, to see the graph's kernels.
         os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
         with profile(activities=[self._activity]):
             settle(device)
-        self.wall = self.device = 0.0  # seconds a step
+        self.wall = self.device = 0.0  # seconds per step
 
     def on_step(self, trainer: Any, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
         size, done = self._size, trainer.step - self._size.warm
@@ -137,13 +137,13 @@ class Busy(tr.Callback):
 
     @property
     def share(self) -> float:
-        """The share of the wall time in which the device had work."""
+        """The share of the wall-clock time in which the device was busy."""
         return self.device / self.wall
 
 
 @contextmanager
 def in_host_memory() -> Iterator[None]:
-    """Leave arrays where they are, as those that are too large for the device."""
+    """Keep arrays in the host's memory, as if they were too large for the device."""
     before, batches_module._ON_DEVICE = batches_module._ON_DEVICE, 0
     yield
     batches_module._ON_DEVICE = before
@@ -164,36 +164,37 @@ def busy(device: str, size: Size, *, graph: bool = False, host: bool = False, be
 CASES: dict[str, dict[str, bool]] = {
     "arrays on the device": {},
     "arrays on the device, all on one stream": {"beside": False},
-    "arrays in the host's memory": {"host": True},
-    "arrays in the host's memory, all on one stream": {"host": True, "beside": False},
+    "arrays in host memory": {"host": True},
+    "arrays in host memory, all on one stream": {"host": True, "beside": False},
     "arrays on the device, each step one CUDA graph": {"graph": True},
 }
 BUSY = """\
 `resnet18-small` on random images of 32x32, flipped and cropped, batches of {batch}, bf16, channels last, exact; the
-loop of `fit()` with its metrics. The wall time is of {steps} steps without the profiler, between two waits for the
-device. The GPU's time is of {traced} more steps: the union of all kernels and copies in the profiler's trace, so that
-what two streams do at once counts once. "All on one stream": the next batch is prepared where the step is computed."""
+loop of `fit()` with its metrics. The wall-clock time covers {steps} steps without the profiler, between two device
+synchronizations. The GPU time covers {traced} further steps: the union of all kernels and copies in the profiler's
+trace, so overlapping work of two streams counts once. "All on one stream": the next batch is prepared on the stream of
+the step."""
 
 
 def busy_table(device: str, size: Size) -> Table:
-    """Return the share of a step's time in which the GPU has work; no device: not measured."""
+    """Return the table of how busy the GPU is; without a device, its figures are not measured."""
     rows: list[Sequence[str | Spread]] = [(name, NOT_MEASURED, "", "") for name in CASES]
     share = None
     if device:
         found = {name: busy(device, size, **how) for name, how in CASES.items()}
         share = next(iter(found.values())).share
         rows = [(n, f"{1e3 * b.wall:.2f}", f"{1e3 * b.device:.2f}", f"{b.share:.1%}") for n, b in found.items()]
-    goal = Goal("GPU time in a step, of its wall time", share, 0.97, 0.99, "{:.1%}", more=True)
-    heads = ("", "ms a step", "GPU's ms in it", "share")
+    goal = Goal("GPU time of a step, relative to its wall-clock time", share, 0.97, 0.99, "{:.1%}", more=True)
+    heads = ("", "ms per step", "GPU ms per step", "share")
     note = BUSY.format(batch=size.batch, steps=size.steps, traced=size.traced)
     return Table("How busy the GPU is", heads, rows, note, [goal])
 
 
-# ------------------------------------------------------------------------------------------------ what is added
+# ------------------------------------------------------------------------------------------------ overhead
 
 
 def tiny_loops(device: str) -> dict[str, peers.Loop]:
-    """Return the loops of the tiny model, the hand-written one first."""
+    """Return the training loops of the tiny model, the hand-written one first."""
     loops: dict[str, peers.Loop] = {
         "by hand": peers.by_hand,
         "torchrelay, all off": partial(peers.prepared, device=device),
@@ -210,30 +211,30 @@ def graph_on(device: str) -> DeviceSettings:
 
 
 def in_one_graph(device: str, pairs: peers.Pairs, **how: Any) -> peers.Clock:
-    """Train with metrics and a schedule by step."""
+    """Train with metrics and a per-step schedule, each step one CUDA graph."""
     on: dict[str, Any] = {"task": tr.Classification(), "schedule": tr.optim.Cosine()}
     return peers.prepared(pairs, device=graph_on(device), **on, **how)
 
 
 GRAPH = "torchrelay, metrics and a schedule, one graph"
 TINY = """\
-The tiny model of `overhead` on the GPU, batches of 32 that lie there; exact, but for the others' loops. us a
-step: {steps:,} steps between two waits for the device, the first {warm} aside; medians of {rounds} rounds in turns.
-"One graph": forward, backward, optimizer and metrics are replayed, the schedule's rate is written beside them. Its
-kernels' own time is the union of kernels and copies in the profiler's trace."""
+The tiny model of `overhead` on the GPU, with batches of 32 in its memory; torchrelay's loops are exact. us per step:
+{steps:,} steps between two device synchronizations, after {warm} warm-up steps; medians of {rounds} rounds, in which
+the loops take turns. "One graph": a CUDA graph replays forward, backward, optimizer and metrics; the learning rate is
+written between replays. The time of its kernels is the union of kernels and copies in the profiler's trace."""
 
 
 def tiny_times(device: str, size: Size) -> tuple[dict[str, Spread], float]:
-    """Return each loop's microseconds a step, and those of the kernels of a step that is one graph."""
+    """Return each loop's microseconds per step, and those of the kernels of a step that is one graph."""
     pairs = [(inputs.to(device), targets.to(device)) for inputs, targets in peers.made(size.tiny)]
     loops = tiny_loops(device)
     times: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(size.rounds + 1):
         for name, loop in loops.items():
-            torch.use_deterministic_algorithms(False)  # an exact run sets it, and a hand-written loop doesn't
+            torch.use_deterministic_algorithms(False)  # an exact run sets it; a hand-written loop doesn't
             gc.collect()
             mean = loop(pairs).mean()
-            if number:  # a round before counts for nothing
+            if number:  # the first round is a warm-up
                 times[name].append(1e6 * mean)
     watch = Busy(device, replace(size, warm=min(size.warm, peers.WARM)))
     in_one_graph(device, pairs, callbacks=[watch])
@@ -241,8 +242,8 @@ def tiny_times(device: str, size: Size) -> tuple[dict[str, Spread], float]:
 
 
 def tiny_table(device: str, size: Size) -> Table:
-    """Return what is added to the tiny model's step; no device: not measured."""
-    ignite, kernels = "pytorch-ignite", "the kernels of that graph"
+    """Return the overhead of the tiny model's step; without a device, it is not measured."""
+    ignite, kernels = "pytorch-ignite", "kernels of that graph"
     added: float | None = None
     of_hand, of_kernels = added, added
     rows: list[Sequence[str | Spread]] = [(name, NOT_MEASURED, "", "") for name in (*tiny_loops("cpu"), kernels)]
@@ -262,13 +263,17 @@ def tiny_table(device: str, size: Size) -> Table:
     if not importlib.util.find_spec("ignite"):
         rows.append((ignite, "not installed", "", ""))
     goals = [
-        Goal("eager: added to a step, less what Ignite adds", added, 0, None, "{:+.1f} us"),
-        Goal("one graph: the step, of the hand-written loop's", of_hand, 0.2, None, "{:.2f} times"),
-        Goal("one graph: the step, of its kernels' own time", of_kernels, None, 1, "{:.2f} times"),
+        Goal("eager: overhead of a step, minus that of Ignite", added, 0, None, "{:+.1f} us"),
+        Goal("one graph: step, relative to the hand-written loop", of_hand, 0.2, None, "{:.2f} times"),
+        Goal("one graph: step, relative to its kernels", of_kernels, None, 1, "{:.2f} times"),
     ]
     note = TINY.format(steps=size.tiny, warm=peers.WARM, rounds=size.rounds)
     return Table(
-        "What is added to a step on a GPU", ("", "us a step", "added", "of the hand-written loop's"), rows, note, goals
+        "The overhead of a step on a GPU",
+        ("", "us per step", "overhead", "relative to the hand-written loop"),
+        rows,
+        note,
+        goals,
     )
 
 
@@ -276,7 +281,7 @@ def tiny_table(device: str, size: Size) -> Table:
 
 
 def steps(device: str, size: Size, exact: bool) -> Callable[[], None]:
-    """Return what takes some steps, exactly or not; all else is alike."""
+    """Return a function that takes some steps, exact or not; all else is equal."""
     made = photographs(device, size, exact=exact)
     made.model.train()
 
@@ -290,7 +295,7 @@ def steps(device: str, size: Size, exact: bool) -> Callable[[], None]:
 
 
 def exactness_table(device: str, size: Size) -> Table:
-    """Return what exactness costs on the GPU; no device: not measured."""
+    """Return the cost of exactness on the GPU; without a device, it is not measured."""
     rows: list[Sequence[str | Spread]] = [("cuda, bf16", NOT_MEASURED, "", "")]
     cost = None
     count = min(size.steps, size.images // size.batch)  # of an epoch
@@ -302,36 +307,36 @@ def exactness_table(device: str, size: Size) -> Table:
         rows = [(f"{device}, bf16", exact, without, f"{cost:+.1%}")]
     note = (
         f"`resnet18-small` on images of 32x32, flipped and cropped, batches of {size.batch}, bf16, channels last, "
-        f"`run.exact` on and off; ms a step, medians of {size.rounds} rounds of {count} steps in turns."
+        f"`run.exact` on and off; ms per step, medians of {size.rounds} rounds of {count} steps, in turns."
     )
-    goal = Goal("the exact step, beside one that isn't", cost, 0.1, 0.03, "{:+.1%}")
-    return Table("What exactness costs on a GPU", ("", "exact", "not", "cost"), rows, note, [goal])
+    goal = Goal("exact step, relative to one that isn't exact", cost, 0.1, 0.03, "{:+.1%}")
+    return Table("The cost of exactness on a GPU", ("", "exact", "not exact", "cost"), rows, note, [goal])
 
 
 # ------------------------------------------------------------------------------------------------ the program
 
-# What trains exactly comes first, as cuBLAS asks for; what the profiler looks at comes last, as it stays attached.
+# Exact training comes first, as cuBLAS requires; profiling comes last, since the profiler stays attached.
 TABLES = (exactness_table, tiny_table, busy_table)
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return all tables; without a GPU they say that they aren't measured."""
+    """Return all tables; without a GPU, their figures are not measured."""
     device = "cuda" if torch.cuda.is_available() else ""
     return [table(device, QUICK if quick else FULL) for table in TABLES]
 
 
 def tried(table: Callable[[], Table]) -> Table:
-    """Return a table, or one that says why there is none: the others are worth having."""
+    """Return a table, or one that names the error, so that a failure doesn't lose the other tables."""
     try:
         return table()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+    except Exception as error:  # noqa: BLE001 - the table reports any error
         name = getattr(table, "func", table).__name__
         return Table(f"Failed: {name}", ("", ""), [(type(error).__name__, " ".join(str(error).split()))])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not to quote")
+    parser.add_argument("--quick", action="store_true", help="few rounds: only to check that it runs")
     parser.add_argument("--out", type=Path, help="where to write the tables")
     records.add_arguments(parser)
     options = parser.parse_args()
@@ -344,7 +349,7 @@ def main() -> None:
         found.append(tried(table))
         text = f"{before}\n\n{page.sections(found, 2)}\n"
         print(page.sections(found[-1:], 2), flush=True)
-        if options.out is not None:  # after each, as a machine may be lent for minutes
+        if options.out is not None:  # after each table, since the machine may go away
             options.out.write_text(text)
 
 

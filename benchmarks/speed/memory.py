@@ -1,9 +1,9 @@
-"""The most memory that a training takes, beside a hand-written loop on the same data.
+"""Peak memory of a training, compared with a hand-written loop on the same data.
 
     python -m benchmarks.speed.memory [--quick] [--out FILE]
 
-Each runs in a process of its own. Figures are the kernel's high-water mark of resident memory (VmHWM), which a new
-process starts afresh: `ru_maxrss` would count what its parent had. It needs Linux.
+Each case runs in its own process. The figures are the kernel's high-water mark of resident memory (VmHWM), which is
+reset for a new process; `ru_maxrss` would include the parent's peak. It needs Linux.
 """
 
 import argparse
@@ -25,11 +25,11 @@ TITLE = "Peak memory"
 BATCH, STEPS, ROUNDS = 128, 60, 3
 QUICK_STEPS, QUICK_ROUNDS = 3, 1
 SHAPES = {"digits": (1797, 1, 8, 8), "cifar": (50_000, 3, 32, 32)}  # samples, channels, height, width
-SHARE_OF_TEST = 5  # a fifth as many samples are the test data
+SHARE_OF_TEST = 5  # the test data has a fifth as many samples
 
 
 def samples(name: str, test: bool) -> tuple[Tensor, Tensor]:
-    """Return uint8 images of random numbers, and int64 classes."""
+    """Return random uint8 images and int64 classes."""
     count, *shape = SHAPES[name]
     count = count // SHARE_OF_TEST if test else count
     random = torch.Generator().manual_seed(0)
@@ -44,16 +44,16 @@ def network(channels: int) -> nn.Module:
 
 
 def by_hand(name: str, steps: int) -> None:
-    """Train for some steps and test, as one writes it for images in memory."""
+    """Train for some steps and evaluate, with a plain loop for images in memory."""
     (images, targets), (test_images, test_targets) = samples(name, test=False), samples(name, test=True)
     model = network(images.shape[1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    mean, std = 127.5, 73.9  # of evenly distributed bytes
+    mean, std = 127.5, 73.9  # of uniformly distributed bytes
     model.train()
-    for places in torch.split(torch.randperm(len(targets)), BATCH)[:steps]:
-        inputs = (images[places].float() - mean) / std
+    for indices in torch.split(torch.randperm(len(targets)), BATCH)[:steps]:
+        inputs = (images[indices].float() - mean) / std
         optimizer.zero_grad()
-        F.cross_entropy(model(inputs), targets[places]).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(model(inputs), targets[indices]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model.eval()
     right = 0
@@ -64,7 +64,7 @@ def by_hand(name: str, steps: int) -> None:
 
 
 def by_torchrelay(name: str, steps: int, folder: str | None = None) -> None:
-    """Do the same with the trainer."""
+    """Train and evaluate likewise with the trainer."""
     import torchrelay as tr
     from torchrelay.run.terminal import Terminal
 
@@ -83,7 +83,7 @@ def by_torchrelay(name: str, steps: int, folder: str | None = None) -> None:
 
 
 def with_run_folder(name: str, steps: int) -> None:
-    """Do it with a run folder, that is with checkpoints, TensorBoard and pictures."""
+    """Train with a run folder: checkpoints, TensorBoard and plots."""
     with tempfile.TemporaryDirectory() as folder:
         by_torchrelay(name, steps, folder)
 
@@ -100,11 +100,11 @@ def peak() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise SystemExit("error: the kernel doesn't tell the peak of memory: this benchmark needs Linux")
+    raise SystemExit("error: the kernel doesn't report the peak memory: this benchmark needs Linux")
 
 
 def measure(case: str, data: str, steps: int) -> float:
-    """Return the MB of a case in a process of its own."""
+    """Return the peak MB of a case in its own process."""
     command = [sys.executable, "-m", "benchmarks.speed.memory", "--case", case, "--data", data, "--steps", str(steps)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
@@ -112,7 +112,7 @@ def measure(case: str, data: str, steps: int) -> float:
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return a table for each kind of data."""
+    """Return a table for each data set."""
     steps, rounds = (QUICK_STEPS, QUICK_ROUNDS) if quick else (STEPS, ROUNDS)
     return [table(data, steps, rounds) for data in SHAPES]
 
@@ -128,16 +128,16 @@ def table(data: str, steps: int, rounds: int) -> Table:
         (case, spread, f"{spread.median / least - 1:+.1%}") for case, spread in spreads.items()
     ]
     goals = [
-        Goal(f"{case}, beside the hand-written loop", spread.median / least - 1, 0.05, 0.02, "{:+.1%}")
+        Goal(f"{case}, relative to the hand-written loop", spread.median / least - 1, 0.05, 0.02, "{:+.1%}")
         for case, spread in spreads.items()
         if case.startswith("torchrelay")
     ]
     count, *shape = SHAPES[data]
     note = (
-        f"{count:,} images of {'x'.join(map(str, shape))} bytes and a fifth as many to test, a small convolutional "
-        f"network, {steps} steps of {BATCH} and a test; MB, medians of {rounds}."
+        f"{count:,} training images of {'x'.join(map(str, shape))} bytes and a fifth as many test images, a small "
+        f"convolutional network, {steps} steps of {BATCH} samples and an evaluation; MB, medians of {rounds}."
     )
-    return Table(f"Data like {data}", ("", "MB", "beside the loop"), rows, note, goals)
+    return Table(f"Data like {data}", ("", "MB", "relative to the loop"), rows, note, goals)
 
 
 def main() -> None:

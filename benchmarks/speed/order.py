@@ -1,10 +1,10 @@
-"""What it costs to know which sample stands where, and to start inside an epoch.
+"""The cost of computing the order of samples, and of starting inside an epoch.
 
     python -m benchmarks.speed.order [--quick] [--out FILE]
 
-The order of an epoch is a keyed permutation, computed place by place: a batch's 256 indices out of 10^3 and of 10^12
-samples, beside a table such as `torch.randperm` makes. Then the time from asking to the first batch, at batch 0 and at
-batch 10,000 of an epoch.
+The order of an epoch is a keyed permutation, computed position by position. Measured: the 256 sample indices of a batch
+out of 10^3 to 10^12 samples, compared with a table such as `torch.randperm` makes; and the time to the first batch,
+starting at batch 0 and at batch 10,000 of an epoch.
 """
 
 import tracemalloc
@@ -36,8 +36,8 @@ def orders(rounds: int) -> Table:
     """Return a table of times and memory."""
 
     def batch(samples: int) -> Callable[[], object]:
-        places = np.arange(samples - BATCH, samples)  # the last ones: none is easier than another
-        return lambda: [order(0, epoch, places, samples) for epoch in range(20)]
+        positions = np.arange(samples - BATCH, samples)  # any positions take the same time
+        return lambda: [order(0, epoch, positions, samples) for epoch in range(20)]
 
     times = side_by_side({f"{power}": batch(10**power) for power in SIZES}, rounds)
     rows: list[Sequence[str | Spread]] = []
@@ -50,12 +50,12 @@ def orders(rounds: int) -> Table:
         each = Spread(tuple(seconds / 20 * 1e6 for seconds in times[str(power)]), 0)
         ratio = each.median / median(times[str(SIZES[0])]) * 20 / 1e6
         rows.append((f"10^{power}", each, f"{ratio:.2f}", f"{peak / 1e3:,.0f} kB", table))
-    heads = ("samples", f"us for a batch of {BATCH}", "to 10^3", "peak memory", "a table would take")
+    heads = ("samples", f"us for a batch of {BATCH}", "relative to 10^3", "peak memory", "size of a table")
     return Table("A batch's indices", heads, rows, f"Medians of {rounds}.")
 
 
 class Squares(Dataset[tuple[Tensor, int]]):
-    """Numbers, computed when asked for."""
+    """Numbers that `__getitem__` computes."""
 
     def __len__(self) -> int:
         return 80_000
@@ -65,7 +65,7 @@ class Squares(Dataset[tuple[Tensor, int]]):
 
 
 def starts(rounds: int) -> Table:
-    """Return a table of the time to the first batch, at the beginning of an epoch and far inside it."""
+    """Return a table of the time to the first batch, at the start of an epoch and far inside it."""
     device = set_up(DeviceSettings(name="cpu"), exact=True)
     inputs = torch.arange(80_000 * 8, dtype=torch.float32).reshape(80_000, 8)
     arrays = tr.data.arrays(inputs, torch.arange(80_000) % 10)

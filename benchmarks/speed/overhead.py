@@ -1,11 +1,11 @@
-"""What a framework adds to a hand-written training step.
+"""The overhead of a framework over a hand-written training step.
 
     python -m benchmarks.speed.overhead [--quick] [--out FILE]
-    pip install 'torchrelay[peers]'  # for the rows of the others
+    pip install 'torchrelay[peers]'  # for the rows of the other frameworks
 
-The network is tiny, so that nearly all of a step is what surrounds the arithmetic: 64-64-64-10, batches of 32 made
-beforehand, SGD with momentum, the CPU, one thread. Each framework runs in a process of its own, where it takes turns
-with the hand-written loop, and what it adds is the difference between the two within a round.
+The network is tiny (64-64-64-10), so most of a step is overhead: batches of 32 made beforehand, SGD with momentum, the
+CPU, one thread. Each framework runs in its own process, where it takes turns with the hand-written loop; its overhead
+is the difference between the two within a round.
 """
 
 import argparse
@@ -28,24 +28,24 @@ from benchmarks.page import NOT_MEASURED, Goal, Spread, Table
 from benchmarks.speed import peers
 from torchrelay import __version__
 
-TITLE = "What is added to a hand-written training step"
+TITLE = "The overhead over a hand-written training step"
 STEPS, ROUNDS = 1000, 5
 QUICK_STEPS, QUICK_ROUNDS = 60, 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loop, and the hand-written one that does the same work."""
+    """A training loop, and the hand-written one that does the same work."""
 
     name: str
     loop: peers.Loop
     beside: peers.Loop = peers.by_hand
-    module: str = ""  # what is imported for it
-    package: str = ""  # what is installed for it; "": torchrelay itself
+    module: str = ""  # the module to import
+    package: str = ""  # the distribution to install; "": torchrelay itself
 
     @property
     def version(self) -> str | None:
-        """The installed version; None: it isn't installed."""
+        """The installed version, or None if it isn't installed."""
         if not self.package:
             return __version__
         return importlib.metadata.version(self.package) if importlib.util.find_spec(self.module) else None
@@ -65,29 +65,28 @@ CASES = {
     "keras": Case("keras", peers.keras, module="keras", package="keras"),
 }
 
-GOALS = {"torchrelay": (20.0, 8.0), "torchrelay-all": (44.0, 25.0)}  # bar and aim, us a median step
+GOALS = {"torchrelay": (20.0, 8.0), "torchrelay-all": (44.0, 25.0)}  # bar and aim, us per median step
 
 NOTE = """\
-us a step, one thread; medians of {rounds} rounds of {steps:,} steps, minimum and maximum in brackets. "Added" is the
-difference to the hand-written loop of the same round in the same process: of the two median steps, and of the two mean
-steps, in which what happens only now and then has its part (TensorBoard each 50 steps, garbage collection). Start and
+us per step, one thread; medians of {rounds} rounds of {steps:,} steps, minimum and maximum in parentheses. The overhead
+is the difference from the hand-written loop of the same round in the same process: once between the median steps, and
+once between the mean steps, which include occasional work (TensorBoard every 50 steps, garbage collection). Start and
 end of a training don't count.
 
-- torchrelay, all off: no run folder, no bar, no metrics. What remains is what its promises need: the generators are
-  seeded for each step, and a loss that isn't finite stops the run. It is fed by a `Batches` that returns what was made
-  beforehand.
-- torchrelay, a whole run: progress bar, accuracy, metrics.jsonl and TensorBoard each 50 steps, run folder,
-  checkpoints, a schedule by step.
-- torchrelay, from arrays: all off, but the order of the samples is computed and the samples are gathered, beside a
-  hand-written loop with `randperm` and `index_select`.
-- pytorch-ignite: an `Engine` around a step of one's own, no handlers. skorch: `callbacks="disable"`, no validation
-  split. accelerate: model and optimizer prepared; once more with a prepared `DataLoader`. lightning:
-  `Trainer(barebones=True)`, which has no logger, bar, checkpoints, sanity check or summary. keras: its torch backend,
-  its own layers, `verbose=0`. Batches go to each as an iterable, without a loader, where it takes one."""
+- torchrelay, all off: no run folder, no progress bar, no metrics. Only what its promises need remains: each step seeds
+  the generators, and a loss that isn't finite stops the run. A `Batches` object returns the batches made beforehand.
+- torchrelay, a whole run: progress bar, accuracy, metrics.jsonl and TensorBoard every 50 steps, run folder,
+  checkpoints, a per-step schedule.
+- torchrelay, from arrays: all off, but it computes the order of the samples and gathers them; the hand-written loop
+  uses `randperm` and `index_select`.
+- pytorch-ignite: an `Engine` around a hand-written step, no handlers. skorch: `callbacks="disable"`, no validation
+  split. accelerate: prepared model and optimizer; a second row with a prepared `DataLoader`. lightning:
+  `Trainer(barebones=True)`, without logger, progress bar, checkpoints, sanity check or summary. keras: its torch
+  backend, its own layers, `verbose=0`. Each gets the batches as an iterable without a loader, if it accepts one."""
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return the table: a row for each framework, and what the hand-written loop takes beside it."""
+    """Return the table: a row for each framework, with the time of the hand-written loop."""
     steps, rounds = (QUICK_STEPS, QUICK_ROUNDS) if quick else (STEPS, ROUNDS)
     rows: list[Sequence[str | Spread]] = []
     goals: list[Goal] = []
@@ -103,12 +102,12 @@ def tables(quick: bool = False) -> list[Table]:
         if key in GOALS:
             goals.append(Goal(case.name, median(added[0]), *GOALS[key], "{:+.0f} us"))
     rows.append(("any of them on a GPU", NOT_MEASURED, "", "", ""))
-    heads = ("", "added, median step", "added, mean step", "the median step by hand", "the median step")
-    return [Table("Work added to a step", heads, rows, NOTE.format(rounds=rounds, steps=steps), goals)]
+    heads = ("", "overhead, median step", "overhead, mean step", "median step by hand", "median step")
+    return [Table("Overhead of a step", heads, rows, NOTE.format(rounds=rounds, steps=steps), goals)]
 
 
 def run(key: str, steps: int, rounds: int) -> list[list[dict[str, float]]]:
-    """Measure a case in a process of its own; return, for it and for what it is beside, each round's us a step."""
+    """Measure a case in its own process; return the us per step of its rounds and of the hand-written loop's."""
     command = [sys.executable, "-m", "benchmarks.speed.overhead", "--case", key, "--steps", str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -121,14 +120,14 @@ def run(key: str, steps: int, rounds: int) -> list[list[dict[str, float]]]:
 
 
 def side_by_side(case: Case, steps: int, rounds: int) -> list[list[dict[str, float]]]:
-    """Let a loop and the hand-written one take turns; a round before counts for nothing."""
+    """Let a loop and the hand-written one take turns, after a warm-up round."""
     torch.set_num_threads(1)
     pairs = peers.made(steps)
     loops = (case.loop, case.beside)
     found: list[list[dict[str, float]]] = [[], []]
     for number in range(rounds + 1):
         for rounds_of, loop in zip(found, loops, strict=True):
-            torch.use_deterministic_algorithms(False)  # an exact run sets it, and a hand-written loop doesn't
+            torch.use_deterministic_algorithms(False)  # an exact run sets it; a hand-written loop doesn't
             gc.collect()
             times = [seconds * 1e6 for seconds in loop(pairs).steps()]
             if number:

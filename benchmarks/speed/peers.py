@@ -1,7 +1,7 @@
-"""An epoch over the same batches: by hand, by torchrelay, and by each peer in the setting that costs it least.
+"""An epoch over the same batches: by hand, with torchrelay, and with each peer in its fastest setting.
 
-Each loop takes batches made beforehand and returns a clock that knows when each of them was asked for. A peer is
-imported in its own loop alone: it may not be installed.
+Each loop takes batches made beforehand and returns a clock that recorded when each of them was requested. A peer is
+imported only in its own loop, since it may not be installed.
 """
 
 import io
@@ -26,12 +26,12 @@ from torchrelay.data.batches import Batches
 from torchrelay.run.terminal import Terminal
 
 FEATURES, WIDTH, CLASSES, BATCH = 64, 64, 10, 32
-WARM = 20  # steps at the beginning that don't count
+WARM = 20  # warm-up steps
 Pairs = Sequence[tuple[Tensor, Tensor]]  # inputs (BATCH, FEATURES) float32, targets (BATCH,) int64
 
 
 class Clock:
-    """Batches, and when each was asked for: from one to the next is a step, whoever's loop it is."""
+    """Batches that record when each was requested: a step lasts from one request to the next in every loop."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -47,22 +47,22 @@ class Clock:
             yield batch
 
     def tick(self) -> None:
-        """Take the time; at both ends of what `mean` spans, when a GPU has done what it was given."""
+        """Take the time; at both ends of the span of `mean`, synchronize with the GPU first."""
         if len(self.asked) in (WARM, len(self.batches) - 1) and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
         self.asked.append(time.perf_counter())
 
     def mean(self) -> float:
-        """Return the mean seconds of a step, without the first ones."""
+        """Return the mean seconds per step, without the warm-up."""
         return (self.asked[-1] - self.asked[WARM]) / (len(self.asked) - 1 - WARM)
 
     def steps(self) -> list[float]:
-        """Return the seconds of each step, without the first ones."""
+        """Return the seconds of each step, without the warm-up."""
         return [float(seconds) for seconds in np.diff(self.asked)[WARM:]]
 
 
 def made(steps: int) -> Pairs:
-    """Return batches of random numbers."""
+    """Return random batches."""
     random = torch.Generator().manual_seed(0)
     inputs = torch.randn(steps, BATCH, FEATURES, generator=random)
     return list(zip(inputs, torch.randint(0, CLASSES, (steps, BATCH), generator=random), strict=True))
@@ -112,20 +112,20 @@ def arrays(pairs: Pairs) -> tuple[Tensor, Tensor]:
 
 
 class CrossEntropy(tr.Task):
-    """The loss and no metrics, as the peers are set."""
+    """The loss without metrics, as for the peers."""
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs, targets, reduction="sum")
 
 
 class Prepared(Batches):
-    """Batches made beforehand, in the place of a source's."""
+    """Batches made beforehand, instead of those of a source."""
 
     def __init__(self, clock: Clock, trainer: tr.Trainer) -> None:
         super().__init__(trainer.batches.source, BATCH, trainer.device, Pipeline())
         self.clock = clock
 
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - there is one, from its start
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:  # noqa: ARG002 - there is one epoch
         yield from self.clock
 
 
@@ -140,14 +140,14 @@ class Ticks(tr.Callback):
 
 
 class Screen(io.StringIO):
-    """What takes itself for a terminal, so that the bar is drawn."""
+    """A stream that claims to be a terminal, so that the progress bar is drawn."""
 
     def isatty(self) -> bool:
         return True
 
 
 def trainer(pairs: Pairs, **settings: Any) -> tr.Trainer:
-    """Return a trainer for one epoch; without settings, with all off that can be off."""
+    """Return a trainer for one epoch; without settings, every optional part is off."""
     off: dict[str, Any] = {"task": CrossEntropy(), "terminal": Terminal(quiet=True)}
     optimizer = tr.optim.SGD(lr=0.01, momentum=0.9, weight_decay=0.0)  # as the others
     plain: dict[str, Any] = {"epochs": 1, "batch_size": BATCH, "normalize": False, "device": "cpu"}
@@ -168,7 +168,7 @@ def prepared(pairs: Pairs, **settings: Any) -> Clock:
 
 
 def torchrelay_with_all(pairs: Pairs) -> Clock:
-    """Train as a real run: bar, accuracy, metrics and TensorBoard each 50 steps, checkpoints, a schedule by step."""
+    """Train a full run: progress bar, accuracy, metrics and TensorBoard every 50 steps, checkpoints, a schedule."""
     os.environ["TERM"] = "xterm"
     with tempfile.TemporaryDirectory() as folder:
         on: dict[str, Any] = {"task": tr.Classification(), "terminal": Terminal(stream=Screen())}
@@ -176,7 +176,7 @@ def torchrelay_with_all(pairs: Pairs) -> Clock:
 
 
 def torchrelay_from_arrays(pairs: Pairs) -> Clock:
-    """Train from arrays: the order is computed, samples are gathered."""
+    """Train from arrays: compute the order, gather the samples."""
     clock = Clock(pairs)
     trainer(pairs, callbacks=[Ticks(clock)]).fit()
     return clock
@@ -217,17 +217,17 @@ def skorch(pairs: Pairs) -> Clock:
         verbose=0,
         iterator_train=lambda _dataset, **_settings: clock,
     )
-    net.fit(np.zeros((1, FEATURES), np.float32), np.zeros(1, np.int64))  # the iterator gives the real ones
+    net.fit(np.zeros((1, FEATURES), np.float32), np.zeros(1, np.int64))  # the iterator returns the real batches
     return clock
 
 
 def accelerate(pairs: Pairs) -> Clock:
-    """Prepare the model and the optimizer alone: batches made beforehand need no loader."""
+    """Prepare only the model and the optimizer: batches made beforehand need no loader."""
     return _accelerate(pairs, with_loader=False)
 
 
 def accelerate_with_loader(pairs: Pairs) -> Clock:
-    """Prepare the loader, too, as its guide does."""
+    """Also prepare the loader, as accelerate's guide does."""
     return _accelerate(pairs, with_loader=True)
 
 
@@ -263,7 +263,7 @@ def lightning(pairs: Pairs) -> Clock:
 
     clock = Clock(pairs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on workers of loaders, of which there are none
+        warnings.simplefilter("ignore")  # advice about loader workers, which aren't used
         # `barebones` is its own mode for measuring overhead: no logger, bar, checkpoint, sanity check or summary.
         lightning.Trainer(max_epochs=1, accelerator="cpu", devices=1, barebones=True).fit(Module(), clock)
     return clock

@@ -1,10 +1,10 @@
-"""Photographs of 500x375, cut out at random to 224x224: images that are ready for the network, a second and core.
+"""Photographs of 500x375, randomly cropped to 224x224: images per second and core of the input pipeline.
 
     python -m benchmarks.speed.photos [--quick] [--out FILE]
 
-The photographs are cut out of those that come with scikit-learn, turned, coloured and overlaid with shapes, all from a
-seed. torchvision decodes each in each epoch, in the workers of a `DataLoader`, which stay from epoch to epoch;
-torchrelay decodes the folder once, to squares of 256 pixels, and cuts out of these in all epochs.
+The photographs are crops of those that come with scikit-learn, rotated, recolored and overlaid with shapes, all from a
+seed. torchvision decodes each in every epoch, in the persistent workers of a `DataLoader`; torchrelay decodes the
+folder once, to squares of 256 pixels, and crops these in every epoch.
 """
 
 import os
@@ -29,12 +29,12 @@ from torchrelay.device.device import DeviceSettings, set_up
 
 TITLE = "Large photographs"
 IMAGES, ROUNDS, BATCH, WORKERS, SIDE, CROP = 2_000, 5, 64, 2, 256, 224
-EPOCHS = 10  # of a short training
+EPOCHS = 10  # in a short training
 QUICK_IMAGES, QUICK_ROUNDS = 128, 1
 
 
 def make(folder: Path, count: int) -> None:
-    """Write JPEG files of two classes, an eighth of them as a test part."""
+    """Write JPEG files of two classes, with an eighth as many for testing."""
     from sklearn.datasets import load_sample_images
 
     scenes = [Image.fromarray(scene).resize((960, 640)) for scene in load_sample_images().images]
@@ -52,7 +52,7 @@ def make(folder: Path, count: int) -> None:
 
 
 def seconds(epoch: Iterable[Any]) -> float:
-    """Return how long an epoch's batches take, the start of workers included."""
+    """Return the seconds of an epoch's batches, including the start of the workers."""
     began = time.perf_counter()
     for _ in epoch:
         pass
@@ -60,7 +60,7 @@ def seconds(epoch: Iterable[Any]) -> float:
 
 
 def loader(folder: Path) -> DataLoader[Any]:
-    """Return torchvision's way."""
+    """Return torchvision's pipeline."""
     from torchvision import datasets
     from torchvision import transforms as T
 
@@ -70,21 +70,21 @@ def loader(folder: Path) -> DataLoader[Any]:
 
 
 def ours(folder: Path, cache: Path) -> Batches:
-    """Return torchrelay's way; decodes the folder if there is no cache of it."""
+    """Return torchrelay's pipeline; decode the folder if it has no cache."""
     train, _ = image_folder(folder, size=SIDE, cache_dir=cache, log=lambda _: None)
     pipeline = Pipeline((RandomResizedCrop(size=CROP), Flip()), mean=MEAN, std=STD)
     return Batches(train, BATCH, set_up(DeviceSettings(name="cpu"), exact=True), pipeline)
 
 
 def tables(quick: bool = False) -> list[Table]:
-    """Return the table; all take turns."""
+    """Return the table; the cases take turns."""
     count, rounds = (QUICK_IMAGES, QUICK_ROUNDS) if quick else (IMAGES, ROUNDS)
     theirs = f"torchvision, {WORKERS} workers, any epoch"
     ours_named = (
         "torchrelay, decoding into the cache",
-        "torchrelay, any epoch out of the cache",
-        "torchrelay, first epoch: both",
-        f"torchrelay, {EPOCHS} epochs and decoding",
+        "torchrelay, any epoch from the cache",
+        "torchrelay, first epoch with decoding",
+        f"torchrelay, {EPOCHS} epochs with decoding",
     )
     times: dict[str, list[float]] = {name: [] for name in (theirs, *ours_named)}
     with tempfile.TemporaryDirectory() as made:
@@ -96,7 +96,7 @@ def tables(quick: bool = False) -> list[Table]:
             shutil.rmtree(cache, ignore_errors=True)
             began = time.perf_counter()
             batches = ours(folder, cache)
-            decoding = (time.perf_counter() - began) * 8 / 9  # without the test part's share
+            decoding = (time.perf_counter() - began) * 8 / 9  # without the test images' share
             fresh, again = (seconds(batches.epoch(epoch)) for epoch in (number, number + rounds))
             took = (decoding, again, decoding + fresh, (decoding + fresh + (EPOCHS - 1) * again) / EPOCHS)
             for name, value in zip(ours_named, took, strict=True):
@@ -105,17 +105,25 @@ def tables(quick: bool = False) -> list[Table]:
     rates = {name: Spread(tuple(count / t / cores for t in taken), 0) for name, taken in times.items()}
     base = rates[theirs].median
     goals = [
-        Goal(f"{name}: rate a core, of torchvision's", rates[name].median / base, 1.5, 3, "{:.1f} times", more=True)
+        Goal(
+            f"{name}: rate per core, relative to torchvision",
+            rates[name].median / base,
+            1.5,
+            3,
+            "{:.1f} times",
+            more=True,
+        )
         for name in ours_named
     ]
     note = (
-        f"{count:,} JPEG files of 500x375, cut out at random to {CROP}x{CROP}, flipped, normalized; {cores} cores. "
-        f"torchrelay cuts out of the middle squares of {SIDE}x{SIDE}, "
-        f"{3 * SIDE**2 / 1e6:.1f} MB each on the disk. Medians of {rounds} rounds; "
-        f"the rate of {EPOCHS} epochs follows from one of either kind."
+        f"{count:,} JPEG files of 500x375, randomly cropped to {CROP}x{CROP}, flipped, normalized; {cores} cores. "
+        f"torchrelay crops the central squares of {SIDE}x{SIDE}, "
+        f"{3 * SIDE**2 / 1e6:.1f} MB each on disk. Medians of {rounds} rounds; "
+        f"the rate of {EPOCHS} epochs is computed from one epoch of each kind."
     )
     rows = [(name, rate, f"{rate.median / base:.1f}") for name, rate in rates.items()]
-    return [Table("Images a second and core", ("", "images a second and core", "of torchvision's"), rows, note, goals)]
+    heads = ("", "images per second and core", "relative to torchvision")
+    return [Table("Images per second and core", heads, rows, note, goals)]
 
 
 if __name__ == "__main__":

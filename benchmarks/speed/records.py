@@ -1,11 +1,11 @@
-"""The time to an accuracy on one GPU, beside the public records' scripts and beside the reference's whole training.
+"""The time to an accuracy on one GPU, compared with the scripts of public records and the reference's whole training.
 
     python -m benchmarks.speed.records --root FOLDER [--airbench FILE] [--speedrun FILE] [--reference] [--out FILE]
 
 FOLDER has train/CLASS/*.jpeg and test/CLASS/*.jpeg, or it is torchvision's folder of CIFAR-10, with `--data cifar10`.
-The scripts are for the user to fetch: airbench94_muon.py of github.com/KellerJordan/cifar10-airbench, and
-cifar10_speedrun.py of github.com/hiverge/cifar10-speedrun. Each runs as it stands, on the same images: they look for
-them in `cifar10/train.pt` and `cifar10/test.pt` of the folder in which they are started.
+Fetch the scripts yourself: airbench94_muon.py from github.com/KellerJordan/cifar10-airbench, and cifar10_speedrun.py
+from github.com/hiverge/cifar10-speedrun. Each runs unchanged on the same images, which it reads from
+`cifar10/train.pt` and `cifar10/test.pt` in its working directory.
 """
 
 import argparse
@@ -38,9 +38,9 @@ from torchrelay.run.terminal import Terminal
 
 TITLE = "The time to an accuracy, on a GPU"
 SCRIPTS = ("airbench94_muon.py", "cifar10_speedrun.py")
-ACCURACY = 0.94  # that the records are for, on CIFAR-10's own files
-REFERENCE = 0.8844  # after the tutorial's 30 epochs
-Cases = dict[str, tuple[str, ...]]  # what our recipes are called, and what is changed of them
+ACCURACY = 0.94  # the target of the records, on CIFAR-10's own files
+REFERENCE = 0.8844  # of the tutorial after 30 epochs
+Cases = dict[str, tuple[str, ...]]  # row names of our recipes, and their overrides
 OURS: Cases = {
     "cifar10-94": (),
     "cifar10-94, `run.exact=false`, `device.benchmark=true`": ("run.exact=false", "device.benchmark=true"),
@@ -50,19 +50,19 @@ FAST: Cases = {
     **{f"cifar10-94, {n} epochs": (f"run.epochs={n}", f"run.evaluate_every={n}") for n in (2, 3, 4)},
 }
 RULES = """\
-Seconds as the public scripts take them: training and the last test, from when the data lies on the device until it is
-done; neither loading, nor decoding, nor a first training, which warms up and counts for nothing. The scripts' are
-those that they print, by CUDA events. Ours are of `fit()`, from its call to its return, between two waits for the
-device: what it initializes, and the recording of its graph, is in it. The accuracies are of the last test, in which
-all show mirror images and shifted ones as well."""
-INFINITE = " A time is infinite\nwhere 94%, or on JPEG files the script's own accuracy, isn't reached in the mean."
+Seconds as the public scripts measure them: training and the last evaluation, from when the data is on the device;
+without loading, decoding, and a first warm-up training. The scripts print theirs, measured by CUDA events. Ours cover
+`fit()` between two device synchronizations, including its initialization and the capture of its CUDA graph. The
+accuracies are those of the last evaluation, in which all use test-time augmentation with mirrored and shifted
+images."""
+INFINITE = " A time is infinite if the mean accuracy doesn't reach 94%,\nor on JPEG files the script's own accuracy."
 HEADS = ("", "seconds", "test accuracy")
 Row = Sequence[str | Spread]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training reached, and how long it took."""
+    """The accuracy and the seconds of a training."""
 
     accuracy: float
     seconds: float
@@ -70,7 +70,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Images:
-    """The data, as a recipe names it, and where decoded images are kept meanwhile."""
+    """The data as a recipe names it, and the folder of the cache."""
 
     root: Path
     name: str
@@ -83,37 +83,37 @@ class Images:
 
 # ------------------------------------------------------------------------------------------------ the scripts
 
-# The last line of a run: | number | eval | … | … | accuracy | seconds |
+# The last line of a run: | run | eval | … | … | accuracy | seconds |
 _EVAL = re.compile(r"\|[^|\n]*\|\s*eval\s*\|[^|\n]*\|[^|\n]*\|\s*([\d.]+)\s*\|\s*([\d.]+)\s*\|")
 
 
 def parse(text: str) -> list[Run]:
-    """Return the runs that a script has printed; the first one warms up."""
+    """Return the runs that a script has printed, without the warm-up."""
     return [Run(float(accuracy), float(seconds)) for accuracy, seconds in _EVAL.findall(text)][1:]
 
 
 def write_tensors(images: Images, folder: Path) -> None:
-    """Write the images into the files that the scripts look for."""
+    """Write the images to the files that the scripts read."""
     names = {"name": images.name, "root": str(images.root), "cache_dir": str(images.cache)}
     parts = data.load(DataSettings.model_validate(names), 0, log=lambda _: None)
     (folder / "cifar10").mkdir()
     for name, part in (("train", parts.train), ("test", parts.test)):
-        assert isinstance(part, ArraySource)  # noqa: S101 - both kinds of data are decoded
+        assert isinstance(part, ArraySource)  # noqa: S101 - both kinds of data are arrays
         content = {"images": part.inputs.permute(0, 2, 3, 1).contiguous(), "labels": part.targets}
         torch.save({**content, "classes": list(part.classes)}, folder / "cifar10" / f"{name}.pt")
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """End a process that we started, and those that it did."""
+    """Kill a process that we started, and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def beside(script: Path, folder: Path, runs: int, patience: float) -> list[Run]:
-    """Run a script in a folder until it has done so many runs; it would go on to two hundred.
+    """Run a script in a folder until it has finished `runs` runs; by itself it would do two hundred.
 
     Raises:
-        RuntimeError: it ended, or was ended after `patience` seconds, before the first; the text is its last line.
+        RuntimeError: it ended, or was killed after `patience` seconds, before its first run; the text is its last line.
     """
     command, said = [sys.executable, "-u", str(script.resolve())], ""
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
@@ -142,7 +142,7 @@ def settle() -> None:
 
 
 def timed(name: str, overrides: Sequence[str], seed: int = 0) -> Run:
-    """Train by a recipe; the trainer is made before the clock starts."""
+    """Train a recipe; the trainer is built before the clock starts."""
     chosen = recipe.load(name, [*overrides, f"run.seed={seed}"])
     trainer = build_trainer(chosen, terminal=Terminal(quiet=True))
     settle()
@@ -153,7 +153,7 @@ def timed(name: str, overrides: Sequence[str], seed: int = 0) -> Run:
 
 
 def ours(case: str, changes: Sequence[str], runs: int) -> list[Run]:
-    """Train with several seeds, after once for nothing; the recipe is what the case's name begins with."""
+    """Train with several seeds after a warm-up; the recipe's name is the start of the case's name."""
     name = case.partition(",")[0]
     timed(name, changes, runs)
     return [timed(name, changes, seed) for seed in range(runs)]
@@ -161,14 +161,14 @@ def ours(case: str, changes: Sequence[str], runs: int) -> list[Run]:
 
 # ------------------------------------------------------------------------------------------------ tables
 
-Found = list[Run] | str  # the runs, or why there are none
+Found = list[Run] | str  # the runs, or the error
 
 
 def attempt(train: Callable[[], list[Run]]) -> Found:
-    """Return what trainings reached, or how they failed: the other rows are worth having."""
+    """Return the runs, or their error, so that a failure doesn't lose the other rows."""
     try:
         return train()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told
+    except Exception as error:  # noqa: BLE001 - the table reports any error
         return f"{type(error).__name__}: {error}"
 
 
@@ -184,7 +184,7 @@ def seconds(runs: Sequence[Run]) -> tuple[float, ...]:
 
 
 def time_to(accuracy: float, runs: Found) -> float:
-    """Return the median seconds of runs that reach an accuracy in the mean; infinite, if they don't."""
+    """Return the runs' median seconds, or infinity if their mean accuracy is below `accuracy`."""
     reached = not isinstance(runs, str) and mean(run.accuracy for run in runs) >= accuracy
     return median(seconds(runs)) if reached and not isinstance(runs, str) else math.inf
 
@@ -203,14 +203,14 @@ def records_table(
     patience: float = 400.0,
     changes: Sequence[str] = (),
 ) -> Table:
-    """Return ours beside the scripts; no images: not measured.
+    """Return the table of our recipes and the scripts; without images, its figures are not measured.
 
     Args:
-        images: on which all train.
-        scripts: that the user has fetched.
-        runs: how many count of each.
-        patience: seconds that a script may take, its compilation and its first run among them.
-        changes: of our recipes, such as another device.
+        images: the data for all of them.
+        scripts: scripts that the user has fetched.
+        runs: number of counted runs of each.
+        patience: seconds that a script may take, including compilation and its first run.
+        changes: overrides of our recipes, such as another device.
     """
     rows: list[Row] = [(name, NOT_MEASURED, "") for name in (*OURS, *SCRIPTS)]
     ratios: dict[str, float | None] = dict.fromkeys(SCRIPTS)
@@ -226,9 +226,9 @@ def records_table(
             for name in dict.fromkeys((*found, *ratios))
         ]
     goals = [
-        Goal(f"`cifar10-94`: its time, of {name}'s", ratio, 1.25, 1, "{:.2f} times") for name, ratio in ratios.items()
+        Goal(f"`cifar10-94`: time relative to {name}", ratio, 1.25, 1, "{:.2f} times") for name, ratio in ratios.items()
     ]
-    return Table("Beside the public records", HEADS, rows, RULES + INFINITE, goals)
+    return Table("Compared with public records", HEADS, rows, RULES + INFINITE, goals)
 
 
 def all_of(cases: Cases, images: Images, runs: int, changes: Sequence[str]) -> dict[str, Found]:
@@ -239,7 +239,7 @@ def all_of(cases: Cases, images: Images, runs: int, changes: Sequence[str]) -> d
 
 
 def reference_table(images: Images | None, runs: int = 5, changes: Sequence[str] = ()) -> Table:
-    """Return the reference's whole training, and ours to its accuracy; no images: not measured."""
+    """Return the table of the reference's whole training and our recipes; without images, it is not measured."""
     reference = "cifar10-reference, whole"
     rows: list[Row] = [(name, NOT_MEASURED, "") for name in (reference, *FAST)]
     ratio = None
@@ -249,21 +249,21 @@ def reference_table(images: Images | None, runs: int = 5, changes: Sequence[str]
         rows = [row(name, each) for name, each in found.items()]
         fastest = min(time_to(REFERENCE, found[name]) for name in FAST)
         ratio = None if isinstance(whole, str) else whole[0].seconds / fastest
-    what = f"the reference's time, of the fastest of ours that reaches {REFERENCE:.2%}"
-    note = "By the same rules. The reference is tested after each epoch, as the tutorial does; ours once, in the end."
+    what = f"the reference's time, relative to our fastest recipe that reaches {REFERENCE:.2%}"
+    note = "By the same rules. The reference is evaluated after each epoch, as in the tutorial; ours once, at the end."
     goal = Goal(what, ratio, 100, 300, "{:.0f} times", more=True)
-    return Table("Beside the reference's whole training", HEADS, rows, note, [goal])
+    return Table("Compared with the reference's whole training", HEADS, rows, note, [goal])
 
 
 def reference_on(images: Images, changes: Sequence[str]) -> list[Run]:
-    """Train by the reference's recipe, after some steps to warm up."""
+    """Train the reference's recipe after some warm-up steps."""
     settings = (*images.overrides, *changes)
     timed("cifar10-reference", (*settings, "run.max_steps=20"))
     return [timed("cifar10-reference", settings)]
 
 
-def tables(quick: bool = False) -> list[Table]:  # noqa: ARG001 - it takes files that the page has not
-    """Return the tables without figures: this takes files of the user's."""
+def tables(quick: bool = False) -> list[Table]:  # noqa: ARG001 - the page has no files to train on
+    """Return the tables without figures: measuring needs the user's files."""
     return [records_table(None), reference_table(None)]
 
 
@@ -271,14 +271,16 @@ def tables(quick: bool = False) -> list[Table]:  # noqa: ARG001 - it takes files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the times to an accuracy need."""
-    parser.add_argument("--root", type=Path, help="the photographs")
-    parser.add_argument("--data", choices=("image-folder", "cifar10"), default="image-folder", help="what they are")
+    """Add the arguments of this benchmark."""
+    parser.add_argument("--root", type=Path, help="folder of the photographs")
+    parser.add_argument(
+        "--data", choices=("image-folder", "cifar10"), default="image-folder", help="kind of data in FOLDER"
+    )
     parser.add_argument("--airbench", type=Path, help="a fetched airbench94_muon.py")
     parser.add_argument("--speedrun", type=Path, help="a fetched cifar10_speedrun.py")
-    parser.add_argument("--reference", action="store_true", help="also the reference's whole training: some minutes")
-    parser.add_argument("--runs", type=int, default=5, help="how many of each count")
-    parser.add_argument("--patience", type=float, default=400, help="seconds that a script may take")
+    parser.add_argument("--reference", action="store_true", help="also train the whole reference, which takes minutes")
+    parser.add_argument("--runs", type=int, default=5, help="number of counted runs of each")
+    parser.add_argument("--patience", type=float, default=400, help="maximum seconds of a script")
 
 
 @contextlib.contextmanager
@@ -288,7 +290,7 @@ def images_of(options: argparse.Namespace) -> Iterator[Images]:
 
 
 def parts(options: argparse.Namespace) -> list[Callable[[], Table]]:
-    """Return what makes each table that the arguments ask for."""
+    """Return a function for each requested table."""
     if options.root is None:
         return [partial(records_table, None), partial(reference_table, None)]
 

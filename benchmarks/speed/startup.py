@@ -1,8 +1,8 @@
-"""What a person waits for before anything happens: fresh processes, the median of several, against `import torch`.
+"""Start-up times of commands and imports in new processes, relative to `import torch`.
 
     python -m benchmarks.speed.startup [--quick] [--out FILE]
 
-The cases take turns, so that a busy moment of the machine falls on all of them.
+The cases take turns, so that other load slows all of them alike.
 """
 
 import subprocess
@@ -29,7 +29,7 @@ REFERENCE = "import torch"
 
 
 def measure(repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each case; one round before, which writes bytecode, counts for nothing."""
+    """Return the seconds of each case, after a round that writes the bytecode."""
     seconds: dict[str, list[float]] = {name: [] for name in CASES}
     for _ in range(repeats + 1):
         for name, arguments in CASES.items():
@@ -40,11 +40,11 @@ def measure(repeats: int) -> dict[str, list[float]]:
 
 
 def table(found: Mapping[str, list[float]]) -> Table:
-    """Return the table of some seconds, and how many times the reference each is."""
+    """Return the table of the seconds, absolute and relative to the reference."""
     reference = median(found[REFERENCE])
     rows = [(f"`{name}`", Spread(tuple(each), 2), f"{median(each) / reference:.2f}") for name, each in found.items()]
-    note = f"Seconds, fresh processes, medians of {len(found[REFERENCE])}."
-    return Table("Fresh processes", ("", "seconds", f"of `{REFERENCE}`"), rows, note)
+    note = f"Seconds of new processes, medians of {len(found[REFERENCE])}."
+    return Table("New processes", ("", "seconds", f"relative to `{REFERENCE}`"), rows, note)
 
 
 def tables(quick: bool = False) -> list[Table]:

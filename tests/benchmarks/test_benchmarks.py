@@ -65,7 +65,7 @@ def test_the_page_repeats_every_goal_at_its_head():
     assert text.startswith("# Benchmarks\n\nA machine.\n")
     assert summary < text.index(f"## {memory.TITLE}") < text.index("### Images") < text.index("## Long benchmarks")
     assert "--quick" not in text
-    assert "believe no verdict" in all_of_them.text({}, "A machine.", quick=True)
+    assert "don't quote its figures" in all_of_them.text({}, "A machine.", quick=True)
 
 
 def test_a_loaders_workers_start_in_a_benchmark_as_they_do_anywhere():

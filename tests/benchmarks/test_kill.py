@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_leaves_what_the_undisturbed_one_leaves(tmp_path):
+def test_a_run_killed_at_random_moments_leaves_the_same_files_as_an_uninterrupted_one(tmp_path):
     command = [sys.executable, "-m", "benchmarks.exactness.kill", "--kills", "3", "--epochs", "3", "--longest", "7"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "table.md")], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "table.md").read_text()
-    assert "| files that differ from the undisturbed run's | none |" in table
-    assert "| steps of the run | 69 |" in table
+    assert "| files that differ from the uninterrupted run | none |" in table
+    assert "| steps in the run | 69 |" in table
 
 
 def test_the_comparison_sees_a_changed_byte_and_a_doubled_point(digits, quiet, tmp_path):
