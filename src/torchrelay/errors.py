@@ -1,7 +1,8 @@
 """Errors and warnings for users: one line that names the cause, the place and the remedy.
 
 Any error that the user can fix is a `RelayError`. The command line prints its message after `error:` and exits with its
-code; it shows a traceback only with `--debug`. From Python it is an ordinary exception.
+code; it shows a traceback only with `--debug`. From Python it is an ordinary exception; a script that a signal stopped
+ends with the command's exit code.
 """
 
 import difflib
@@ -29,6 +30,27 @@ class Interrupted(RelayError):  # noqa: N818 - it isn't an error: the user asked
     """A signal stopped the run after it had saved a checkpoint; a resume continues exactly."""
 
     exit_code = STOPPED
+
+
+class Left(Interrupted, SystemExit):
+    """Likewise in a script: where nobody catches it, the process ends with the exit code and without a traceback."""
+
+    @property
+    def code(self) -> int:  # type: ignore[override]
+        """The exit code, which Python asks for."""
+        return self.exit_code
+
+
+def interrupted(text: str, *, saved: bool) -> Interrupted:
+    """Return the error of a run that a signal stopped; in an interactive session, one that doesn't end it.
+
+    Args:
+        text: says how to resume.
+        saved: whether there is a checkpoint; without one, the process has failed.
+    """
+    error = (Interrupted if hasattr(sys, "ps1") else Left)(text)
+    error.exit_code = STOPPED if saved else RelayError.exit_code
+    return error
 
 
 class RenamedWarning(FutureWarning):

@@ -155,6 +155,12 @@ MESSAGES = [
         "data.root pics can't be read as text (Is a directory): give a text file in UTF-8",
         2,
     ),
+    (
+        "train characters --set data.root=big.txt",
+        "data.root big.txt has 3,000,000,000 bytes, and a text of at most 1,000,000,000 is held in memory: give a part "
+        "of it, or read it by an IterableDataset in --code",
+        2,
+    ),
     # devices
     ("train digits --set device.name=gpu", "device.name 'gpu' is unknown: use auto, cpu, cuda, cuda:1 or mps", 2),
     (
@@ -178,7 +184,7 @@ def desk(tmp_path_factory) -> Path:
     (folder / "own.py").write_text(CODE)
     (folder / "wrong.py").write_text("def f(:\n")
     (folder / "syntax.toml").write_text("[run]\nepochs = 3\n[data\nname = 'digits'\n")
-    for name, size in (("big.py", 300_000_000), ("big.toml", 2_000_000)):
+    for name, size in (("big.py", 300_000_000), ("big.toml", 2_000_000), ("big.txt", 3_000_000_000)):  # holes
         with (folder / name).open("wb") as file:
             file.truncate(size)
     save_file(small_cnn(7, 1).state_dict(), folder / "seven.safetensors")

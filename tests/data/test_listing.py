@@ -76,6 +76,34 @@ def test_a_folder_that_an_archive_of_a_mac_leaves_behind_is_no_class(tmp_path):
     assert report(tmp_path)[0] == "ROOT: 2 classes: cat, dog"
 
 
+# ------------------------------------------------------------------------------------------------ classes in folders
+
+
+def test_folders_that_hold_the_same_classes_are_no_classes(tmp_path):
+    for year in ("2019", "2020", "2021"):
+        fill(tmp_path / year, cat=2, dog=2, **({"cow": 1} if year == "2021" else {}))
+    with pytest.raises(RelayError) as found:
+        report(tmp_path)
+    assert str(found.value) == (
+        f"{tmp_path}/2019 and {tmp_path}/2020 both have the folders cat, dog, so 2019 and 2020 would be the classes: "
+        f"if cat and dog are classes, join the images of each in one folder ({tmp_path}/cat), or give one of the "
+        f"folders ({tmp_path}/2019); if not, move the images up into {tmp_path}/2019 and so on"
+    )
+
+
+def test_parts_within_classes_are_refused_with_the_way_to_turn_them(tmp_path):
+    for name in ("cat", "dog"):
+        fill(tmp_path / name, train=2, test=1)
+    with pytest.raises(RelayError, match=f"put the classes into the parts: {tmp_path}/test/cat$"):
+        report(tmp_path)
+
+
+def test_classes_with_folders_of_other_names_inside_are_classes(tmp_path):
+    fill(tmp_path / "cat", images=2, indoors=2)
+    fill(tmp_path / "dog", images=2, park=2)
+    assert report(tmp_path)[0] == "ROOT: 2 classes: cat, dog"
+
+
 # ------------------------------------------------------------------------------------------------ a single class
 
 

@@ -581,6 +581,44 @@ with StopSignal() as stop:
     assert done.returncode == 128 + signal.SIGTERM
 
 
+STOPPED = """
+import os, signal, sys, torch
+import torchrelay as tr
+
+class Stop(tr.Callback):
+    def on_step(self, trainer, batch, loss):
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+data, folder = (torch.ones(40, 4), torch.arange(40) % 3), sys.argv[1] if sys.argv[1:] else None
+tr.Trainer(torch.nn.Linear(4, 3), data, batch_size=8, run=folder, callbacks=Stop, device="cpu").fit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "code", "says"),
+    [
+        (["run"], 75, "stopped by SIGTERM after step 3, saved; resume with: trainer.resume()"),
+        ([], 1, "stopped by SIGTERM after step 3; there is no run folder to resume from"),
+    ],
+)
+def test_a_script_that_a_signal_stopped_ends_with_the_exit_code_and_one_line(tmp_path, folder, code, says):
+    command = [sys.executable, "-c", STOPPED, *folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (code, "", says)
+    if folder:
+        assert says in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_signal_does_not_end_an_interactive_session(tmp_path):
+    (tmp_path / "script.py").write_text(STOPPED)
+    typed = "exec(open('script.py').read())\nprint('goes', 'on')\n"
+    command = [sys.executable, "-i"]
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert "Interrupted: stopped by SIGTERM after step 3" in done.stderr
+    assert done.stdout.splitlines()[-1] == "goes on"
+
+
 def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
     with pytest.raises(UsageError, match="batch_size is 0: it must be a whole number of 1 or more"):
         build(digits, quiet, batch_size=0)

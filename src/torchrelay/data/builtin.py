@@ -12,6 +12,8 @@ from torchrelay.data.image_files import SUFFIXES
 from torchrelay.data.sources import ArraySource, arrays, split
 from torchrelay.errors import RelayError, UsageError
 
+# A character takes eight bytes of memory, and some more while the text is read.
+_LARGEST_TEXT = 1_000_000_000
 # The reference recipe's. Its deviations are averaged over the images' own, so they are below those of all pixels.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _SILENCE = 30.0  # seconds without data after which a download has failed
@@ -150,8 +152,14 @@ def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple
     Raises:
         UsageError: the file can't be read, or it is too short.
     """
+    path = Path(source).expanduser()
     try:
-        content = Path(source).expanduser().read_text(encoding="utf-8")
+        if (size := path.stat().st_size) > _LARGEST_TEXT:
+            raise UsageError(
+                f"data.root {source} has {size:,} bytes, and a text of at most {_LARGEST_TEXT:,} is held in memory: "
+                "give a part of it, or read it by an IterableDataset in --code"
+            )
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"data.root {source} can't be read as text ({cause}): give a text file in UTF-8") from None

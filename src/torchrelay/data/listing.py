@@ -121,7 +121,8 @@ def find(base: Path) -> Found:
 
     Raises:
         UsageError: the folder doesn't exist, or has two folders for one part.
-        RelayError: there are no images, a class is empty, or a file is out of reach; the text names it.
+        RelayError: there are no images, a class is empty, folders hold the same classes, or a file is out of reach; the
+            text names it.
     """
     if not base.is_dir():
         raise UsageError(f"data.root {base}: there is no such folder")
@@ -129,6 +130,7 @@ def find(base: Path) -> Found:
     folders = _folders(base, others)
     known = [name.lower() in _PARTS for name in folders]
     if not any(name.lower() == "train" for name in folders) and not (folders and all(known)):
+        _refuse_groups(base, folders)
         return Found(base, {"all": _scan(base, base.name, folders, others)}, others)
     named: dict[str, str] = {}
     for name in folders:
@@ -143,6 +145,26 @@ def find(base: Path) -> Found:
             folder = base / named[part]
             parts[part] = _scan(folder, base.name, _folders(folder, others), others)
     return Found(base, parts, others, [name for name, is_part in zip(folders, known, strict=True) if not is_part])
+
+
+def _refuse_groups(base: Path, folders: list[str]) -> None:
+    """Refuse folders that all hold the same folders: classes within years, for example, or parts within classes."""
+    inside = {name: _folders(base / name, Counter()) for name in folders}
+    shared = set.intersection(*map(set, inside.values())) if len(inside) > 1 else set()
+    if len(shared) < 2:
+        return
+    first, second, names = base / folders[0], base / folders[1], sorted(shared)
+    if all(name.lower() in _PARTS for name in names):
+        remedy = f"put the classes into the parts: {base / names[0] / folders[0]}"
+    else:
+        remedy = (
+            f"if {names[0]} and {names[1]} are classes, join the images of each in one folder ({base / names[0]}), or "
+            f"give one of the folders ({first}); if not, move the images up into {first} and so on"
+        )
+    raise RelayError(
+        f"{first} and {second} both have the folders {', '.join(names[:_NAMED])}, so {folders[0]} and {folders[1]} "
+        f"would be the classes: {remedy}"
+    )
 
 
 def images_below(folder: Path) -> tuple[list[Path], Counter[str]]:

@@ -7,18 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from torchrelay import rng
 from torchrelay.checkpoint.checkpointer import Checkpointer
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.files import differences
-from torchrelay.data.order import order
-from torchrelay.data.sources import ArraySource
-from torchrelay.errors import Interrupted, RelayError, UsageError
+from torchrelay.errors import Interrupted, RelayError, UsageError, interrupted
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
@@ -28,10 +22,8 @@ from torchrelay.train.logs import EarlyLog
 from torchrelay.train.record import log
 from torchrelay.train.signals import StopSignal
 from torchrelay.train.spikes import Spike
-from torchrelay.train.state import TrainingState
+from torchrelay.train.state import TrainingState, initial_images
 
-# Training images from which a model may initialize itself.
-_INITIAL_SAMPLES = 5_000
 # What any process may ask of all of them.
 _STOP, _SAVE, _EVALUATE = 1, 2, 4
 
@@ -156,7 +148,7 @@ class Session:
         """Initialize from the data, and give all ranks the weights of rank 0."""
         state = self.state
         if isinstance(state.model, InitFromData):
-            state.model.init_from(_initial_images(state))
+            state.model.init_from(initial_images(state))
         state.strategy.broadcast_weights()
         if state.ema is not None:
             state.ema.restart(state.model)
@@ -298,7 +290,7 @@ class Session:
         signal = self._signal.received.name if self._signal.received is not None else "a signal"
         done = f"stopped by {signal} after step {self.state.progress.step:,}"
         if self.checkpoints is None:
-            return Interrupted(f"{done}; there is no run folder to resume from")
+            return self._told(f"{done}; there is no run folder to resume from", saved=False)
         spike = self.state.train_step.detector.read()
         if spike is None:
             self.save()
@@ -308,9 +300,17 @@ class Session:
         self.checkpoints.wait()
         # Whoever started the processes ends all of them when one ends.
         self._group.barrier("the last checkpoint")
-        by_script = self.record["environment"].get("started_from") == "python"
-        way = "trainer.resume()" if by_script else f"torchrelay resume {shlex.quote(str(self.folder))}"
-        return Interrupted(f"{done}, saved; resume with: {way}")
+        way = "trainer.resume()" if self._by_script else f"torchrelay resume {shlex.quote(str(self.folder))}"
+        return self._told(f"{done}, saved; resume with: {way}", saved=True)
+
+    @property
+    def _by_script(self) -> bool:
+        return bool(self.record["environment"].get("started_from") == "python")
+
+    def _told(self, text: str, *, saved: bool) -> Interrupted:
+        if self._by_script:  # else the command line prints it
+            self.say(text)
+        return interrupted(text, saved=saved)
 
     def _rewind(self, lines: int) -> None:
         if self.run is not None:
@@ -330,16 +330,3 @@ class Session:
             self.history.append({**line, **values})
         if self.run is not None:
             self.run.record({**line, **values, "time": values.get("time", now)})
-
-
-def _initial_images(state: TrainingState) -> Tensor:
-    """Return some training images, spread evenly and prepared as for an evaluation."""
-    batches, source = state.batches, state.batches.source
-    if not isinstance(source, ArraySource):
-        name = type(state.model).__name__
-        raise UsageError(f"{name} initializes itself from images in memory: use arrays or an image folder")
-    positions = np.arange(min(len(source), _INITIAL_SAMPLES))
-    chosen = torch.from_numpy(order(batches.seed, 0, positions, len(source)))
-    images = batches.pipeline.evaluate(batches.device.move(source.inputs[chosen]))
-    arranged: Tensor = batches.device.arrange(images)
-    return arranged

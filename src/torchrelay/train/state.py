@@ -3,20 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from torchrelay.checkpoint.format import Contents, pack
 from torchrelay.data.batches import Batches
 from torchrelay.data.files import Marks, together
+from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
 from torchrelay.data.stream_reader import StreamReader
 from torchrelay.device import processor
 from torchrelay.device.device import Device
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.identity import Identity
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.progress import Progress
 from torchrelay.train.step import TrainStep
+
+# Training images from which a model may initialize itself.
+_INITIAL_SAMPLES = 5_000
 
 
 class TrainingState:
@@ -156,3 +162,16 @@ class TrainingState:
         """Return the sample indices of a step's global batch; steps are counted from 1."""
         indices: list[int] = self.batches.indices(*divmod(step - 1, len(self.batches))).tolist()
         return indices
+
+
+def initial_images(state: TrainingState) -> Tensor:
+    """Return some training images, spread evenly and prepared as for an evaluation."""
+    batches, source = state.batches, state.batches.source
+    if not isinstance(source, ArraySource):
+        name = type(state.model).__name__
+        raise UsageError(f"{name} initializes itself from images in memory: use arrays or an image folder")
+    positions = np.arange(min(len(source), _INITIAL_SAMPLES))
+    chosen = torch.from_numpy(order(batches.seed, 0, positions, len(source)))
+    images = batches.pipeline.evaluate(batches.device.move(source.inputs[chosen]))
+    arranged: Tensor = batches.device.arrange(images)
+    return arranged
