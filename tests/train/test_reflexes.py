@@ -365,6 +365,29 @@ def test_a_loss_is_evaluated_too(case):
     assert len(built.predict(inputs)) == SAMPLES
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+@pytest.mark.parametrize("kind", [torch.float32, torch.int64])
+def test_one_logit_tells_two_classes_apart(shape, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 1), nn.Unflatten(1, (1,)) if shape else nn.Flatten(0))
+    positive = (INPUTS[:, 0] > 0.3).to(kind)
+    built = trainer(model, (INPUTS, positive), (INPUTS, positive), loss=nn.BCEWithLogitsLoss(), epochs=2)
+    values = built.fit()
+    assert isinstance(built.task, tr.tasks.Binary)
+    likely = built.predict(INPUTS)
+    assert likely.shape == (SAMPLES,)
+    logits = model(INPUTS).detach().flatten()
+    torch.testing.assert_close(likely, logits.sigmoid())
+    found, present = likely > 0.5, positive == 1
+    assert values["accuracy"] == pytest.approx((found == present).float().mean().item())
+    assert values["f1"] == pytest.approx(2 * (found & present).sum().item() / (found.sum() + present.sum()).item())
+    assert values["loss"] == pytest.approx(F.binary_cross_entropy_with_logits(logits, positive.float()).item())
+
+
+def test_one_logit_for_two_classes_says_which_loss_takes_it():
+    refused(lambda: trainer(nn.Linear(4, 1), (INPUTS, LABELS % 2)).fit(), "or give loss=nn.BCEWithLogitsLoss()")
+
+
 def test_a_loss_may_be_given_as_the_task_and_is_noted(tmp_path):
     built = trainer(task=nn.CrossEntropyLoss(label_smoothing=0.1), run=tmp_path / "run")
     assert isinstance(built.task, tr.Classification)

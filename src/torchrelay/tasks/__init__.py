@@ -1,6 +1,7 @@
 """Step 6: what a batch means: its loss, and how good the model's outputs are."""
 
 from torchrelay.data.labels import TargetError
+from torchrelay.tasks.binary import Binary
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.detection import Detection
 from torchrelay.tasks.metrics import Count
@@ -11,6 +12,7 @@ from torchrelay.tasks.segmentation import Segmentation
 from torchrelay.tasks.task import LossSettings, Task
 
 __all__ = [
+    "Binary",
     "Classification",
     "Count",
     "Detection",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from torchrelay.data.batches import Batches
 from torchrelay.errors import UsageError, nearest
+from torchrelay.tasks.binary import Binary
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.criterion import Criterion, OfClasses, OfSamples, OfValues
 from torchrelay.tasks.multilabel import MultiLabel
@@ -24,6 +25,7 @@ TaskLike = Task | type[Task] | nn.Module | Callable[..., Tensor] | str
 _BY_NAME: dict[str, type[Task]] = {
     "cross_entropy": Classification,
     "bce": MultiLabel,
+    "binary": Binary,
     "mse": Regression,
     "next_token": NextToken,
 }
@@ -121,6 +123,8 @@ def _of_module(loss: nn.Module, batches: Batches) -> Task:
     if isinstance(loss, nn.CrossEntropyLoss | nn.BCEWithLogitsLoss):
         targets, all_targets = batches.dummy_batch().targets, batches.targets_in_memory()
         shape = targets.shape if isinstance(targets, Tensor) else ()
+        if isinstance(loss, nn.BCEWithLogitsLoss) and len(shape) == 1 and loss.weight is None:
+            return Binary(loss.pos_weight)
         if isinstance(loss, nn.BCEWithLogitsLoss) and len(shape) == 2 and loss.weight is None:
             return MultiLabel(loss.pos_weight, shape[1])
         is_class = isinstance(loss, nn.CrossEntropyLoss) and len(shape) == 1 and not targets.is_floating_point()

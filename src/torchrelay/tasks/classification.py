@@ -54,6 +54,11 @@ class Classification(Task):
 
     def _check_outputs(self, classes: int) -> None:
         """Refuse a model without an output for each class: a GPU would stop without saying why."""
+        if classes == 1 and max(self.classes or 0, self._highest + 1) == 2:
+            raise RelayError(
+                "the model gives 1 output for 2 classes: build it with 2, or give loss=nn.BCEWithLogitsLoss(), which "
+                "takes one logit"
+            )
         if self.classes is not None and classes != self.classes:
             raise RelayError(
                 f"the model gives {classes} outputs for {self.classes} classes: build it with {self.classes} "
