@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import namedtuple
 from itertools import islice
@@ -17,6 +18,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from torchrelay.checkpoint import CheckpointSettings, Contents
+from torchrelay.checkpoint.writer import Writer
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
 from torchrelay.data.batch import Arguments, Batch, replica_sizes
@@ -493,6 +496,26 @@ def test_a_batch_that_a_worker_cannot_pickle_is_an_error_and_no_endless_wait():
     found = batches(dataset(WithFunction(), collate=list), workers=2)
     with pytest.raises(RelayError, match=r"WithFunction: a worker can't pass on a batch: .*set data\.workers to 0"):
         list(found.epoch())
+
+
+def test_workers_are_not_forked_while_a_checkpoint_is_written(tmp_path):
+    writing, may_end = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        writing.set()
+        assert may_end.wait(60)
+
+    writer = Writer(tmp_path, CheckpointSettings(), before_write=hold_up)
+    writer.save(Contents(step=1, model={"w": torch.zeros(2)}, state={}))
+    assert writing.wait(60)
+    found, read = batches(dataset(Noisy()), workers=1), threading.Event()
+    reader = threading.Thread(target=lambda: (next(iter(found.epoch())), read.set()))
+    reader.start()
+    assert not read.wait(0.5), "it forked a worker beside a thread that may hold a lock of the C library"
+    may_end.set()
+    assert read.wait(60)
+    reader.join()
+    writer.close()
 
 
 def test_hundreds_of_batches_at_once_do_not_use_up_the_open_files():

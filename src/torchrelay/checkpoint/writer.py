@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchrelay.checkpoint.format import Contents, write
 from torchrelay.checkpoint.retention import clean, prune
 from torchrelay.checkpoint.schedule import CheckpointSettings
+from torchrelay.run.lock import around_fork
 
 _LARGE = 2**15  # bytes from which a tensor is worth a call of its own
 _PLAIN = {Tensor, nn.Parameter}  # a tensor of another class may keep its data elsewhere
@@ -177,21 +178,24 @@ class Writer:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            contents, later = item
             try:
-                try:
-                    _copy(later)
-                finally:
-                    self._staged.set()
-                self._before_write()
-                contents.check_finite()  # here, where training doesn't wait for it
-                write(self.folder, contents)
-                prune(self.folder, self.settings.keep, self.settings.keep_best)
+                with around_fork:
+                    self._write(*item)
             except BaseException as error:  # noqa: BLE001 - raised on the training thread instead
                 self._failure = error
             finally:
                 self._queue.task_done()
         self._queue.task_done()
+
+    def _write(self, contents: Contents, later: list[_Copy]) -> None:
+        try:
+            _copy(later)
+        finally:
+            self._staged.set()
+        self._before_write()
+        contents.check_finite()  # here, where training doesn't wait for it
+        write(self.folder, contents)
+        prune(self.folder, self.settings.keep, self.settings.keep_best)
 
 
 def _is_optimized(path: str, contents: Contents) -> bool:

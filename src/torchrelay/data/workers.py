@@ -1,6 +1,5 @@
 """Step 2: read a torch Dataset sample by sample, in worker processes or in this one."""
 
-import pickle
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torchrelay.data.sources import DatasetSource
 from torchrelay.data.stream import StreamSource
 from torchrelay.errors import RelayError
 from torchrelay.rng import reseed_everything, seed_for
+from torchrelay.run.lock import around_fork
 
 Key = tuple[int, int, int]  # epoch, position, sample index
 
@@ -61,7 +61,9 @@ class Seeded(Dataset[Any]):
             return batches
         try:
             return _Pickled(batches)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except RuntimeError:  # there is no shared memory left
+            raise
+        except Exception as error:  # noqa: BLE001 - an object of a user's own may raise anything
             return RelayError(
                 f"{self.name}: a worker can't pass on a batch: {error}: give a collate function that returns what can "
                 "be pickled, or set data.workers to 0"
@@ -167,7 +169,8 @@ class Loader:
         self._keys.batches = keys
         with closing(keys):
             try:
-                batches = iter(self._loader)
+                with around_fork if self._workers else nullcontext():
+                    batches = iter(self._loader)
             except Exception as error:
                 self._explain(error)
                 raise
@@ -240,7 +243,7 @@ class _Pickled:
         self.data = bytes(ForkingPickler.dumps(value))
 
     def __reduce__(self) -> tuple[Any, tuple[bytes]]:
-        return pickle.loads, (self.data,)
+        return ForkingPickler.loads, (self.data,)
 
 
 @contextmanager

@@ -1,10 +1,16 @@
-"""Locks between processes, which the operating system releases when their holder ends, however it ends."""
+"""Locks between processes, which the operating system releases when their holder ends; and one around a fork."""
 
 import sys
+import threading
 from typing import IO, Any
 
 from portalocker import LockFlags
 from portalocker import portalocker as lockers
+
+# Held by a background thread that calls PyTorch, and while worker processes are forked. A fork copies the C library's
+# locks as they are, and an operator's first call takes one (to register a destructor): a worker that is forked at that
+# moment would wait for it for ever.
+around_fork = threading.Lock()
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
