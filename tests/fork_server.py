@@ -13,8 +13,10 @@ import ctypes
 import faulthandler
 import fcntl
 import gc
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -35,20 +37,25 @@ def preload() -> None:
     """Import what a training needs, and what is imported only where it is used."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure
-    import sklearn.datasets
+    import PIL.Image
+    import sklearn.datasets.data
     import tensorboard.compat.proto.summary_pb2
+    import tensorboard.plugins.hparams.api_pb2
     import torch
     import torch._inductor
     import torch.distributed.launcher.api
+    import torch.utils.flop_counter
     import torch.utils.tensorboard
     import torchmetrics
 
-    import torchrelay.cli
-    import torchrelay.distributed.launch
-    import torchrelay.models.summary
-    import torchrelay.recipe.trained
-    import torchrelay.report.draw
+    import torchrelay
 
+    for module in pkgutil.walk_packages(torchrelay.__path__, "torchrelay."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    PIL.Image.preinit()
+    sys.path.append(str(Path(__file__).parent / "distributed"))
+    importlib.import_module("forked")
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
     gc.freeze()  # a fork that ends need not look at, and so copy, all that was imported
@@ -161,7 +168,11 @@ def fork_children() -> bool:
         Whether this is one of the forked processes.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
+    # It asks for the name of a function, for which torch reads the source of each on the stack: 1.5 s where so many
+    # modules are loaded.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     parent = os.getpid()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     mine, others = socket.socketpair()

@@ -18,6 +18,7 @@ import pytest
 
 SERVER = Path(__file__).with_name("fork_server.py")
 Done = subprocess.CompletedProcess[str]
+LAUNCHED = ("--devices", "--nproc-per-node", "--nproc_per_node")  # how PyTorch's launcher is asked for processes
 
 
 class Process:
@@ -172,7 +173,7 @@ class Server:
             terminal=terminal,
             environment=clean_environment(self.folder) | (environment or {}),
             plots=plots,
-            forks=forks and any(str(each).startswith(("--devices", "--nproc-per-node")) for each in arguments),
+            forks=forks and any(str(each).startswith(LAUNCHED) for each in arguments),
         )
         self.started.append(Process(self, pid, None if terminal else streams))
         return self.started[-1]

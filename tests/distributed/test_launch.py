@@ -15,7 +15,8 @@ from torchrelay import checkpoint
 from torchrelay.distributed import launch, process
 from torchrelay.errors import UsageError
 
-TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2")
+NARROW = "model.options.widths=[4,8]"  # the recipe's network, with fewer channels
+TWO = ("device.name=cpu", "parallel.replicas=2", "run.epochs=2", NARROW)
 TORCHRUN = ["--standalone", "--nproc-per-node=2"]
 
 CODE = """
@@ -26,7 +27,7 @@ from torchrelay.models.small import small_cnn
 
 
 def own(classes, channels=1, image_size=8):
-    return small_cnn(classes, channels)
+    return small_cnn(classes, channels, widths=(4, 8))
 
 
 print("rank", os.environ.get("RANK", "none"), "speaks")
@@ -226,7 +227,7 @@ def test_a_script_may_join_its_processes_itself(start, tmp_path, same_runs):
 
 
 def test_a_restart_on_fewer_devices_goes_on_with_the_replicas_of_the_start(start, tmp_path, alone, same_runs):
-    command, sets = ("train", "digits", "--run=run"), ("device.name=cpu", "run.epochs=2")
+    command, sets = ("train", "digits", "--run=run"), ("device.name=cpu", "run.epochs=2", NARROW)
     launch = {"TORCHELASTIC_RUN_ID": "mine"}
     both = pair(start, *command, sets=(*sets, "run.max_steps=30"), environment=launch)
     assert [process.done().returncode for process in both] == [0, 0]
@@ -238,7 +239,7 @@ def test_a_restart_on_fewer_devices_goes_on_with_the_replicas_of_the_start(start
 
 
 def test_the_former_launcher_of_pytorch_starts_it_too(start):
-    former = ("--nproc_per_node=2", "-m", "torchrelay", "train", "digits", "--set=run.max_steps=3")
+    former = ("--nproc_per_node=2", "-m", "torchrelay", "train", "digits", "--set=run.max_steps=3", f"--set={NARROW}")
     done = start(*former, module="torch.distributed.launch", forks=True).done()
     assert done.returncode == 0, done.stderr
     assert "in 2 replicas" in done.stdout

@@ -24,7 +24,10 @@ TASK = {
     "SLURM_JOB_NODELIST": "gpu[07-09]",
     "SLURM_TASKS_PER_NODE": "4(x2)",
 }
-SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"')
+SETTINGS = (
+    *("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"'),
+    "model.options.widths=[4,8]",
+)
 
 # As SLURM's own: a task for each, with what it knows of it; the highest exit code is that of the step.
 SRUN = """#!/usr/bin/env python3

@@ -17,7 +17,8 @@ from processes import clean_environment
 from torchrelay import checkpoint
 
 SLOW = pytest.mark.slow  # as well, where it may be
-SETTINGS = ("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"')
+RUN = ("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"')
+SETTINGS = (*RUN, "model.options.widths=[4,8]")  # the recipe's network, but narrow
 
 # A network that fails in one of the processes.
 CODE = """
@@ -27,7 +28,7 @@ from torchrelay.models.small import small_cnn
 
 
 def tired(rank, calls, classes=10, channels=1, image_size=8):
-    model = small_cnn(classes, channels)
+    model = small_cnn(classes, channels, widths=(4, 8))
 
     def count(module, inputs):
         nonlocal calls
@@ -300,7 +301,7 @@ def failing(tmp_path: Path, rank: int) -> tuple[list[str], tuple[str, ...]]:
     """Arguments and settings of a run that fails in one process."""
     (tmp_path / "own.py").write_text(CODE)
     options = f"model.options={{rank={rank},calls=30}}"
-    return ["--code", str(tmp_path / "own.py")], (*SETTINGS, "model.name=tired", options)
+    return ["--code", str(tmp_path / "own.py")], (*RUN, "model.name=tired", options)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

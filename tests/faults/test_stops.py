@@ -63,7 +63,8 @@ def code(tmp_path) -> Path:
 WORKERS = ("data.name=slow_digits", "data.workers=2", "data.augment=[]", "model.name=mlp", "run.epochs=3")
 
 
-SETTINGS = ("run.epochs=6", 'checkpoint.every="3 steps"')
+NARROW = "model.options.widths=[4,8]"  # the recipe's network, with fewer channels
+SETTINGS = ("run.epochs=6", 'checkpoint.every="3 steps"', NARROW)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +86,10 @@ def killed_often(start, run: Path, kills: int, settings: tuple[str, ...] = SETTI
     while killed < kills:
         resuming = (run / "recipe.toml").exists()
         process = start("resume", run) if resuming else start("train", "digits", "--run", run, sets=settings)
-        if killed % 3:  # let it come as far as to train and save; the others may hit the start
+        trains = killed % 3 > 0  # let it come as far as to train and save; the others may hit the start
+        if trains:
             process.until(lambda: any("resuming after" in line for line in lines(run)[-1:]) or steps(run) == [0])
-        time.sleep(draw.uniform(0, 0.15))
+        time.sleep(draw.uniform(0, 0.05 if trains else 0.15))
         assert process.runs(), "it is too fast for this test: make it longer"
         process.end()
         killed += 1
@@ -182,7 +184,7 @@ def test_a_second_signal_exits_at_once_and_leaves_the_earlier_checkpoint_intact(
 
 def test_a_second_process_on_a_run_folder_is_told_which_process_holds_it(start, cli, one_line, tmp_path):
     run = tmp_path / "run"
-    first = start("train", "digits", "--run", run, sets=("run.epochs=400",))
+    first = start("train", "digits", "--run", run, sets=("run.epochs=400", NARROW))
     holder = f"{run} is in use by process {first.pid} on {socket.gethostname()}: wait for it, stop it, or choose"
     first.until(lambda: len(steps(run)) > 1)
     first.send(signal.SIGSTOP)  # it holds the folder even so
@@ -257,7 +259,7 @@ def test_a_single_process_needs_no_rendezvous(cli, tmp_path):
     """So that a port that is taken concerns nobody, not even one that the surroundings ask for."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         asked = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        done = cli("train", "digits", "--run", "run", sets=("run.max_steps=3",), environment=asked)
+        done = cli("train", "digits", "--run", "run", sets=("run.max_steps=3", NARROW), environment=asked)
         taken.settimeout(0)
         with pytest.raises(BlockingIOError):
             taken.accept()  # nobody has asked
@@ -300,7 +302,7 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(start, cl
 def test_the_printed_resume_command_can_be_pasted_for_any_folder_name(start, tmp_path):
     """A line break in it is written as a shell reads it."""
     name = "it's a\nrun"
-    process = start("train", "digits", "--run", name, sets=("run.epochs=400",))
+    process = start("train", "digits", "--run", name, sets=("run.epochs=400", NARROW))
     process.until(lambda: any("epoch   1" in line for line in lines(tmp_path / name)))
     process.send(signal.SIGINT)
     done = process.done()
@@ -314,7 +316,7 @@ def test_ctrl_c_in_a_terminal_with_a_progress_bar_saves_a_checkpoint(start, tmp_
     """A person presses the keys; the terminal makes a signal of them."""
     person, device = terminal
     run = tmp_path / "run"
-    process = start("train", "digits", "--run", "run", sets=("run.epochs=100",), terminal=device, plots=True)
+    process = start("train", "digits", "--run", "run", sets=("run.epochs=100", NARROW), terminal=device, plots=True)
     process.until(lambda: any("epoch   2" in line for line in lines(run)))
     os.write(person, b"\x03")
     os.set_blocking(person, False)

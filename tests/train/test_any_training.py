@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -283,13 +282,11 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(_server, tmp_path_factory) -> Path:
     """A folder with each case's run on 1, 2 and 4 processes."""
     folder = tmp_path_factory.mktemp("any")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1] / "distributed"), *sys.path])
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = _server.start(folder, folder=folder, script=Path(__file__), environment=loopback).done(280)
     assert done.returncode == 0, done.stderr
     torch.set_num_threads(1)
     for name in CASES:

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,7 +192,7 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(_server, tmp_path_factory) -> Path:
     """A folder with each case's run by one process, by two, and begun by one and resumed by two."""
     folder = tmp_path_factory.mktemp("streams")
     torch.set_num_threads(1)
@@ -203,10 +202,8 @@ def runs(tmp_path_factory) -> Path:
         trainer.callbacks.append(Stop(2))
         with pytest.raises(Interrupted):
             trainer.fit()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1] / "distributed"), *sys.path])
-    command = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    done = _server.start(folder, folder=folder, script=Path(__file__), environment=loopback).done(280)
     assert done.returncode == 0, done.stderr
     return folder
 
