@@ -68,3 +68,28 @@ def test_a_mean_is_noticed_without_test_data(tmp_path, quiet):
 
     (hint,) = fit(tmp_path, quiet, task=Mean(), batch_size=40)
     assert 'as a mean is: return the sum over the samples (reduction="sum")' in hint
+
+
+def test_images_that_are_normalized_already_are_left_alone_in_arrays_as_in_a_dataset(tmp_path, quiet):
+    raw, targets = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 2
+    ready = (raw - 0.5) / 0.25
+
+    def seen(data, **changes) -> tuple[torch.Tensor, str]:
+        arguments = {"epochs": 1, "batch_size": 40, "sampling": "sequential", "terminal": quiet} | changes
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        trainer = tr.Trainer(model, data, run=folder, **arguments)
+        trainer.fit()
+        lines = [line for line in (folder / "log.txt").read_text().splitlines() if "the images are" in line]
+        return next(trainer.batches.epoch(0)).inputs, lines[0]
+
+    of_arrays, said = seen((ready, targets))
+    assert "the images are taken as they are: floats with negative values are taken for normalized ones" in said
+    of_dataset, said = seen(torch.utils.data.TensorDataset(ready, targets))
+    assert "the images are taken as TensorDataset gives them, and not normalized" in said
+    assert torch.equal(of_arrays, of_dataset)
+    assert torch.equal(of_arrays, ready)
+    for data in (raw, ready):
+        images, said = seen((data, targets), **({"normalize": True} if data is ready else {}))
+        assert "the images are normalized by their channels' means, " in said
+        torch.testing.assert_close(images.std((0, 2, 3), unbiased=False), torch.ones(3))

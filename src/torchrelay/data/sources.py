@@ -256,15 +256,21 @@ def split(source: Source, share: float, seed: int) -> tuple[ArraySource, ArraySo
     return source.take(rest), source.take(part)
 
 
-def statistics(source: Source) -> dict[str, Any]:
+def statistics(source: Source, always: bool = True) -> dict[str, Any]:
     """Return the "mean" and "std" of an image source's channels: the published ones, or those of its images.
 
     A source that isn't images in memory has none.
+
+    Args:
+        source: the samples.
+        always: also if the images are floats of which some are negative, as normalized ones are.
     """
     if not isinstance(source, ArraySource) or source.inputs.ndim != 4:
         return {}
     if source.mean is not None and source.std is not None:
         return {"mean": source.mean, "std": source.std}
+    if not always and source.inputs.is_floating_point() and bool(source.inputs.min() < 0):
+        return {}
     mean, std = channel_statistics(source.inputs)
     return {"mean": mean, "std": std}
 

@@ -49,7 +49,8 @@ class BatchOptions(TypedDict, total=False):
     prepare: AugmentLike | Sequence[AugmentLike]
     """What training and test images alike go through first, such as `[augment.Resize(size=112)]`."""
     normalize: bool
-    """Whether images are normalized by the data's channel means and standard deviations; they are by default."""
+    """Whether images in arrays are normalized by their channels' means and standard deviations. By default, all but
+    floats with negative values are, which count as normalized; a Dataset's samples never are."""
     sampling: Sampling
     """"shuffle" (the default), "balanced" (every class equally often), "sequential", or a function from (seed, epoch),
     the epoch counted from 0, to the indices of the samples in their order."""

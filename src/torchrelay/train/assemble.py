@@ -16,7 +16,7 @@ from torchrelay.data.accept import as_source, options_of, stacked
 from torchrelay.data.augment.accept import as_transforms
 from torchrelay.data.augment.pipeline import Pipeline
 from torchrelay.data.batches import Batches
-from torchrelay.data.sources import statistics
+from torchrelay.data.sources import Source, statistics
 from torchrelay.data.stream import StreamSource
 from torchrelay.data.stream_reader import check_apart
 from torchrelay.device.device import Device, DeviceSettings, set_up
@@ -111,7 +111,7 @@ def make_batches(
         transforms=as_transforms(options.get("augment"), "augment"),
         prepare=as_transforms(options.get("prepare"), "prepare"),
         classes=len(source.classes),
-        **(statistics(source) if options.get("normalize", True) else {}),
+        **_statistics(source, options.get("normalize")),
     )
 
     def batches(data: Any, training: bool) -> Batches:
@@ -140,6 +140,10 @@ def make_batches(
     made = batches(source, training=True)
     check_apart(made.stream, [part.stream for part in parts.values()])
     return made, parts
+
+
+def _statistics(source: Source, normalize: bool | None) -> dict[str, Any]:
+    return {} if normalize is False else statistics(source, always=normalize is True)
 
 
 def make_strategy(

@@ -4,8 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+from torch import Tensor
+
 from torchrelay.data.batch import Batch, replica_sizes
 from torchrelay.data.batches import Batches
+from torchrelay.data.sources import ArraySource
 from torchrelay.data.stream_reader import StreamReader
 from torchrelay.tasks.classification import Classification
 from torchrelay.tasks.detection import Detection
@@ -13,6 +16,7 @@ from torchrelay.tasks.task import Task
 
 _ABSURD = 3.0  # times the loss of guessing, or of the first epoch
 _FEW = 7  # samples, of which a half may have nearly the whole loss
+_CHANNELS = (1, 3)  # of images
 _UNEQUAL = 0.05  # of a loss, by which that of its halves may differ
 
 
@@ -27,6 +31,22 @@ def of_batches(batches: Batches) -> str | None:
         f"hint: a batch of {batches.batch_size:,} holds all {samples:,} training samples, so an epoch is one step; "
         "a smaller data.batch_size takes more steps"
     )
+
+
+def of_images(batches: Batches) -> str | None:
+    """Return whether float images, or those of a Dataset, are normalized; bytes in memory always are by default."""
+    source, mean = batches.source, batches.pipeline.mean
+    if isinstance(source, ArraySource):
+        if source.inputs.ndim != 4 or not source.inputs.is_floating_point():
+            return None
+        if mean is None:
+            return "the images are taken as they are: floats with negative values are taken for normalized ones"
+        return f"the images are normalized by their channels' means, {', '.join(f'{each:.3g}' for each in mean)}"
+    if batches.stream is not None or source.files is not None:
+        return None
+    inputs = batches.dummy_batch().inputs
+    are_images = isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] in _CHANNELS
+    return f"the images are taken as {source.name} gives them, and not normalized" if are_images else None
 
 
 def _of_stream(batches: Batches, stream: StreamReader) -> str:

@@ -127,7 +127,7 @@ class Pictures(Callback):
     def on_start(self, trainer: Training) -> None:
         """Show the first batch as the model sees it, and what the model costs."""
         run = trainer.run
-        for hint in (hints.of_batches(self._batches), hints.of_task(trainer.task)):
+        for hint in (hints.of_images(self._batches), hints.of_batches(self._batches), hints.of_task(trainer.task)):
             if self._progress.step == 0 and hint:
                 trainer.say(hint)
         if run is None or self._progress.step > 0:
