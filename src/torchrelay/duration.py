@@ -119,10 +119,13 @@ def steps_between(interval: "int | Duration", steps_per_epoch: int, total_steps:
     return interval.steps(steps_per_epoch, total_steps) if interval.seconds is None else 0
 
 
+def seconds_of(interval: "int | Duration") -> float:
+    """Return the seconds of an interval that the clock measures; 0 for any other."""
+    return (interval.seconds or 0.0) if isinstance(interval, Duration) else 0.0
+
+
 _INTERVAL = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["200 steps", "10 min"]}]}
 Interval = Annotated[int | Duration, PlainValidator(_interval), WithJsonSchema(_INTERVAL)]
 """How often something happens: a whole number, or a duration such as "200 steps" or "10 min"."""
-StepInterval = Annotated[Interval, AfterValidator(_without_clock)]
-"""Likewise, but not by the clock: all processes must agree on the step."""
 StepDuration = Annotated[Duration, AfterValidator(_without_clock)]
 """A duration on which a result depends and which therefore may not be wall-clock time."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import torchrelay as tr
+from torchrelay.checkpoint.retention import find
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.exact_ddp import divide
 from torchrelay.distributed.replicas import GradientTree, ParallelSettings
@@ -138,6 +139,7 @@ def in_two(rank: int, folder: Path) -> None:
     if rank == 0:
         torch.save(predicted, folder / "predicted.pt")
     build("adamw", folder / "4 to 1 to 2").resume()
+    build("muon", folder / "clock", settings=RunSettings(log_every="0.01 s", epochs=1)).fit()
     build("rollback", folder / "close", net=Plain, settings=RunSettings(exact=False)).fit()
     with pytest.raises(RelayError, match="was not used in a step, for which DistributedDataParallel waits"):
         build("adamw", settings=RunSettings(exact=False)).fit()
@@ -216,6 +218,14 @@ def test_a_run_moves_within_an_epoch_from_four_processes_to_one_to_two(runs, sam
     log = (runs / "4 to 1 to 2" / "log.txt").read_text()
     assert f"resuming after step {STEPS + 3}" in log, "all have agreed on the step after the signal's"
     assert f"resuming after step {STEPS + 4}" in log
+
+
+def test_lines_written_by_the_clock_change_no_weight(runs):
+    steps = [line["step"] for line in read_metrics(runs / "clock") if line["split"] == "step"]
+    assert steps
+    assert len(set(steps)) == len(steps)
+    folders = [find(runs / run / "checkpoints", "last") for run in ("clock", "1/muon")]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1
 
 
 def test_predictions_are_those_of_one_process(runs):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from torchrelay.duration import Interval, StepInterval
+from torchrelay.duration import Interval
 from torchrelay.settings import Settings
 
 Views = Literal[1, 2, 6]  # how many views of an image test-time augmentation averages over
@@ -31,8 +31,8 @@ class RunSettings(Settings):
     """Also measure the task's metrics, such as accuracy, on the training batches."""
     test_views: Views = 1
     """Average evaluation over views of each image. 2: it and its mirror image; 6: if unsure, shifted ones as well."""
-    log_every: StepInterval = 50
-    """Steps between two lines of metrics within an epoch, or "0.1 epochs"."""
+    log_every: Interval = 50
+    """Steps between two lines of metrics within an epoch, or "0.1 epochs", "1 min"."""
     on_spike: Literal["stop", "rollback"] = "stop"
     """What to do on a loss spike: stop, or roll back to the checkpoint before it, skip its batch and continue."""
     spike_threshold: float | None = Field(default=None, gt=1)

@@ -24,7 +24,7 @@ from torchrelay.distributed.build import build_strategy
 from torchrelay.distributed.process_group import ProcessGroup, init_process_group
 from torchrelay.distributed.replicas import ParallelSettings, count_replicas
 from torchrelay.distributed.strategy import Strategy
-from torchrelay.duration import steps_between
+from torchrelay.duration import seconds_of, steps_between
 from torchrelay.errors import UsageError
 from torchrelay.models.ema import EMA
 from torchrelay.optim.accept import Factor, ScheduleLike, as_optimizer, as_schedule, make
@@ -47,6 +47,7 @@ from torchrelay.train.arguments import (
     refuse,
 )
 from torchrelay.train.callbacks import Callback, EarlyStopping
+from torchrelay.train.clock import Lines
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.logs import EarlyLog, Pictures, StepLog
 from torchrelay.train.progress import Progress, RunningSums
@@ -284,8 +285,8 @@ def join_parts(
     """Build the parts of a run with these settings; `settle` is called before weights change or are swapped."""
     sums = RunningSums(strategy.group, batches.replicas // strategy.group.size)
     total = settings.steps or settings.epochs * len(batches)
-    log_every = steps_between(settings.log_every, len(batches), total, "steps")
-    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, log_every, settings.steps)
+    lines = Lines(steps_between(settings.log_every, len(batches), total, "steps"), seconds_of(settings.log_every))
+    progress = Progress(settings.epochs, len(batches), settings.max_steps, sums, lines, settings.steps)
     # A CUDA graph holds a step of one replica.
     device = batches.device.without_graph() if batches.replicas > 1 else batches.device
     train_step = TrainStep(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from torchrelay.data.batches import Batches
-from torchrelay.duration import Duration, steps_between
+from torchrelay.duration import seconds_of, steps_between
 from torchrelay.errors import UsageError
 from torchrelay.optim.schedules import Schedule
 from torchrelay.run.settings import RunSettings
@@ -44,7 +44,7 @@ class Judge:
         self._schedule, self._session, every = schedule, session, settings.evaluate_every
         steps = steps_between(every, self._progress.steps_per_epoch, self._progress.total_steps, "epochs")
         self._steps, self._by_clock = steps, not steps and bool(evaluator.parts)
-        self._seconds = (every.seconds or 0.0) if isinstance(every, Duration) else 0.0
+        self._seconds = seconds_of(every)
         stops = any(isinstance(callback, EarlyStopping) for callback in session.state.callbacks)
         if self._by_clock and (schedule.follows_evaluations or stops):
             raise UsageError(

@@ -47,7 +47,7 @@ class EarlyLog:
 
 
 class StepLog(Callback):
-    """Writes a line of metrics each `run.log_every` steps: the mean loss since the last, the rates, what was logged.
+    """Writes a line of metrics each `run.log_every`: the mean loss since the last, the rates, what was logged.
 
     Args:
         progress: which knows what was logged.
@@ -65,13 +65,13 @@ class StepLog(Callback):
         self._samples, self._since = 0, time.perf_counter()
 
     def on_step(self, trainer: Training, batch: Batch, loss: Tensor) -> None:
-        """Keep the loss without reading it; each `log_every` steps, read and record."""
+        """Keep the loss without reading it; where a line is due, read and record."""
         if trainer.run is None:
             return
         # On the CPU as a number: small tensors that outlive their step fragment the heap.
         self._losses.append(loss.item() if loss.is_cpu else loss)
         self._samples += batch.size
-        if trainer.step % self._progress.log_every:
+        if not self._progress.lines.due:
             return
         now = time.perf_counter()
         self.last = math.fsum(map(float, self._losses)) / len(self._losses)

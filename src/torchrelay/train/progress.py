@@ -2,9 +2,7 @@
 
 import json
 import math
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.train.clock import Lines, Stopwatch
 from torchrelay.train.record import Logged, Record
 from torchrelay.train.step import StepResult
 
@@ -162,35 +161,6 @@ def _unfragmented(value: Tensor | float) -> Tensor | float:
     return value.item() if isinstance(value, Tensor) and value.is_cpu else value
 
 
-class Stopwatch:
-    """Measures the times that people are shown; nothing that is computed depends on it."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.start()
-
-    def start(self) -> None:
-        """Start to count seconds and samples."""
-        self._since, self._samples = time.perf_counter(), 0
-
-    def count(self, samples: int) -> None:
-        """Count trained samples."""
-        self._samples += samples
-        self.total += samples
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count no time meanwhile."""
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
-
-    def lap(self) -> dict[str, float]:
-        """Return the seconds since the start, and the samples per second."""
-        seconds = time.perf_counter() - self._since
-        return {"seconds": round(seconds, 3), "samples_per_second": round(self._samples / max(seconds, 1e-9), 1)}
-
-
 class Progress:
     """Where a run stands: the only state that moves beside the weights and the optimizer.
 
@@ -200,7 +170,7 @@ class Progress:
         max_steps: the step after which the run ends early; None: after all epochs.
         steps: of the whole run, in place of epochs.
         sums: of the running epoch's loss and measures.
-        log_every: steps between two lines of metrics.
+        lines: when a line of metrics is written.
 
     Attributes:
         step: optimizer steps taken; the position within the epoch follows from it.
@@ -214,6 +184,7 @@ class Progress:
         last_loss: the last mean loss on record, for people.
         logged: what `tr.log` was given, except by the replicas.
         phase: what happens instead of training, such as "evaluating"; for people.
+        lines: when a line of metrics is written.
     """
 
     def __init__(
@@ -222,10 +193,10 @@ class Progress:
         steps_per_epoch: int,
         max_steps: int | None = None,
         sums: RunningSums | None = None,
-        log_every: int = 50,
+        lines: Lines | None = None,
         steps: int | None = None,
     ) -> None:
-        self.log_every = log_every
+        self.lines = lines or Lines()
         self.epochs = -(-steps // steps_per_epoch) if steps is not None else epochs
         self.steps_per_epoch, self.max_steps, self._steps = steps_per_epoch, max_steps, steps
         self.step = 0
@@ -287,7 +258,7 @@ class Progress:
             self.sums.add_measures(measures, count)
         for logged in result.logged:
             self.sums.add_logged(logged)
-        if self.step % self.log_every == 0:
+        if self.lines.count(self.step):
             self.sums.read_logged()
 
     def end_epoch(self) -> None:

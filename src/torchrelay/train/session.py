@@ -25,7 +25,7 @@ from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState, initial_images
 
 # What any process may ask of all of them.
-_STOP, _SAVE, _EVALUATE = 1, 2, 4
+_STOP, _SAVE, _EVALUATE, _LOG = 1, 2, 4, 8
 
 
 class Session:
@@ -215,7 +215,10 @@ class Session:
         """
         late = self._group.main and self.checkpoints is not None and self.checkpoints.due_by_clock()
         stop = self._signal.received is not None
-        asked = self._group.agree(_STOP * stop | _SAVE * late | _EVALUATE * self._due)
+        lines = self.state.progress.lines
+        log = self._group.main and lines.ask()
+        asked = self._group.agree(_STOP * stop | _SAVE * late | _EVALUATE * self._due | _LOG * log)
+        lines.asked |= bool(asked & _LOG)
         self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)
         self.state.progress.interrupted = bool(asked & _STOP)
         return bool(asked & _SAVE)

@@ -219,7 +219,7 @@ class Trainer(Parts):
         is_within = not progress.at_epoch_end and not progress.ends
         evaluate, save = is_within and self.judge.is_due(), save and not progress.at_epoch_end
         spike = None
-        if save or evaluate or progress.step % progress.log_every == 0:
+        if save or evaluate or progress.lines.due:
             spike = self.train_step.detector.read()
         if spike is not None:
             return spike
