@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import torchrelay as tr
 from torchrelay import checkpoint
-from torchrelay.checkpoint import Contents
+from torchrelay.checkpoint import Checkpointer, CheckpointSettings, Contents
 from torchrelay.checkpoint.format import _sha256, pack
 from torchrelay.checkpoint.retention import prune
 from torchrelay.errors import RelayError, UsageError
@@ -165,6 +166,50 @@ def test_the_newest_is_kept_even_if_none_shall_be(tmp_path):
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000002"]
 
 
+def test_a_checkpoint_that_a_signal_caused_goes_with_the_next_and_displaces_none(tmp_path):
+    def kept() -> list[int]:
+        prune(tmp_path, keep=2, keep_best=1)
+        return [checkpoint.read(path).step for path in checkpoint.complete(tmp_path)]
+
+    for step, score in ((1, 0.9), (2, 0.1), (3, 0.2)):
+        checkpoint.write(tmp_path, contents(step, score))
+    checkpoint.write(tmp_path, replace(contents(4, 1.0), interim=True))
+    assert kept() == [1, 2, 3, 4]
+    checkpoint.write(tmp_path, replace(contents(5, 1.0), interim=True))
+    assert kept() == [1, 2, 3, 5], "one for each signal would fill the disk"
+    checkpoint.write(tmp_path, contents(6, 0.3))
+    assert kept() == [1, 3, 6]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_told_once_and_tried_again(tmp_path):
+    said: list[str] = []
+    settings = CheckpointSettings(keep=1, keep_best=0)
+    with Checkpointer(tmp_path, settings, steps_per_epoch=1, total_steps=9, warn=said.append) as checkpointer:
+        checkpointer.save(contents(1))
+        checkpointer.wait()
+        obstacle = tmp_path / ".step-00000001.removed"  # a folder can't be renamed to a file
+        obstacle.write_text("")
+        for step in (2, 3):
+            checkpointer.save(contents(step))
+            checkpointer.wait()
+        (message,) = said
+        assert message.startswith(f"the old checkpoint {tmp_path}/step-00000001 can't be deleted (Not a directory)")
+        obstacle.unlink()
+        checkpointer.save(contents(4))
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_process_that_died_did_not_delete_goes_when_the_run_is_opened(tmp_path, damaged):
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path, contents(step))
+    restored = 2 if damaged else 3
+    settings = CheckpointSettings(keep=1, keep_best=0)
+    Checkpointer(tmp_path, settings, steps_per_epoch=1, total_steps=9).tidy(restored)
+    left = [int(path.name[-1]) for path in checkpoint.complete(tmp_path)]
+    assert left == ([1, 2, 3] if damaged else [3]), "the newest one is damaged, so the others must stay"
+
+
 def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path, "best")
@@ -212,6 +257,7 @@ def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_p
     """A real process is killed at each system call that changes the disk, by a tracer of its own making."""
     script = """
 import os, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torchrelay import checkpoint

@@ -132,6 +132,7 @@ def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(start, cli, tmp_path,
         done = cli("resume", run)
         assert f"resuming after step {found[1]} of 138" in done.stdout
         same_runs(run, undisturbed)
+        assert steps(run) == steps(undisturbed), "the checkpoint that the signal caused stays"
 
 
 # A checkpoint of this model takes a while to write, so that a signal can come in the middle.

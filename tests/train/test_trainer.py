@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -646,3 +647,18 @@ def test_a_gradient_that_is_not_finite_reaches_no_checkpoint(digits, quiet, tmp_
     saved = checkpoint.newest(run / "checkpoints", warn=pytest.fail)
     assert saved.step == 3
     assert all(torch.isfinite(tensor).all() for tensor in saved.model.values())
+
+
+def test_a_resume_of_a_finished_run_deletes_what_a_process_that_died_left(tmp_path, quiet):
+    def trainer() -> tr.Trainer:
+        torch.manual_seed(0)
+        data = (torch.arange(40.0).reshape(20, 2), torch.arange(20) % 2)
+        return tr.Trainer(nn.Linear(2, 2), data, epochs=4, batch_size=10, run=tmp_path / "run", terminal=quiet)
+
+    trainer().fit()
+    folder = tmp_path / "run" / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir())
+    last = checkpoint.read(folder / names[-1])
+    checkpoint.write(folder, replace(last, step=1))
+    trainer().resume()
+    assert sorted(path.name for path in folder.iterdir()) == names

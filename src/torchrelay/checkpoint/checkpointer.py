@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from torchrelay.checkpoint import retention
-from torchrelay.checkpoint.format import Contents
+from torchrelay.checkpoint.format import Contents, step_of
 from torchrelay.checkpoint.schedule import CheckpointSettings, SaveSchedule
 from torchrelay.checkpoint.writer import Writer
 
@@ -31,6 +31,7 @@ class Checkpointer:
         steps_per_epoch: global batches per epoch.
         total_steps: steps of the whole run.
         before_write: called on the background thread before each write.
+        warn: called with a message about an old checkpoint that can't be deleted, once for each.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Checkpointer:
         steps_per_epoch: int,
         total_steps: int,
         before_write: Callable[[], None] = lambda: None,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self._schedule = SaveSchedule(settings, steps_per_epoch, total_steps)
         self._before_write = before_write
+        self._warn = warn
+        self._warned: set[str] = set()
         self._writer: Writer | None = None
 
     def due_after(self, step: int) -> bool:
@@ -71,6 +75,7 @@ class Checkpointer:
         if self._writer is None:
             self._writer = Writer(self.folder, self.settings, self._before_write)
         self._writer.save(contents, training_continues=training_continues)
+        self._warn_once(self._writer.undeleted)
 
     def settle(self, *, trained: bool = False) -> None:
         """Wait until everything is staged; call this before weights change.
@@ -89,6 +94,7 @@ class Checkpointer:
         """
         if self._writer is not None:
             self._writer.wait()
+            self._warn_once(self._writer.undeleted)
 
     def close(self) -> None:
         """Finish writing and end the background thread; a later `save` starts a new one.
@@ -99,6 +105,13 @@ class Checkpointer:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+            self._warn_once(writer.undeleted)
+
+    def _warn_once(self, messages: list[str]) -> None:
+        for message in messages:
+            if message not in self._warned:
+                self._warned.add(message)
+                self._warn(message)
 
     def __enter__(self) -> Self:
         return self
@@ -113,6 +126,17 @@ class Checkpointer:
     def find(self, which: str) -> Path:
         """Return the checkpoint called "best", "last" or by its step; see `retention.find`."""
         return retention.find(self.folder, which)
+
+    def tidy(self, step: int) -> None:
+        """Finish what a process that died may have left undone: delete what the settings don't keep.
+
+        Args:
+            step: of the checkpoint that was restored. If a later one is damaged, nothing is deleted.
+        """
+        paths = retention.complete(self.folder)
+        if paths and step_of(paths[-1]) == step:
+            retention.clean(self.folder)
+            self._warn_once(retention.prune(self.folder, self.settings.keep, self.settings.keep_best))
 
     def remove_after(self, step: int) -> None:
         """Delete the checkpoints of more steps than this, as a rollback does."""

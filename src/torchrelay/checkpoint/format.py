@@ -30,6 +30,7 @@ from torchrelay.errors import RelayError
 FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
 _NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
+_INTERIM = "interim.txt"  # a file and not an entry of the manifest, whose fields earlier releases know
 _LARGEST_JSON = 64 * 2**20  # bytes; enough for a state of a million numbers, too small for a bomb
 
 
@@ -54,6 +55,11 @@ class Manifest(BaseModel, extra="forbid"):
     files: dict[str, File]
     checksum: str = ""  # of all fields above
 
+    @property
+    def is_interim(self) -> bool:
+        """Whether the checkpoint was saved because a signal stopped the run."""
+        return _INTERIM in self.files
+
     def own_checksum(self) -> str:
         """Compute the checksum that this manifest should have."""
         return hashlib.sha256(self.model_dump_json(exclude={"checksum"}).encode()).hexdigest()
@@ -71,6 +77,7 @@ class Contents:
     metrics: dict[str, float] = field(default_factory=dict)
     weights: tuple[str, ...] = ()  # names in `model` that only an optimizer step changes
     trained: tuple[str, ...] = ()  # those that it does change and that must be finite; a mask may hold -inf
+    interim: bool = False  # saved because a signal stopped the run: an undisturbed run has no such checkpoint
 
     def check_finite(self) -> None:
         """Check that trained weights are finite.
@@ -157,6 +164,8 @@ def write(folder: Path, contents: Contents) -> Path:
             _write_tensors(staging / "ema.safetensors", contents.ema)
         _write_tensors(staging / "state.safetensors", tensors)
         _write_flushed(staging / "state.json", json.dumps(skeleton, allow_nan=False).encode())
+        if contents.interim:
+            _write_flushed(staging / _INTERIM, b"Saved as a signal stopped the run; the next checkpoint replaces it.\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         manifest = Manifest(
             format=FORMAT,

@@ -5,7 +5,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from torchrelay.checkpoint.format import CHECKPOINT_NAME, Contents, LaterReleaseError, read, read_manifest, step_of
+from torchrelay.checkpoint.format import (
+    CHECKPOINT_NAME,
+    Contents,
+    LaterReleaseError,
+    Manifest,
+    read,
+    read_manifest,
+    step_of,
+)
 from torchrelay.errors import RelayError, UsageError
 
 
@@ -76,16 +84,28 @@ def find(folder: Path, which: str) -> Path:
     return by_step[which]
 
 
-def prune(folder: Path, keep: int, keep_best: int) -> None:
+def prune(folder: Path, keep: int, keep_best: int) -> list[str]:
     """Delete all checkpoints but the newest `keep` (at least one) and the best `keep_best`.
 
-    A checkpoint with a damaged manifest counts as neither and is left for a person to inspect.
+    One that a signal caused counts as neither: only the newest of them stays, until there is a later checkpoint that
+    would exist without the signal. One with a damaged manifest counts as neither and is left for a person to inspect.
+
+    Returns:
+        What couldn't be deleted, a message each; the next call tries it again.
     """
-    paths = [path for path in complete(folder) if _has_valid_manifest(path)]
-    kept = {*paths[-max(keep, 1) :], *_by_score(paths)[:keep_best]}
-    for path in paths:
+    manifests = {path: manifest for path in complete(folder) if (manifest := _manifest(path)) is not None}
+    regular = [path for path, manifest in manifests.items() if not manifest.is_interim]
+    kept = {*regular[-max(keep, 1) :], *_by_score(regular)[:keep_best], *list(manifests)[-1:]}
+    failures = []
+    for path in manifests:
         if path not in kept:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:
+                failures.append(
+                    f"the old checkpoint {path} can't be deleted ({error.strerror or error}): the next save tries again"
+                )
+    return failures
 
 
 def remove_after(folder: Path, step: int) -> None:
@@ -111,6 +131,14 @@ def _by_score(paths: Sequence[Path]) -> list[Path]:
             if score is not None:
                 scores[path] = score
     return sorted(scores, key=lambda path: scores[path], reverse=True)
+
+
+def _manifest(path: Path) -> Manifest | None:
+    """Return a checkpoint's manifest, or None if it is damaged or was written by a later release."""
+    try:
+        return read_manifest(path)
+    except RelayError:
+        return None
 
 
 def _has_valid_manifest(path: Path) -> bool:

@@ -125,6 +125,7 @@ class Writer:
         self._first: list[_Copy] | None = None  # weights of the first copy, until they are compared
         self._weights_rest: bool | None = None  # only the optimizer changes weights; None: not known yet
         self._failure: BaseException | None = None
+        self.undeleted: list[str] = []  # messages about old checkpoints, for the training thread to say
         self._thread = threading.Thread(target=self._work, name="checkpoint writer", daemon=True)
         self._thread.start()
 
@@ -195,7 +196,7 @@ class Writer:
         self._before_write()
         contents.check_finite()  # here, where training doesn't wait for it
         write(self.folder, contents)
-        prune(self.folder, self.settings.keep, self.settings.keep_best)
+        self.undeleted = prune(self.folder, self.settings.keep, self.settings.keep_best)
 
 
 def _is_optimized(path: str, contents: Contents) -> bool:

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Session:
         self.run: RunFolder | None = None
         self.checkpoints: Checkpointer | None = None
         self.save_due = False
+        self._saved_at = -1  # the step of the last checkpoint of this process
         self.history: list[dict[str, Any]] = []
         self._due = self._due_for_all = False  # whether an evaluation is, by the clock
         self.state, self._settings, self._group = state, settings, state.strategy.group
@@ -73,6 +75,7 @@ class Session:
                 steps_per_epoch=state.progress.steps_per_epoch,
                 total_steps=state.progress.total_steps,
                 before_write=lambda: self.run.flush() if self.run is not None else None,
+                warn=self.say,
             )
 
     @property
@@ -141,6 +144,8 @@ class Session:
         if self.run is not None:
             self.run.write_files(self.state.files())
             self.run.write_recipe(self.record)  # which may now ask for more epochs
+            if contents is not None and self.checkpoints is not None:
+                self.checkpoints.tidy(contents.step)
         if contents is None:
             self.save()
 
@@ -223,12 +228,13 @@ class Session:
         self.state.progress.interrupted = bool(asked & _STOP)
         return bool(asked & _SAVE)
 
-    def save(self, *, training_continues: bool = False) -> None:
+    def save(self, *, training_continues: bool = False, interim: bool = False) -> None:
         """Save a checkpoint; only its staging in memory holds up the training.
 
         Args:
             training_continues: whether nothing but training steps changes the weights from here on; then most of the
                 staging holds up nothing, either.
+            interim: whether it is only due to a signal; it goes when the next one is saved.
 
         Raises:
             RelayError: an earlier one could not be written, or a loss so far was not finite.
@@ -240,6 +246,8 @@ class Session:
             raise recovery.stop_at_spike(spike, None)
         began = time.perf_counter()
         contents = self.state.contents(self.run.metrics_lines if self.run is not None else 0)
+        contents = replace(contents, interim=interim and contents.step != self._saved_at)
+        self._saved_at = contents.step
         self.save_due = False
         if self.run is not None:
             self.checkpoints.save(contents, training_continues=training_continues)
@@ -296,7 +304,7 @@ class Session:
             return self._told(f"{done}; there is no run folder to resume from", saved=False)
         spike = self.state.train_step.detector.read()
         if spike is None:
-            self.save()
+            self.save(interim=True)
         elif self._settings.on_spike == "stop":
             raise recovery.stop_at_spike(spike, None)
         # A spike that is to be rolled back is met again by the resumed run.
