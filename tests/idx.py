@@ -1,4 +1,4 @@
-"""Small datasets in the form of MNIST."""
+"""Small datasets in MNIST's format."""
 
 import gzip
 from pathlib import Path
@@ -13,7 +13,7 @@ def idx(values: np.ndarray) -> bytes:
 
 
 def write_idx(folder: Path, samples: int = 20, compress: bool = False) -> dict[str, np.ndarray]:
-    """Write a training part, and a test part of half as many samples; each image is as bright as its label says."""
+    """Write a training part, and a test part of half as many samples; each image is as bright as its label."""
     written = {}
     for part, count in (("train", samples), ("t10k", samples // 2)):
         labels = np.arange(count) % 10

@@ -1,4 +1,4 @@
-"""Real processes, quick to start, for the tests of faults and of several processes; and what an error looks like."""
+"""Real processes that start fast, for tests of faults and of several processes; and checks of error lines."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, what it leaves behind, how it ends."""
+"""The command line: its output, its files, and its exit codes."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def started(arguments, folder: Path) -> subprocess.Popen[str]:
 
 
 def write_image(path: Path, image: torch.Tensor) -> Path:
-    """Write a grey image (1, height, width) as the file's name says."""
+    """Write a gray image (1, height, width) in the format of the file's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image[0].numpy()).save(path)
     return path
@@ -62,7 +62,7 @@ def write_image(path: Path, image: torch.Tensor) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run of the digits recipe that learnt something."""
+    """A run of the digits recipe that has learned."""
     folder = tmp_path_factory.mktemp("shared") / "run"
     torch.set_num_threads(1)
     assert cli.main(["train", "digits", *FAST, "--set", "run.epochs=6", "--run", str(folder), "--quiet"]) == 0
@@ -71,7 +71,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
-    """Forty test digits as PNG files, and what they are."""
+    """Forty test digits as PNG files, and their labels."""
     folder = tmp_path_factory.mktemp("pictures")
     test = tr.data.digits()[1]
     paths = [write_image(folder / f"{i:02d}.png", test.inputs[i]) for i in range(40)]
@@ -160,17 +160,17 @@ def test_a_process_ends_with_the_exit_code_and_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_folder_that_cannot_be_is_named(capsys, tmp_path):
+def test_an_impossible_run_folder_is_reported(capsys, tmp_path):
     (tmp_path / "file").touch()
     code, line = failing(["train", "digits", *FAST, "--run", str(tmp_path / "file" / "run")], capsys)
     assert code == 1
     assert f"can't write in the run folder {tmp_path}/file/run" in line
 
 
-# ------------------------------------------------------------------------------------------------ train and go on
+# ------------------------------------------------------------------------------------------------ train and resume
 
 
-def test_a_run_has_a_name_from_what_changed_and_never_overwrites(capsys, tmp_path, monkeypatch):
+def test_a_run_is_named_after_its_changes_and_never_overwrites(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     changes = ["--set", "run.epochs=1", *FAST]
     out = say(["train", "digits", *changes], capsys)
@@ -181,7 +181,7 @@ def test_a_run_has_a_name_from_what_changed_and_never_overwrites(capsys, tmp_pat
     assert names == ["digits-run.epochs=1-device.threads=1", "digits-run.epochs=1-device.threads=1-2"]
 
 
-def test_training_again_in_a_folder_says_how_to_go_on(run, capsys):
+def test_training_again_in_a_folder_prints_the_resume_command(run, capsys):
     before = sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*"))
     code, line = failing(["train", "digits", *FAST, "--run", str(run)], capsys)
     assert code == 2
@@ -189,7 +189,7 @@ def test_training_again_in_a_folder_says_how_to_go_on(run, capsys):
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 
-def test_quiet_prints_nothing_but_errors(capsys, tmp_path):
+def test_quiet_prints_only_errors(capsys, tmp_path):
     assert cli.main(["train", "digits", *FAST, "--set", "run.epochs=1", "--run", str(tmp_path / "r"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
     code, _ = failing(["train", "digits", "--run", str(tmp_path / "r"), "--quiet"], capsys)
@@ -205,7 +205,7 @@ def test_a_finished_run_can_be_given_more_epochs(capsys, tmp_path):
     assert checkpoint.find(Path(folder) / "checkpoints", "last").name == "step-00000046"
 
 
-def test_a_change_that_would_lead_elsewhere_is_refused_at_a_resume(run, tmp_path, capsys):
+def test_a_change_of_the_result_is_refused_at_a_resume(run, tmp_path, capsys):
     copy = str(shutil.copytree(run, tmp_path / "copy"))
     code, line = failing(["resume", copy, "--set", "optimizer.lr=0.2", "--quiet"], capsys)
     assert code == 1
@@ -213,7 +213,7 @@ def test_a_change_that_would_lead_elsewhere_is_refused_at_a_resume(run, tmp_path
     assert "--accept-changes" in line
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_trains(tmp_path, capsys, monkeypatch):
+def test_ctrl_c_saves_and_prints_the_resume_command_and_the_lock_names_its_holder(tmp_path, capsys, monkeypatch):
     process = started(["train", "digits", *FAST, "--set", "run.epochs=20", "--run", "a run"], tmp_path)
     try:
         assert process.stdout is not None
@@ -235,7 +235,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_a_second_process_is_told_who_tra
 
 
 def old_names(run: Path) -> None:
-    """Write a run's recipe as the release before wrote it."""
+    """Write a run's recipe with the previous release's names."""
     file = run / "recipe.toml"
     file.write_text(file.read_text().replace("normalize = ", "normalise = "))
     assert "normalise" in file.read_text()
@@ -264,7 +264,7 @@ def test_a_run_into_a_folder_of_photographs_is_refused_before_the_data_is_read(p
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_setting_without_effect_gets_a_hint_at_the_start_alone(tmp_path, capsys):
+def test_a_setting_without_effect_gets_one_hint_at_the_start(tmp_path, capsys):
     run = str(tmp_path / "run")
     command = ["train", "digits", "--run", run, *FAST, "--set", "run.max_steps=1", "--set", "data.size=32"]
     assert say(command, capsys).count("hint: data.size has no effect on digits\n") == 1
@@ -274,7 +274,7 @@ def test_a_setting_without_effect_gets_a_hint_at_the_start_alone(tmp_path, capsy
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-def test_evaluate_prints_what_training_found(run, capsys):
+def test_evaluate_prints_the_metrics_of_training(run, capsys):
     out = say(["evaluate", str(run)], capsys)
     assert out.splitlines()[0] == str(checkpoint.find(run / "checkpoints", "best"))
     assert re.search(r"^test \(359 samples\)   loss [\d.]+   accuracy 0\.9\d+   top5 accuracy [\d.]+$", out, re.M)
@@ -287,7 +287,7 @@ def test_evaluate_as_json_is_json_and_agrees_with_the_run(run, capsys):
     assert np.array(found["test"]["confusion_matrix"]).sum() == 359
 
 
-def test_a_checkpoint_is_chosen_by_name_or_step(run, capsys):
+def test_a_checkpoint_is_selected_by_name_or_step(run, capsys):
     steps = [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
     assert f"step-{steps[0]:08d}" in say(["evaluate", str(run), "--checkpoint", str(steps[0])], capsys)
     code, line = failing(["evaluate", str(run), "--checkpoint", "999"], capsys)
@@ -307,7 +307,7 @@ def test_predict_agrees_with_the_labels(run, pictures, capsys):
     assert all(len(entry["classes"]) == 2 for entry in found)
 
 
-def test_predict_gives_what_the_trainer_predicts(run, pictures, capsys):
+def test_predict_agrees_with_the_trainer(run, pictures, capsys):
     from torchrelay.recipe import recipe
     from torchrelay.recipe.build import build_trainer
 
@@ -329,13 +329,13 @@ def test_predict_prints_a_table_of_a_folder(run, pictures, capsys):
 
 
 @pytest.mark.parametrize("name", ["two words/a picture.png", "Zähler/七.PNG", "line\nbreak.png"])
-def test_predict_takes_any_path(run, digits, tmp_path, capsys, name):
+def test_predict_accepts_any_path(run, digits, tmp_path, capsys, name):
     path = write_image(tmp_path / name, digits[1].inputs[0])
     (entry,) = json.loads(say(["predict", str(run), str(path), "--json"], capsys))
     assert entry["path"] == str(path)
 
 
-def test_predict_names_a_file_that_is_missing(run, pictures, tmp_path, capsys):
+def test_predict_reports_a_missing_file(run, pictures, tmp_path, capsys):
     code, line = failing(["predict", str(run), str(pictures[0][0]), "missing.png"], capsys)
     assert (code, line) == (2, "error: missing.png: there is no such file")
     (tmp_path / "empty").mkdir()
@@ -377,7 +377,7 @@ def test_an_image_folder_is_trained_on_and_predicts_without_the_training_data(di
     assert list(entry["classes"]) == [f"class {test.targets[0]}"]
 
 
-# ------------------------------------------------------------------------------------------------ code of one's own
+# ------------------------------------------------------------------------------------------------ user code
 
 CODE = """
 from __future__ import annotations
@@ -435,7 +435,7 @@ def code(tmp_path) -> Path:
 OWN = ["--set", "model.name=Mine", "--set", "data.name=half", "--set", "loss.name=Doubled", *FAST]
 
 
-def test_code_of_ones_own_trains_resumes_evaluates_and_predicts(code, tmp_path, pictures, capsys):
+def test_user_code_trains_resumes_evaluates_and_predicts(code, tmp_path, pictures, capsys):
     run = str(tmp_path / "run")
     given = ["--code", str(code)]
     command = ["train", "digits", *OWN, "--set", "data.options.share=0.75", "--set", "run.epochs=4", "--run", run]
@@ -465,7 +465,7 @@ def test_code_of_ones_own_trains_resumes_evaluates_and_predicts(code, tmp_path, 
         ("import does_not_exist\n", "No module named 'does_not_exist' (line 1)"),
     ],
 )
-def test_code_that_fails_is_named_with_its_line(text, says, tmp_path, capsys):
+def test_failing_code_is_reported_with_its_line(text, says, tmp_path, capsys):
     (tmp_path / "bad.py").write_text(text)
     code, line = failing(["train", "digits", "--code", str(tmp_path / "bad.py"), "--run", str(tmp_path / "r")], capsys)
     assert code == 1
@@ -486,7 +486,7 @@ def test_code_that_fails_is_named_with_its_line(text, says, tmp_path, capsys):
         ("model.name=Min", "did you mean 'Mine'?"),
     ],
 )
-def test_only_what_the_file_itself_offers_can_be_named(code, setting, says, tmp_path, capsys):
+def test_only_definitions_of_the_file_can_be_named(code, setting, says, tmp_path, capsys):
     command = ["train", "digits", *OWN, "--set", setting, "--run", str(tmp_path / "r"), "--code", str(code)]
     failed, line = failing(command, capsys)
     assert failed == 2
@@ -496,7 +496,7 @@ def test_only_what_the_file_itself_offers_can_be_named(code, setting, says, tmp_
 
 @pytest.mark.parametrize("name", ["os.system", "builtins.exec", "torch.nn.Linear", "subprocess.run", "__import__"])
 @pytest.mark.parametrize("key", ["model.name", "data.name", "loss.name", "optimizer.name", "schedule.name"])
-def test_a_recipe_reaches_no_code_that_nobody_named(key, name, tmp_path, capsys):
+def test_a_recipe_cannot_run_unnamed_code(key, name, tmp_path, capsys):
     section = key.partition(".")[0]
     recipe = tmp_path / "stranger.toml"
     recipe.write_text(f'[{section}]\nname = "{name}"\n' + (f'options = {{ command = "touch {tmp_path}/ran" }}\n' if
@@ -523,7 +523,7 @@ def test_a_pickle_given_as_weights_is_refused_and_does_not_run(tmp_path, capsys)
     assert not (tmp_path / "r").exists()
 
 
-def test_a_run_started_from_python_is_left_to_its_script(digits, quiet, tmp_path, capsys, pictures):
+def test_a_run_started_from_python_is_resumed_by_its_script(digits, quiet, tmp_path, capsys, pictures):
     run = tmp_path / "run"
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     tr.Trainer(model, *digits, epochs=1, run=run, terminal=quiet).fit()
@@ -553,7 +553,7 @@ def test_predict_refuses_a_run_without_classes(tmp_path, capsys):
     assert "test (" in say(["evaluate", str(tmp_path / "run")], capsys)
 
 
-def test_recipes_lists_what_ships(capsys):
+def test_recipes_lists_the_shipped_recipes(capsys):
     lines = say(["recipes"], capsys).splitlines()
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert {line.split()[0] for line in lines} >= {
@@ -577,7 +577,7 @@ def test_version_and_help(capsys):
         assert capsys.readouterr().out.startswith(expected)
 
 
-def test_what_pytorch_refuses_is_a_line_and_debug_shows_where(tmp_path, capsys):
+def test_a_pytorch_error_is_one_line_and_debug_shows_the_traceback(tmp_path, capsys):
     arguments = ["train", "digits", "--set", "model.name=char-lm", "--run", str(tmp_path / "run"), "--quiet"]
     assert cli.main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()

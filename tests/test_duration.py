@@ -1,4 +1,4 @@
-"""Durations: what people write, what they mean, and what is refused."""
+"""Durations: how they are written, what they mean, and what is refused."""
 
 import copy
 import pickle
@@ -34,12 +34,12 @@ class Times(Settings):
         ("  7STEPS ", 7),
     ],
 )
-def test_a_duration_is_so_many_steps(text, steps):
+def test_a_duration_converts_to_steps(text, steps):
     assert Duration(text).steps(steps_per_epoch=100, total_steps=1000) == steps
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("10 min", 600), ("1 hour", 3600), ("90s", 90), ("0.5 h", 1800)])
-def test_a_duration_by_the_clock_is_so_many_seconds_and_never_steps(text, seconds):
+def test_a_wall_clock_duration_converts_to_seconds_only(text, seconds):
     duration = Duration(text)
     assert duration.seconds == seconds
     with pytest.raises(UsageError, match="measured by the clock: write it in epochs"):
@@ -64,24 +64,24 @@ def test_a_duration_in_steps_has_no_seconds():
         ("150%", "more than the whole run"),
     ],
 )
-def test_what_is_no_duration_is_refused_with_the_remedy(text, says):
+def test_an_invalid_duration_is_refused_with_the_remedy(text, says):
     with pytest.raises(ValueError, match=says):
         Duration(text)
 
 
 @pytest.mark.parametrize("value", [5, 2.5, 0])
-def test_a_number_without_a_unit_is_asked_for_one(value):
+def test_a_number_without_a_unit_is_refused(value):
     with pytest.raises(UsageError, match=f"{value} has no unit: write '{value} epochs' or '{value} steps'"):
         Times(any=value)
 
 
 @pytest.mark.parametrize("value", [True, None, ["1 epoch"]])
-def test_only_texts_are_read(value):
+def test_only_strings_are_parsed(value):
     with pytest.raises(UsageError, match="is no duration: write '30 epochs'"):
         Times(any=value)
 
 
-def test_a_field_is_written_as_it_was_read():
+def test_a_duration_field_round_trips():
     times = Times(any="10 min", computed="5%", several=["1 epoch", "20 steps"])
     shown = {"any": "10 min", "computed": "5%", "several": ["1 epoch", "20 steps"]}
     assert times.model_dump(mode="json") == shown
@@ -89,12 +89,12 @@ def test_a_field_is_written_as_it_was_read():
     assert times.computed.unit == "%"
 
 
-def test_what_is_computed_cannot_depend_on_the_clock():
+def test_fields_that_change_results_refuse_wall_clock_durations():
     with pytest.raises(UsageError, match="measured by the clock"):
         Times(computed="10 min")
 
 
-def test_the_schema_lets_editors_offer_texts():
+def test_the_schema_describes_durations_as_strings():
     for name in ("any", "computed"):
         shown = Times.model_json_schema()["properties"][name]
         assert shown["type"] == "string"
@@ -102,6 +102,6 @@ def test_the_schema_lets_editors_offer_texts():
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])  # noqa: S301
-def test_a_copy_is_as_good(again):
+def test_a_duration_can_be_copied(again):
     copied = again(Duration("2 epochs"))
     assert (copied, copied.amount, copied.unit) == ("2 epochs", 2.0, "epochs")

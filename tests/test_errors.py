@@ -1,4 +1,4 @@
-"""What has a new name still answers to its old one, and says so."""
+"""Renamed things keep their old names, with a warning."""
 
 import pytest
 
@@ -12,12 +12,12 @@ def test_an_old_public_name_still_works_and_the_warning_names_the_new_one_and_it
     assert seen[0].filename == __file__
 
 
-def test_a_name_that_never_was_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match=r"module 'torchrelay\.models' has no attribute 'sumarise'"):
         tr.models.sumarise  # noqa: B018 - looking it up is the test
 
 
-def test_a_warning_of_a_renamed_key_points_at_the_caller_that_is_meant():
+def test_a_warning_of_a_renamed_key_points_at_the_caller():
     def accept():
         warn_renamed("data.normalise", "data.normalize")
 

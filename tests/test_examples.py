@@ -1,4 +1,4 @@
-"""The examples, each run as the script it is."""
+"""The examples, each run as a script."""
 
 import json
 import os
@@ -30,7 +30,7 @@ print("returned", {call})
 
 
 def started(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str]:
-    """Start a process that imports an example and calls it, in a folder of its own."""
+    """Start a process that imports an example and calls it, in its own folder."""
     script = f"import {name}; print('returned', {call})"
     command = [sys.executable, "-W", "error::UserWarning:torchrelay", "-c", script]
     environment = ENVIRONMENT | {"PYTHONPATH": str(EXAMPLES)}
@@ -38,7 +38,7 @@ def started(name: str, call: str, folder: Path, **pipes) -> subprocess.Popen[str
 
 
 def outcome(name: str, call: str, folder: Path) -> float:
-    """Call an example in a process of its own and return what it returned."""
+    """Call an example in a new process, and return its result."""
     process = started(name, call, folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
@@ -53,14 +53,14 @@ def test_each_example_has_a_test():
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_is_short_and_says_what_it_shows(path):
+def test_an_example_is_short_and_has_a_docstring(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 80
     assert lines[0].startswith('"""')
 
 
 def called(start, name: str, call: str, folder: Path, plots: bool = False) -> float:
-    """Call an example in a forked process and return what it returned."""
+    """Call an example in a forked process, and return its result."""
     script = folder / "call.py"
     script.write_text(CALL.format(folder=str(EXAMPLES), name=name, call=f"{name}.{call}"))
     done = start(script=script, plots=plots).done()
@@ -74,17 +74,17 @@ def test_mnist_learns_from_idx_files(tmp_path, start):
 
 
 def test_vae_learns_and_shows_new_digits(tmp_path, start):
-    """A bound in nats for 64 pixels; the mean image's alone is above 30."""
+    """The bound is in nats for 64 pixels; that of the mean image is above 30."""
     assert called(start, "vae", "main(epochs=5)", tmp_path) < 28
     lines = [json.loads(line) for line in (tmp_path / "runs" / "vae" / "metrics.jsonl").read_text().splitlines()]
     assert {"reconstruction", "divergence"} <= lines[-1].keys()
 
 
-def test_siamese_tells_pairs_of_one_class_from_others(tmp_path, start):
+def test_siamese_separates_equal_from_different_pairs(tmp_path, start):
     assert called(start, "siamese", "main(epochs=1)", tmp_path) > 0.75
 
 
-def test_gan_generates_images_whose_mean_is_the_datas(tmp_path, start):
+def test_gan_generates_images_with_the_mean_of_the_data(tmp_path, start):
     assert called(start, "gan", "main(epochs=4)", tmp_path) < 0.25
 
 
@@ -99,7 +99,7 @@ def test_gpt_learns_the_letters_of_a_text_and_writes(tmp_path, start):
 
 
 def test_time_series_continues_waves(tmp_path, start):
-    """The squared error of 40 values to come; that of zeros is a half."""
+    """The squared error of the next 40 values; that of zeros is 0.5."""
     assert called(start, "time_series", "main(epochs=4, length=40)", tmp_path) < 0.15
 
 
@@ -131,7 +131,7 @@ def test_tables_learn_from_numbers_and_categories(tmp_path, start):
     assert called(start, "tables", "main(epochs=5)", tmp_path) > 0.9
 
 
-def test_audio_tells_waves_by_their_form(tmp_path, start):
+def test_audio_classifies_waveforms(tmp_path, start):
     assert called(start, "audio", "main(epochs=2)", tmp_path) > 0.4
 
 
@@ -166,7 +166,7 @@ RESUMED = ("audio", "contrastive", "detection", "gan", "masked", "mnist", "segme
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
-def test_an_example_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, start, same_runs, name):
+def test_a_stopped_example_resumes_to_the_same_bytes(tmp_path, start, same_runs, name):
     script = tmp_path / "call.py"
     script.write_text(STOPPED.format(folder=str(EXAMPLES), name=name))
     done = start(script=script).done()
@@ -182,8 +182,8 @@ def test_own_model_learns(tmp_path, start):
     assert (tmp_path / "runs" / "own-model" / "curves.png").exists()
 
 
-def test_own_task_learns_to_reconstruct_run_by_its_own_name(tmp_path, start):
-    """As its reader starts it. The squared error is that of 64 pixels in [0, 1]; the mean picture's is above 4."""
+def test_own_task_learns_to_reconstruct_as_a_script(tmp_path, start):
+    """Run as a script. The squared error is that of 64 pixels in [0, 1]; the mean image's is above 4."""
     done = start(script=EXAMPLES / "own_task.py").done()
     assert done.returncode == 0, done.stderr
     assert re.search(r"^epoch 10: ", done.stdout, re.M)
@@ -191,7 +191,7 @@ def test_own_task_learns_to_reconstruct_run_by_its_own_name(tmp_path, start):
 
 
 @pytest.mark.slow
-def test_fine_tune_takes_the_weights_over_and_a_new_head(tmp_path):
+def test_fine_tune_loads_the_weights_with_a_new_head(tmp_path):
     assert outcome("fine_tune", "fine_tune.main(epochs=4)", tmp_path) > 0.95
     for part in ("before", "after"):
         assert (tmp_path / "runs" / "fine-tune" / part / "checkpoints").is_dir()
@@ -206,7 +206,7 @@ def test_own_data_gives_the_same_bytes_with_and_without_workers(tmp_path, same_r
 
 
 @pytest.mark.slow
-def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
+def test_own_loop_killed_and_restarted_resumes_to_the_same_bytes(tmp_path):
     epochs = 40
     steps = outcome("own_loop", f"own_loop.main(run='undisturbed', epochs={epochs})", tmp_path)
     assert steps == 23 * epochs
@@ -226,7 +226,7 @@ def test_own_loop_killed_and_started_again_goes_on_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-def test_several_devices_leaves_the_same_weights_from_one_process_and_from_two(tmp_path):
+def test_several_devices_gives_the_same_weights_on_one_and_two_processes(tmp_path):
     path = str(EXAMPLES / "several_devices.py")
     several = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     for name, command in (("one", [path]), ("two", [*several, path])):

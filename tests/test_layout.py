@@ -1,6 +1,6 @@
-"""How the code is laid out: imports point down, modules and functions stay small, nothing of one machine is kept.
+"""The layout of the code: imports point down, modules and functions stay small, no file holds a machine's paths.
 
-`FOLDERS` is the map of the package. A folder has one subject; what no folder owns stands on the ground, the last line.
+`FOLDERS` is the map of the package. A folder has one subject; modules outside folders are on the ground, the last line.
 """
 
 import re
@@ -46,7 +46,7 @@ def test_every_folder_has_a_level():
 
 
 @pytest.mark.parametrize("folder", LEVELS)
-def test_a_folder_imports_only_what_stands_below_it(folder):
+def test_a_folder_imports_only_from_levels_below_it(folder):
     for name, imported in GRAPH.items():
         for other in imported if MODULES[name].folder == folder else ():
             assert LEVELS[folder] <= LEVELS[MODULES[other].folder], f"{name} imports {other}, which stands above it"
@@ -79,11 +79,11 @@ AT_MOST = {
 
 
 @pytest.mark.parametrize("figure", AT_MOST)
-def test_the_trainer_joins_parts_and_is_not_one(figure):
+def test_the_trainer_stays_within_its_size_bounds(figure):
     assert house.figures()[figure] <= AT_MOST[figure]
 
 
-def test_the_order_of_samples_depends_on_the_seed_alone():
+def test_the_order_module_imports_only_rng():
     assert GRAPH["rng"] == set()
     assert GRAPH["data.order"] == {"rng"}
 
@@ -95,8 +95,8 @@ def test_there_are_few_public_names():
     assert all(not name.startswith("_") for name in names)
 
 
-def test_each_section_of_a_recipe_has_its_settings_at_the_top():
-    """The optimizer's and the schedule's are in `optim`, a class for each."""
+def test_the_settings_of_each_recipe_section_are_public():
+    """Those of the optimizer and the schedule are in `optim`, one class each."""
     for section, field in tr.Recipe.model_fields.items():
         if section not in ("optimizer", "schedule"):
             assert getattr(tr, f"{section.capitalize()}Settings") is field.annotation
@@ -127,7 +127,7 @@ def tracked() -> list[Path]:
     return [path for name in found.decode().split("\0") if name and (path := ROOT / name).is_file()]
 
 
-def test_no_tracked_file_holds_traces_of_a_machine():
+def test_no_tracked_file_contains_paths_of_a_machine():
     for path in tracked():
         text = path.read_bytes().decode("utf-8", "ignore")
         if path.suffix != ".png" and (found := _TRACES.search(text)):
@@ -135,7 +135,7 @@ def test_no_tracked_file_holds_traces_of_a_machine():
             pytest.fail(f"{path.relative_to(ROOT)}:{line} names '{found[0]}'")
 
 
-def test_the_search_for_traces_finds_them():
+def test_the_search_finds_paths_of_a_machine():
     for trace in (
         "/wor" + "k/main",
         "see /hom" + "e/ann/x",
@@ -149,7 +149,7 @@ def test_the_search_for_traces_finds_them():
 
 
 def test_tests_mirror_the_source():
-    """A folder of tests has the name of the folder that it tests; `faults` holds those that concern several."""
+    """A test folder has the name of the folder that it tests; `faults` holds tests of several folders."""
     folders = {path.name for path in (SOURCE / "torchrelay").iterdir() if path.is_dir()}
     assert {path.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")} <= {
         *folders,

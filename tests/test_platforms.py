@@ -1,4 +1,4 @@
-"""Every module can be imported where POSIX's own modules and functions are missing, as on Windows."""
+"""Every module can be imported without POSIX modules and functions, as on Windows."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import importlib, os, pkgutil, signal, sys
 
-# Our dependencies, which look for the platform themselves.
+# Our dependencies, which check the platform themselves.
 import matplotlib.pyplot, portalocker, rich.progress, torch.utils.tensorboard, torchvision
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
@@ -26,6 +26,6 @@ for module in pkgutil.walk_packages(torchrelay.__path__, "torchrelay."):
 """
 
 
-def test_nothing_of_posix_alone_is_needed_to_import():
+def test_importing_needs_no_posix_modules():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Named randomness: published vectors, and that numbers depend on their names only."""
+"""Named randomness: published test vectors, and numbers that depend only on their names."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from scipy import stats
 
 from torchrelay import rng
 
-PLACES = torch.arange(100_000)
+POSITIONS = torch.arange(100_000)
 # The known answers that Random123 publishes for philox4x32-10: counter, key, words.
 KNOWN = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -37,8 +37,8 @@ def test_tensors_and_arrays_give_the_same_words():
     assert all(np.array_equal(a, t.numpy()) for a, t in zip(arrays, tensors, strict=True))
 
 
-def test_words_are_the_generator_at_the_counter_of_place_epoch_and_block():
-    place, epoch = 2**40 + 5, 3
+def test_words_are_philox_at_the_counter_of_position_epoch_and_block():
+    position, epoch = 2**40 + 5, 3
     expected = [
         int(word[0])
         for block in range(2)
@@ -46,28 +46,28 @@ def test_words_are_the_generator_at_the_counter_of_place_epoch_and_block():
             tuple(torch.tensor([word]) for word in (5, 2**8, epoch, block)), rng.key(7, "augment.0.flip")
         )
     ]
-    assert rng.words(7, "augment.0.flip", epoch, torch.tensor([place]), 8).tolist() == [expected]
+    assert rng.words(7, "augment.0.flip", epoch, torch.tensor([position]), 8).tolist() == [expected]
 
 
-def test_a_place_has_its_numbers_in_any_company():
-    together = rng.words(1, "a", 2, PLACES[:50], 6)
-    assert torch.equal(rng.words(1, "a", 2, PLACES[20:30], 6), together[20:30])
-    assert torch.equal(rng.words(1, "a", 2, PLACES[:50], 3), together[:, :3])
+def test_the_numbers_of_a_position_do_not_depend_on_other_positions():
+    together = rng.words(1, "a", 2, POSITIONS[:50], 6)
+    assert torch.equal(rng.words(1, "a", 2, POSITIONS[20:30], 6), together[20:30])
+    assert torch.equal(rng.words(1, "a", 2, POSITIONS[:50], 3), together[:, :3])
 
 
 @pytest.mark.parametrize("draws", [1, 4, 5])
 def test_numbers_are_uniform(draws):
-    numbers = rng.uniform(0, "uniformity", 0, PLACES, draws)
+    numbers = rng.uniform(0, "uniformity", 0, POSITIONS, draws)
     assert numbers.dtype == torch.float32
-    assert numbers.shape == (len(PLACES), draws)
+    assert numbers.shape == (len(POSITIONS), draws)
     assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
     for column in numbers.T:
         assert stats.kstest(column.numpy(), "uniform").pvalue > 1e-3
 
 
 def test_numbers_keep_24_bits_of_the_word():
-    words = rng.words(0, "bits", 0, PLACES[:1000])
-    assert torch.equal(rng.uniform(0, "bits", 0, PLACES[:1000]).double() * 2**24, (words // 256).double())
+    words = rng.words(0, "bits", 0, POSITIONS[:1000])
+    assert torch.equal(rng.uniform(0, "bits", 0, POSITIONS[:1000]).double() * 2**24, (words // 256).double())
 
 
 @pytest.mark.parametrize(
@@ -75,20 +75,20 @@ def test_numbers_keep_24_bits_of_the_word():
     [(1, "flip", 0), (0, "crop", 0), (0, "flip", 1)],
     ids=["another seed", "another stream", "another epoch"],
 )
-def test_other_names_give_independent_numbers(other):
-    one = rng.uniform(0, "flip", 0, PLACES)[:, 0].numpy()
-    two = rng.uniform(*other, PLACES)[:, 0].numpy()
-    assert abs(np.corrcoef(one, two)[0, 1]) < 5 / len(PLACES) ** 0.5
+def test_different_streams_give_independent_numbers(other):
+    one = rng.uniform(0, "flip", 0, POSITIONS)[:, 0].numpy()
+    two = rng.uniform(*other, POSITIONS)[:, 0].numpy()
+    assert abs(np.corrcoef(one, two)[0, 1]) < 5 / len(POSITIONS) ** 0.5
 
 
-def test_neighbouring_places_and_draws_are_uncorrelated():
-    numbers = rng.uniform(0, "neighbours", 0, PLACES, 5).numpy()
-    limit = 5 / len(PLACES) ** 0.5
+def test_neighboring_positions_and_draws_are_uncorrelated():
+    numbers = rng.uniform(0, "neighbours", 0, POSITIONS, 5).numpy()
+    limit = 5 / len(POSITIONS) ** 0.5
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < limit
     assert np.abs(np.corrcoef(numbers.T) - np.eye(5)).max() < limit
 
 
-def test_seeds_are_63_bits_and_differ_by_place():
+def test_seeds_are_63_bits_and_differ_by_position():
     seeds = {rng.seed_for(0, "dropout", step, replica) for step in range(100) for replica in range(4)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -120,4 +120,4 @@ def test_reseeding_repeats_what_pytorch_draws():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gives_the_same_words():
-    assert torch.equal(rng.words(3, "a", 4, PLACES.cuda(), 6).cpu(), rng.words(3, "a", 4, PLACES, 6))
+    assert torch.equal(rng.words(3, "a", 4, POSITIONS.cuda(), 6).cpu(), rng.words(3, "a", 4, POSITIONS, 6))

@@ -1,4 +1,4 @@
-"""What is imported when: the command line answers at once, and no library is loaded that isn't used."""
+"""Lazy imports: the command line starts fast, and no unused library is loaded."""
 
 import ast
 import subprocess
@@ -11,28 +11,28 @@ OPTIONAL = ("torchvision", "timm", "tensorboard", "matplotlib", "torchmetrics", 
 
 
 def loaded_by(statements: str) -> set[str]:
-    """Return the modules that a fresh process has loaded after some statements."""
+    """Return the modules that a new process has loaded after some statements."""
     script = f"{statements}\nimport sys\nprint('loaded:', *sys.modules)"
     found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
     return set(found.stdout.rpartition("loaded: ")[2].split())
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "recipes", "train --help", "tune --help"])
-def test_help_and_the_list_of_recipes_need_neither_torch_nor_pydantic_nor_rich(arguments):
+def test_help_and_recipes_do_not_import_torch_pydantic_or_rich(arguments):
     command = f"from torchrelay.cli import main\ntry:\n    main({arguments.split()})\nexcept SystemExit:\n    pass"
     assert loaded_by(command) & {"torch", "numpy", "pydantic", "rich", *OPTIONAL} == set()
 
 
-def test_wrong_usage_is_answered_without_torch():
+def test_a_usage_error_does_not_import_torch():
     command = "from torchrelay.cli import main\ntry:\n    main(['trian'])\nexcept SystemExit:\n    pass"
     assert "torch" not in loaded_by(command)
 
 
-def test_importing_torchrelay_loads_nothing_yet():
+def test_importing_torchrelay_loads_no_library():
     assert "torch" not in loaded_by("import torchrelay")
 
 
-def test_the_trainer_loads_no_library_that_it_may_not_need():
+def test_the_trainer_loads_no_optional_library():
     loaded = loaded_by(
         "import torchrelay as tr\ntr.Trainer, tr.Recipe, tr.data, tr.optim, tr.models, tr.augment\n"
         "import torchrelay.recipe.trained"
@@ -41,7 +41,7 @@ def test_the_trainer_loads_no_library_that_it_may_not_need():
     assert loaded & {*OPTIONAL, "torch.distributed.fsdp", "torch.distributed.tensor"} == set()
 
 
-def test_a_training_loads_no_torchmetrics():
+def test_training_does_not_load_torchmetrics():
     trainings = [
         f"data = torch.randn(9, 3), {targets}\n"
         f"tr.Trainer(torch.nn.Linear(3, 2), data, data, task={task}, epochs=1).fit()"
@@ -53,7 +53,7 @@ def test_a_training_loads_no_torchmetrics():
     assert "torchmetrics" not in loaded_by("\n".join(["import torch, torchrelay as tr", *trainings]))
 
 
-def test_each_public_name_is_there():
+def test_each_public_name_exists():
     import torchrelay as tr
 
     for name in tr.__all__:
@@ -63,7 +63,7 @@ def test_each_public_name_is_there():
         tr.Trainr  # noqa: B018
 
 
-def test_no_module_imports_at_its_top_what_only_posix_has():
+def test_no_module_imports_posix_modules_at_the_top():
     import torchrelay as tr
 
     only_posix = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}

@@ -1,4 +1,4 @@
-"""A recipe computes what a hand-written loop computes, bit by bit."""
+"""A recipe equals a hand-written loop, bit by bit."""
 
 import os
 import subprocess
@@ -20,15 +20,15 @@ def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(sta
     assert "| 46 |" in row
 
 
-def test_the_hand_written_loop_is_its_own():
+def test_the_hand_written_loop_does_not_import_torchrelay():
     text = (ROOT / "benchmarks" / "exactness" / "twin.py").read_text()
     assert "import torchrelay" not in text
     assert "from torchrelay" not in text
 
 
 @pytest.mark.slow
-def test_the_comparison_can_fail(tmp_path):
-    """With another learning rate by one part in a million the weights differ, and the program says so."""
+def test_the_comparison_detects_a_changed_learning_rate(tmp_path):
+    """With a learning rate that differs by one part in a million, the program reports different weights."""
     script = """
 import benchmarks.exactness.agreement as agreement, sys
 true = agreement.parameters

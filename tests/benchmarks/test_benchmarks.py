@@ -31,19 +31,19 @@ ROOT = Path(__file__).parents[2]
         (None, False, ("not measured", "not measured")),
     ],
 )
-def test_a_verdict_follows_from_the_figure(found, more, verdicts):
+def test_a_verdict_follows_from_the_unrounded_figure(found, more, verdicts):
     bar, aim = (0.05, 0.02) if not more else (0.02, 0.05)
     _, _, of_bar, of_aim = Goal("memory", found, bar, aim, "{:+.1%}", more).row()
     assert (of_bar.partition(": ")[2], of_aim.partition(": ")[2]) == verdicts
 
 
-def test_a_goal_shows_figure_bar_and_aim():
+def test_a_goal_shows_its_figure_bar_and_aim():
     row = Goal("memory", 0.034, 0.05, 0.02, "{:+.1%}").row()
     assert row == ("memory", "+3.4%", "+5.0%: met", "+2.0%: **not met**")
     assert Goal("memory", None, 0.05, 0.02, "{:+.1%}").row()[1] == "not measured"
 
 
-def test_a_spread_is_its_median_with_least_and_most():
+def test_a_spread_shows_median_minimum_and_maximum():
     assert str(Spread((3.0, 1.0, 2.04))) == "2.0 (1.0 to 3.0)"
     assert str(Spread((1234.5,), 0)) == "1,234"
 
@@ -52,13 +52,13 @@ def table(title: str, *goals: Goal) -> Table:
     return Table(title, ("", "MB"), [("by hand", Spread((1.0, 2.0, 3.0)))], "A note.", goals)
 
 
-def test_tables_stand_under_their_titles_and_one_alone_needs_none():
+def test_tables_have_titles_except_a_single_one():
     both = sections([table("One"), table("Two")], 3)
     assert both.startswith("### One\n\nA note.\n\n|  | MB |\n| --- | ---: |\n| by hand | 2.0 (1.0 to 3.0) |\n\n### Two")
     assert "###" not in sections([table("One")], 3)
 
 
-def test_the_page_repeats_every_goal_at_its_head():
+def test_the_page_starts_with_a_table_of_all_goals():
     goal = Goal("beside the loop", 0.5, 0.05, 0.02, "{:+.1%}")
     text = all_of_them.text({"memory": [table("Digits", goal), table("Images")]}, "A machine.")
     summary = text.index("| Digits: beside the loop | +50.0% | +5.0%: **not met** | +2.0%: **not met** |")
@@ -68,25 +68,25 @@ def test_the_page_repeats_every_goal_at_its_head():
     assert "don't quote its figures" in all_of_them.text({}, "A machine.", quick=True)
 
 
-def test_a_loaders_workers_start_in_a_benchmark_as_they_do_anywhere():
-    """Spawned ones import PyTorch in each epoch: torchvision once looked a third as fast as it is."""
+def test_loader_workers_start_in_a_benchmark_by_the_default_method():
+    """Spawned workers would import PyTorch in each epoch, which once made torchvision look three times slower."""
     with measure.fresh_process() as pool:
         assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
 
 
-def test_the_page_is_made(tmp_path):
+def test_the_command_writes_the_page(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "order", "--out", tmp_path / "page.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all_of_them.title("order") in (tmp_path / "page.md").read_text()
 
 
-def test_the_tables_of_the_long_ones_are_there():
+def test_the_pages_of_the_long_benchmarks_exist():
     for long in all_of_them.LONG:
         assert (ROOT / "docs" / "evidence" / long.table).is_file(), long
 
 
-def test_the_benchmark_of_starts_names_its_reference():
+def test_the_startup_table_is_relative_to_import_torch():
     found = startup.table({name: [3.0] for name in startup.CASES} | {"import torch": [2.0]})
     rows = {name: (str(seconds), times) for name, seconds, times in found.rows}
     assert len(rows) == len(startup.CASES)
@@ -94,7 +94,7 @@ def test_the_benchmark_of_starts_names_its_reference():
     assert rows["`torchrelay --help`"] == ("3.00", "1.50")
 
 
-def test_a_clock_knows_each_step_but_the_first_ones():
+def test_a_clock_times_each_step_after_the_warm_up():
     clock = peers.Clock([None] * (peers.WARM + 5))
     for _ in clock:
         pass
@@ -102,8 +102,8 @@ def test_a_clock_knows_each_step_but_the_first_ones():
     assert min(clock.steps()) > 0
 
 
-def test_by_hand_and_by_torchrelay_the_weights_are_the_same(monkeypatch):
-    """What is compared does the same work: the tiny network ends in the same bits."""
+def test_the_hand_written_loop_and_torchrelay_give_the_same_weights(monkeypatch):
+    """Both do the same work: the tiny network ends in the same bits."""
     made = []
     network = peers.network
     monkeypatch.setattr(peers, "network", lambda: made.append(network()) or made[-1])
@@ -112,10 +112,10 @@ def test_by_hand_and_by_torchrelay_the_weights_are_the_same(monkeypatch):
     peers.prepared(pairs)
     by_hand, ours = (model.state_dict() for model in made)
     assert all(by_hand[name].equal(ours[name]) for name in by_hand)
-    assert not network().state_dict()["0.weight"].equal(ours["0.weight"])  # something was learnt
+    assert not network().state_dict()["0.weight"].equal(ours["0.weight"])  # something was learned
 
 
-def test_a_peer_that_is_not_installed_is_a_row(monkeypatch):
+def test_a_peer_that_is_not_installed_has_a_row(monkeypatch):
     absent = overhead.Case("absent", peers.by_hand, module="no_such_module", package="no-such-package")
     monkeypatch.setattr(overhead, "CASES", {"absent": absent})
     (found,) = overhead.tables(quick=True)
@@ -140,11 +140,11 @@ def test_accuracy_over_time_is_drawn_whether_or_not_the_goal_is_met(tmp_path, be
     assert width(tmp_path / "found.png") == 2 * pictures.WIDTH
 
 
-def test_the_references_times_follow_from_its_rate():
+def test_the_references_times_are_computed_from_its_rate():
     assert pictures.of_tutorial(50.0)[-1] == (1_500_000 / 50.0, 0.8844)
 
 
-def test_a_runs_times_are_from_its_start_without_its_earlier_tests():
+def test_a_runs_times_exclude_earlier_evaluations():
     lines = [
         {"split": "step", "epoch": 1, "time": 105.0, "loss": 2.0},
         {"split": "train", "epoch": 1, "time": 110.0, "accuracy": 0.3},

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU, run on the CPU at a small size, so that no slip waits for a GPU to be found."""
+"""The GPU benchmarks, run on the CPU at a small size, so that errors are found without a GPU."""
 
 import json
 import math
@@ -27,7 +27,7 @@ ON_CPU = ("device.name=cpu", "device.graph=false", "device.precision=float32", "
 
 @pytest.fixture
 def tiny_network(monkeypatch):
-    """ResNet-18 in bf16 takes a processor half a minute where a GPU is the point; its table is made as well by this."""
+    """A tiny network in place of ResNet-18, which takes a CPU half a minute in bf16."""
 
     def network(classes):
         return nn.Sequential(
@@ -37,12 +37,12 @@ def tiny_network(monkeypatch):
     monkeypatch.setattr(gpu, "resnet18_small", network)
 
 
-def test_what_spans_cover_counts_once():
+def test_overlapping_spans_count_once():
     assert gpu.together([]) == 0
     assert gpu.together([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.7), (3.0, 4.0)]) == 6.0
 
 
-def test_a_trace_is_read_by_kinds(tmp_path):
+def test_spans_are_filtered_by_category(tmp_path):
     events = [
         {"ph": "X", "cat": "kernel", "ts": 1.0, "dur": 2.5},
         {"ph": "X", "cat": "gpu_user_annotation", "ts": 0.0, "dur": 100.0},
@@ -54,7 +54,7 @@ def test_a_trace_is_read_by_kinds(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny_network")
-def test_how_busy_a_device_is():
+def test_the_busy_table_has_consistent_shares():
     began = time.perf_counter()
     found = gpu.busy_table("cpu", SMALL)
     took = time.perf_counter() - began
@@ -66,7 +66,7 @@ def test_how_busy_a_device_is():
     assert found.goals[0].found is not None
 
 
-def test_arrays_stay_in_the_hosts_memory_for_the_moment_only():
+def test_arrays_stay_in_host_memory_only_inside_the_context():
     before = batches_module._ON_DEVICE
     with gpu.in_host_memory():
         assert batches_module._ON_DEVICE == 0
@@ -74,7 +74,7 @@ def test_arrays_stay_in_the_hosts_memory_for_the_moment_only():
 
 
 @pytest.mark.parametrize("ignite", [True, False])
-def test_what_is_added_to_a_tiny_step(monkeypatch, ignite):
+def test_the_overhead_table_compares_with_the_hand_written_loop(monkeypatch, ignite):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: ignite or None)
     monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "1.2")
     monkeypatch.setattr(peers, "ignite", peers.by_hand)
@@ -93,20 +93,20 @@ def test_what_is_added_to_a_tiny_step(monkeypatch, ignite):
 
 
 @pytest.mark.usefixtures("tiny_network")
-def test_what_exactness_costs():
+def test_the_exactness_table_has_both_steps():
     found = gpu.exactness_table("cpu", SMALL)
     ((name, exact, without, _),) = found.rows
     assert name == "cpu, bf16"
     assert found.goals[0].found == exact.median / without.median - 1
 
 
-def test_without_a_gpu_nothing_is_claimed():
+def test_without_a_gpu_all_figures_are_not_measured():
     found = [*(table("", gpu.QUICK) for table in gpu.TABLES), *records.tables(quick=True)]
     assert [goal.found for table in found for goal in table.goals] == [None] * 8
     assert {row[1] for table in found for row in table.rows} <= {"not measured", "not installed"}
 
 
-def test_a_table_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_path):
+def test_a_failing_table_does_not_lose_the_others(monkeypatch, tmp_path):
     def broken(device, size):
         raise RuntimeError("out of\nmemory")
 
@@ -121,13 +121,13 @@ def test_a_table_that_fails_does_not_take_the_others_with_it(monkeypatch, tmp_pa
     assert "## Compared with the reference's whole training" in text
 
 
-def test_the_mean_step_is_without_the_first_ones():
+def test_the_mean_step_excludes_the_warm_up():
     clock = peers.Clock([None] * (peers.WARM + 5))
     clock.asked = [0.0] * peers.WARM + [10.0, 11.0, 12.0, 13.0, 18.0]
     assert clock.mean() == 2.0
 
 
-def test_a_goal_may_have_no_bar_or_no_aim():
+def test_a_goal_may_lack_a_bar_or_an_aim():
     assert Goal("x", 0.3, None, 0.2, "{:.1f}").row() == ("x", "0.3", "", "0.2: **not met**")
     assert Goal("x", None, 0.2, None, "{:.1f}").row() == ("x", "not measured", "0.2: not measured", "")
 
@@ -157,7 +157,7 @@ for run in range(200):
 
 
 def script(folder: Path, last: int = 199, loading: str = LOADING) -> Path:
-    """One that prints as theirs do, and stops saying anything after a run."""
+    """A script that prints like the public ones, and hangs after its last run."""
     path = folder / "their_script.py"
     path.write_text(loading + RUNNING.replace("LAST", str(last)))
     return path
@@ -175,18 +175,18 @@ def images(tmp_path) -> Images:
     return Images(tmp_path / "photographs", "image-folder", tmp_path / "cache")
 
 
-def test_a_script_is_ended_after_its_runs(tmp_path, images):
+def test_a_script_is_killed_after_its_runs(tmp_path, images):
     assert records.beside_on(images, script(tmp_path), 3, 60) == [Run(0.25 + n / 1e4, n + 2.5) for n in range(3)]
 
 
-def test_a_script_that_takes_too_long_or_fails_is_told(tmp_path):
+def test_a_slow_or_failing_script_is_reported(tmp_path):
     slow = script(tmp_path, 1, loading="")
     assert len(records.beside(slow, tmp_path, 3, 3)) == 2  # what it has done by then counts
     with pytest.raises(RuntimeError, match=r"No such file or directory: 'cifar10/train\.pt'"):
         records.beside(script(tmp_path), tmp_path, 3, 60)
 
 
-def test_our_times_stand_beside_the_scripts(tmp_path, images, monkeypatch):
+def test_the_records_table_compares_our_times_with_the_scripts(tmp_path, images, monkeypatch):
     monkeypatch.setattr(
         records, "OURS", {"cifar10-94": ("run.epochs=1",), "cifar10-94, broken": ("model.name=nothing",)}
     )
@@ -204,7 +204,7 @@ def test_our_times_stand_beside_the_scripts(tmp_path, images, monkeypatch):
     assert list(goals.values()) == [None, None]
 
 
-def test_a_time_counts_only_with_its_accuracy():
+def test_a_time_is_infinite_below_the_accuracy():
     runs = [Run(0.93, 3.0), Run(0.95, 2.0), Run(0.94, 7.0)]
     assert records.time_to(0.94, runs) == 3.0
     assert records.time_to(0.941, runs) == math.inf
@@ -212,7 +212,7 @@ def test_a_time_counts_only_with_its_accuracy():
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 1.1])
-def test_the_references_whole_training_stands_beside_ours(images, monkeypatch, accuracy):
+def test_the_reference_table_compares_whole_trainings(images, monkeypatch, accuracy):
     monkeypatch.setattr(records, "FAST", {"cifar10-fast": ("run.epochs=1",)})
     monkeypatch.setattr(records, "REFERENCE", accuracy)
     small = ("run.epochs=1", 'data.prepare=[{name="resize",size=32}]')
@@ -224,7 +224,7 @@ def test_the_references_whole_training_stands_beside_ours(images, monkeypatch, a
     assert found.goals[0].found == pytest.approx(wanted)
 
 
-def test_the_tables_that_the_arguments_ask_for(images, tmp_path, monkeypatch):
+def test_the_arguments_select_the_tables(images, tmp_path, monkeypatch):
     parser = ArgumentParser()
     records.add_arguments(parser)
     nothing = [part() for part in records.parts(parser.parse_args([]))]

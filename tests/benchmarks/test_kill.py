@@ -23,7 +23,7 @@ def test_a_run_killed_at_random_moments_leaves_the_same_files_as_an_uninterrupte
     assert "| steps in the run | 69 |" in table
 
 
-def test_the_comparison_sees_a_changed_byte_and_a_doubled_point(digits, quiet, tmp_path):
+def test_the_comparison_detects_a_changed_byte_and_a_duplicate_point(digits, quiet, tmp_path):
     import torch
 
     import torchrelay as tr

@@ -1,4 +1,4 @@
-"""The page of the examples counts the lines that they have."""
+"""The page of the examples has their current line counts."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from benchmarks import examples
 PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "examples.md"
 
 
-def test_the_page_has_the_lines_of_each_example_and_of_the_other_programs():
+def test_the_page_has_the_lines_of_each_example_and_corresponding_program():
     rows = dict(re.findall(r"^\| `(\w+)\.py` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     assert rows.keys() == examples.SHOWN.keys()
     for name, row in rows.items():
@@ -16,7 +16,7 @@ def test_the_page_has_the_lines_of_each_example_and_of_the_other_programs():
         assert row.startswith(f"{what} | {examples.lines(name)} | {examples.others(files)} | "), name
 
 
-def test_an_example_is_run_and_tells_its_result():
+def test_running_an_example_returns_its_result():
     seconds, result = examples.run("tables")
     assert seconds > 0
     assert re.fullmatch(r"test accuracy: \d+\.\d\d%", result)

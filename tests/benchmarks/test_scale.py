@@ -1,4 +1,4 @@
-"""The cost model's formulas say what is really sent."""
+"""The cost model's formulas equal what is sent."""
 
 import sys
 from math import prod
@@ -22,7 +22,7 @@ def rows(processes):
 
 
 def check_counts(wire, phases, on_host):
-    """What each simulated process really sent, and what left the busiest host."""
+    """Compare what each simulated process sent, and what left the busiest host."""
     for rank in range(wire.size):
         assert sum(wire.messages[rank].values()) == messages(phases)
         assert sum(wire.bytes[rank].values()) == sent(phases)
@@ -30,13 +30,13 @@ def check_counts(wire, phases, on_host):
 
 
 def hosts(processes):
-    """Every size of a host that the exchange would use two levels for."""
+    """Every host size for which the all-reduce uses two levels."""
     return [1 << k for k in range(1, 6) if processes % (1 << k) == 0 and 1 << k < processes]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 @pytest.mark.parametrize("first", [*range(1, 41, 8), *(pytest.param(n, marks=pytest.mark.slow) for n in (41, 49, 57))])
-def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_the_same_bits(first, backend):
+def test_tree_formulas_equal_the_simulated_counts_and_all_trees_have_the_same_bits(first, backend):
     for processes in range(first, first + 8):
         values = rows(processes)
         expected = add_neighbors(values.clone().unbind())
@@ -52,7 +52,7 @@ def test_formulas_are_what_the_simulation_counts_and_all_forms_of_the_tree_have_
 
 
 @pytest.mark.parametrize("levels", [(2, 2, 2), (4, 2, 4), (2, 8, 4), (8, 2, 3)])
-def test_three_levels_are_the_same_tree(levels):
+def test_three_levels_give_the_bits_of_the_same_tree(levels):
     values = rows(prod(levels))
     wire, totals = count.simulate_tree(values, levels)
     check_counts(wire, model.tree(ELEMENTS, levels, levels[0]), levels[0])
@@ -60,7 +60,7 @@ def test_three_levels_are_the_same_tree(levels):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 12, 24, pytest.param(64, marks=pytest.mark.slow)])
-def test_formulas_of_rings_are_what_the_simulation_counts(processes):
+def test_ring_formulas_equal_the_simulated_counts(processes):
     values = rows(processes)
     for on_host in [*hosts(processes), processes]:
         wire, totals = count.simulate_rings(values, (processes,))
@@ -71,18 +71,18 @@ def test_formulas_of_rings_are_what_the_simulation_counts(processes):
         torch.testing.assert_close(totals[0][:ELEMENTS], values.sum(0), rtol=1e-4, atol=1.0)
 
 
-def test_another_order_has_other_bits():
-    """The comparison of bits above can fail: a ring adds in an order of its own."""
+def test_another_order_of_addition_gives_other_bits():
+    """The comparison of bits above can fail: a ring adds in a different order."""
     values = rows(8)
     _, totals = count.simulate_rings(values, (8,))
     assert not torch.equal(totals[0][:ELEMENTS], add_neighbors(values.clone().unbind()))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what connections carry")
-def test_the_kernel_counts_what_formulas_say_of_real_processes(start, tmp_path):
-    """Up to four processes, forked by one that has threads of no other test: each byte of an exchange, link by link.
+def test_the_kernels_counts_of_real_processes_equal_the_formulas(start, tmp_path):
+    """Up to four processes, forked by one without threads of other tests: each byte of an all-reduce, link by link.
 
-    Of four on, who sends to whom depends on how sums are handed round.
+    From four processes on, the links in use depend on how sums are passed on.
     """
     script = tmp_path / "script.py"
     script.write_text(f"""
@@ -99,7 +99,7 @@ assert counts.compared == 12 + 1 + 8 + 1 and not counts.wrong, counts.wrong
     assert "| 4 | flat | 12 | 6,291,480 | 6,291,480 | 24 | " in done.stdout
 
 
-def test_a_wrong_formula_is_told_of():
+def test_a_wrong_formula_is_reported():
     counts = check.Counts()
     wire, _ = count.simulate_tree(rows(4), (4,))
     check.compare(counts, "tree", wire, model.ring(ELEMENTS + 4, 4, 4), 4)

@@ -1,4 +1,4 @@
-"""A checkpointer in a loop of one's own: no trainer, no run folder."""
+"""A checkpointer in a custom loop, without a trainer or a run folder."""
 
 import threading
 from pathlib import Path
@@ -38,7 +38,7 @@ def train(folder: Path, steps: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_a_loop_of_ones_own_resumes_to_the_same_weights(tmp_path):
+def test_a_custom_loop_resumes_to_the_same_weights(tmp_path):
     uninterrupted = train(tmp_path / "one", 20)
     train(tmp_path / "other", 11)
     resumed = train(tmp_path / "other", 20)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, nothing pickled, damage named."""
+"""Checkpoints: complete or absent, never pickled, and damage is reported."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def silent(_text: str) -> None:
     pass
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_a_checkpoint_round_trips(tmp_path):
     written = contents(7, score=0.5)
     read = checkpoint.read(checkpoint.write(tmp_path, written))
     assert read.step == 7
@@ -74,13 +74,13 @@ def test_the_weights_open_with_plain_safetensors(tmp_path):
     assert torch.equal(model.weight, contents(1).model["weight"])
 
 
-def test_what_would_have_to_be_pickled_is_refused():
+def test_objects_that_need_pickle_are_refused():
     with pytest.raises(TypeError, match=r"a checkpoint can't hold \w*Path at 'a\.b'"):
         pack({"a": {"b": Path("x")}})
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "ema.safetensors"])
-def test_one_flipped_bit_is_noticed_and_the_one_before_is_used(tmp_path, file):
+def test_a_flipped_bit_is_detected_and_the_previous_checkpoint_is_used(tmp_path, file):
     checkpoint.write(tmp_path, contents(1))
     damaged = checkpoint.write(tmp_path, contents(2)) / file
     content = bytearray(damaged.read_bytes())
@@ -93,7 +93,7 @@ def test_one_flipped_bit_is_noticed_and_the_one_before_is_used(tmp_path, file):
     assert "checksum" in said[0]
 
 
-def test_a_truncated_file_is_noticed(tmp_path):
+def test_a_truncated_file_is_detected(tmp_path):
     path = checkpoint.write(tmp_path, contents(1)) / "state.json"
     os.truncate(path, 10)
     with pytest.raises(RelayError, match=r"no checkpoint in .* can be used: .*state\.json has 10 bytes"):
@@ -107,7 +107,7 @@ def test_every_damaged_checkpoint_is_listed(tmp_path):
         checkpoint.newest(tmp_path, silent)
 
 
-def test_a_folder_without_manifest_is_no_checkpoint_and_is_replaced(tmp_path):
+def test_a_folder_without_a_manifest_is_not_a_checkpoint_and_is_replaced(tmp_path):
     (tmp_path / "step-00000005").mkdir()
     (tmp_path / "step-00000005" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".step-00000005.partial").mkdir()
@@ -159,7 +159,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.best(tmp_path).name == "step-00000002"
 
 
-def test_the_newest_is_kept_even_if_none_shall_be(tmp_path):
+def test_the_newest_checkpoint_is_kept_even_with_keep_0(tmp_path):
     for step in (1, 2):
         checkpoint.write(tmp_path, contents(step))
     prune(tmp_path, keep=0, keep_best=0)
@@ -210,7 +210,7 @@ def test_what_a_process_that_died_did_not_delete_goes_when_the_run_is_opened(tmp
     assert left == ([1, 2, 3] if damaged else [3]), "the newest one is damaged, so the others must stay"
 
 
-def test_people_find_a_checkpoint_by_what_they_call_it(tmp_path):
+def test_a_checkpoint_is_found_by_name_or_step(tmp_path):
     with pytest.raises(UsageError, match="has no checkpoint yet"):
         checkpoint.find(tmp_path, "best")
     for step, score in ((10, 0.9), (20, 0.1)):
@@ -254,7 +254,7 @@ def test_the_package_imports_no_pickle():
 
 
 def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_path):
-    """A real process is killed at each system call that changes the disk, by a tracer of its own making."""
+    """An audit hook kills a real process at each operation that changes the disk."""
     script = """
 import os, sys
 from dataclasses import replace

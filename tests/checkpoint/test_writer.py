@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training's back: the copy in memory, the thread, its failures."""
+"""Checkpoints written in the background: the copy in memory, the thread, its failures."""
 
 import threading
 
@@ -20,7 +20,7 @@ def test_tied_and_strided_weights_are_saved(tmp_path):
     assert torch.equal(read.model["c"], weight.t())
 
 
-def test_what_is_in_memory_does_not_change_with_the_model():
+def test_the_copy_in_memory_does_not_change_with_the_model():
     weight = torch.zeros(3)
     saved = stage(Contents(0, {"w": weight}, {"s": [weight]}))
     weight += 1
@@ -29,7 +29,7 @@ def test_what_is_in_memory_does_not_change_with_the_model():
 
 
 def large_tensors() -> dict[str, torch.Tensor]:
-    """Tensors of every kind of layout, each large enough to be copied by a call of its own."""
+    """Tensors of every memory layout, each large enough for its own copy call."""
     images = torch.randn(64, 8, 16, 16)
     waves = torch.randn(128, 128, dtype=torch.complex64)
     return {
@@ -66,8 +66,8 @@ def test_a_large_tensor_is_copied_whatever_its_layout(name):
     assert not copy.requires_grad
 
 
-def test_large_tensors_are_not_left_to_torchs_threads(monkeypatch):
-    """What lies alike is not handed to torch, whose threads wait for each other at every tensor."""
+def test_large_contiguous_tensors_are_copied_without_torchs_threads(monkeypatch):
+    """torch's threads would wait for each other at every tensor."""
     handed: list[torch.Tensor] = []
     copy = torch._foreach_copy_
 
@@ -81,7 +81,7 @@ def test_large_tensors_are_not_left_to_torchs_threads(monkeypatch):
     assert [tensor.shape for tensor in handed] == [small.shape, (50_000,)]
 
 
-def test_the_writer_writes_behind_and_prunes(tmp_path):
+def test_the_writer_saves_in_the_background_and_prunes(tmp_path):
     writer = Writer(tmp_path, CheckpointSettings(keep=2, keep_best=0))
     for step in range(5):
         writer.save(Contents(step, {"w": torch.ones(3)}, {}))
@@ -109,7 +109,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-00000001"]
 
 
-def test_a_second_copy_lies_where_the_first_lay_and_is_right():
+def test_a_second_copy_reuses_the_memory_of_the_first():
     memory: dict[str, torch.Tensor] = {}
     first = stage(Contents(1, {"w": torch.arange(6.0)}, {"s": [torch.ones(2)]}), memory)
     where = first.model["w"].data_ptr()
@@ -119,8 +119,8 @@ def test_a_second_copy_lies_where_the_first_lay_and_is_right():
     assert second.state["s"][0].tolist() == [1, 1, 1], "what has another shape gets memory of its own"
 
 
-def test_what_is_being_written_is_not_copied_over(tmp_path):
-    """Each checkpoint has its own step's numbers, however fast they follow each other."""
+def test_a_new_copy_does_not_overwrite_one_that_is_being_written(tmp_path):
+    """Each checkpoint holds the values of its own step, even when saves follow each other fast."""
     writer = Writer(tmp_path, CheckpointSettings(keep=50))
     for step in range(30):
         writer.save(Contents(step, {"w": torch.full((50_000,), float(step))}, {"s": torch.full((9,), step)}))
@@ -142,7 +142,7 @@ def state_of(step: int, size: int = 200_000) -> Contents:
 
 
 def in_place(contents: Contents) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What only an optimizer's step changes."""
+    """Return the tensors that only an optimizer step changes."""
     assert contents.ema is not None
     momentum = contents.state["optimizer"]["state"][0]["momentum_buffer"]
     return contents.model["w"], momentum, contents.ema["w"]
@@ -150,7 +150,7 @@ def in_place(contents: Contents) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 @pytest.fixture
 def held_up(monkeypatch):
-    """Lets the writer's thread copy nothing until it is released; the caller's thread copies as it likes."""
+    """Block copies in the writer's thread until released; the caller's thread copies freely."""
     released, waiting, copy = threading.Event(), threading.Event(), writer_module._copy
 
     def slowly(pairs):
@@ -163,11 +163,11 @@ def held_up(monkeypatch):
     return released, waiting
 
 
-def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
+def test_weights_are_copied_in_the_background_until_the_optimizer_step(tmp_path, held_up):
     released, waiting = held_up
     writer = Writer(tmp_path, CheckpointSettings())
     writer.save(state_of(0), training_continues=True)
-    writer.settle(trained=True)  # nobody changed the weights
+    writer.settle(trained=True)  # the weights have not changed
     second = state_of(1)
     writer.save(second, training_continues=True)
     assert waiting.wait(20)  # and `save` has returned
@@ -189,13 +189,13 @@ def test_weights_are_copied_meanwhile_and_waited_for(tmp_path, held_up):
 
 
 @pytest.mark.parametrize("training_continues", [True, False])
-def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(training_continues, tmp_path):
+def test_the_first_copy_and_copies_outside_training_are_immediate(training_continues, tmp_path):
     writer = Writer(tmp_path, CheckpointSettings(keep=3))
     for step in (0,) if training_continues else (0, 1):
         contents = state_of(step)
         writer.save(contents, training_continues=training_continues)
         if not training_continues:
-            writer.settle(trained=True)  # from here on a training could have its copies made meanwhile
+            writer.settle(trained=True)  # from here on a training may copy in the background
         for tensor in in_place(contents):
             tensor.zero_()
         writer.wait()
@@ -204,7 +204,7 @@ def test_the_first_copy_and_one_for_a_stranger_are_made_at_once(training_continu
         assert all(map(torch.equal, in_place(checkpoint.read(path)), in_place(state_of(step))))
 
 
-def test_weights_that_a_forward_pass_changes_are_copied_at_once(tmp_path):
+def test_weights_changed_by_a_forward_pass_are_copied_immediately(tmp_path):
     writer = Writer(tmp_path, CheckpointSettings())
     contents = state_of(0)
     writer.save(contents, training_continues=True)
@@ -221,8 +221,8 @@ def test_weights_that_a_forward_pass_changes_are_copied_at_once(tmp_path):
         assert torch.equal(found.model["w"], state_of(found.step).model["w"])
 
 
-def test_what_waits_without_a_training_step_says_nothing_of_the_network(tmp_path):
-    """An evaluation before the first step: the forward pass that writes to the weights is yet to come."""
+def test_settling_before_the_first_step_does_not_hide_in_place_changes(tmp_path):
+    """An evaluation before the first step settles before the forward pass that changes the weights."""
     writer = Writer(tmp_path, CheckpointSettings())
     contents = state_of(0)
     writer.save(contents, training_continues=True)

@@ -1,4 +1,4 @@
-"""Evaluating a run on a folder of images: classes are matched by name, and what is missing is said and not a zero."""
+"""Evaluating a run on a folder of images: classes match by name; a missing class is reported, not counted as zero."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def images(tmp_path) -> Path:
 
 
 def evaluate(run, images, capsys, *more: str) -> tuple[dict, str]:
-    """What JSON says, and what people read."""
+    """Return the JSON output and the text output."""
     given = ["evaluate", str(run), str(images), "--set", "data.cache=false", *more]
     assert cli.main([*given, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -43,7 +43,7 @@ def evaluate(run, images, capsys, *more: str) -> tuple[dict, str]:
     return found, capsys.readouterr().out
 
 
-def test_all_images_of_a_labelled_folder_are_judged(run, images, capsys):
+def test_all_images_of_a_labeled_folder_are_evaluated(run, images, capsys):
     found, text = evaluate(run, images, capsys)
     trainer = tr.recipe.build_trainer(tr.recipe.load(str(run / "recipe.toml")), run, fresh=False)
     trainer.load("best")
@@ -55,7 +55,7 @@ def test_all_images_of_a_labelled_folder_are_judged(run, images, capsys):
     assert "all (60 samples)   loss" in text
 
 
-def test_each_part_of_a_divided_folder_is_judged(run, images, capsys):
+def test_each_part_of_a_split_folder_is_evaluated(run, images, capsys):
     shutil.copytree(images, images.parent / "parts" / "train")
     shutil.copytree(images, images.parent / "parts" / "test")
     found, _ = evaluate(run, images.parent / "parts", capsys)
@@ -74,7 +74,7 @@ def test_classes_are_matched_by_name_and_not_by_position(run, images, capsys):
     assert "    4  no samples" in text
 
 
-def test_images_of_a_class_that_the_run_does_not_know_are_left_out_and_said(run, images, capsys):
+def test_images_of_an_unknown_class_are_skipped_and_reported(run, images, capsys):
     whole, _ = evaluate(run, images, capsys)
     shutil.copytree(images / "3", images / "a letter")
     found, text = evaluate(run, images, capsys)
@@ -82,14 +82,14 @@ def test_images_of_a_class_that_the_run_does_not_know_are_left_out_and_said(run,
     assert f"left out of {images}, as the run has no such class: a letter" in text
 
 
-def test_a_folder_with_none_of_the_classes_is_refused_and_the_nested_one_suggested(run, images, capsys):
+def test_a_folder_without_the_classes_is_refused_and_the_nested_one_suggested(run, images, capsys):
     assert cli.main(["evaluate", str(run), str(images.parent)]) == 1
     error = capsys.readouterr().err
     assert f"{images.parent} has none of the run's classes, 0, 1, 2, " in error
     assert f"but images: did you mean {images}?" in error
 
 
-def test_other_data_with_other_class_names_is_not_judged_by_position(tmp_path, capsys):
+def test_data_with_other_class_names_is_not_evaluated_by_position(tmp_path, capsys):
     """`data.root` of another folder, with as many classes of other names."""
     for root, names in (("pets", ("cat", "dog")), ("farm", ("cow", "dog"))):
         for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""What somebody reads who got it wrong: one line, with the cause, the place and the remedy."""
+"""Error messages: one line with the cause, the place and the remedy."""
 
 import shlex
 from pathlib import Path
@@ -39,7 +39,7 @@ EPOCHS = "(such as epochs = 10)"
 WIDTHS = "(such as --set 'model.options.widths=[32, 64, 64]')"
 AUGMENT = '(such as augment = ["flip", {name = "crop", padding = 4}])'
 
-# What is typed after `torchrelay`, what it says after "error: ", and its exit code.
+# The arguments of `torchrelay`, the message after "error: ", and the exit code.
 MESSAGES = [
     # options that are keys of the recipe
     ("train digits --epochs 3", "there is no option '--epochs'; write --set run.epochs=3", 2),
@@ -192,7 +192,7 @@ def desk(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("command", "says", "code"), MESSAGES, ids=[row[0] for row in MESSAGES])
-def test_a_mistake_is_answered_by_one_line(command, says, code, desk, tmp_path, monkeypatch, capsys):
+def test_a_usage_error_prints_one_line(command, says, code, desk, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     torch.set_num_threads(1)
     arguments = shlex.split(command)
@@ -231,7 +231,7 @@ def test_a_mistake_is_answered_by_one_line(command, says, code, desk, tmp_path, 
         ),
     ],
 )
-def test_wrong_settings_are_one_line_from_python_too(make, says):
+def test_wrong_settings_raise_a_one_line_error_in_python(make, says):
     with pytest.raises(UsageError) as caught:
         make()
     assert str(caught.value).startswith(says)
@@ -255,13 +255,13 @@ def test_wrong_settings_are_one_line_from_python_too(make, says):
         ),
     ],
 )
-def test_without_a_network_one_line_says_so_at_once(cli, tmp_path, one_line, arguments, says):
+def test_without_a_network_a_download_fails_at_once_with_one_line(cli, tmp_path, one_line, arguments, says):
     proxy = "http://127.0.0.1:9"  # refuses
     environment = {"http_proxy": proxy, "https_proxy": proxy, "HOME": str(tmp_path)}
     one_line(cli("train", *shlex.split(arguments), environment=environment), says)
 
 
-def test_a_checkpoint_of_other_classes_is_said_to_be_one(desk, monkeypatch, tmp_path, quiet):
+def test_a_checkpoint_of_other_classes_is_refused_with_the_number_of_classes(desk, monkeypatch, tmp_path, quiet):
     monkeypatch.chdir(desk)
     images, targets = torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12) % 3
 

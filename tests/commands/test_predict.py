@@ -28,7 +28,7 @@ def images(tmp_path) -> Path:
     return tmp_path
 
 
-def test_csv_has_a_line_for_each_image_and_agrees_with_json(run, images, capsys):
+def test_csv_has_a_line_per_image_and_agrees_with_json(run, images, capsys):
     assert cli.main(["predict", str(run), str(images), "--top", "2", "--csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert cli.main(["predict", str(run), str(images), "--top", "2", "--json"]) == 0
@@ -57,7 +57,7 @@ def test_a_broken_file_is_named_and_the_others_are_classified(run, images, capsy
     assert last.startswith(f"error: 1 of 5 files can't be read as images, such as {broken}")
 
 
-def test_files_of_a_folder_that_are_no_images_are_counted(run, images, capsys):
+def test_files_that_are_not_images_are_counted(run, images, capsys):
     (images / "notes.txt").write_text("words")
     assert cli.main(["predict", str(run), str(images)]) == 0
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what is slow is found, and the phases add up."""
+"""Profiling: the slow phase is found, and the phases add up to the step."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ def slow_images(images, _draw):
     ],
 )
 @pytest.mark.parametrize("measured", [True, False])
-def test_what_is_slow_is_found(quiet, phase, how, measured):
+def test_profile_finds_the_slow_phase(quiet, phase, how, measured):
     made = trainer(quiet, settings=tr.RunSettings(train_metrics=measured), **how())
     found = profiling.examine(made, steps=5)
     assert found.seconds[phase] >= LONG
@@ -68,17 +68,17 @@ class Unmeasured(tr.Classification):
     measure = tr.Task.measure
 
 
-def test_a_task_that_measures_nothing_has_its_backward_pass_told(quiet):
+def test_profile_times_the_backward_pass_of_a_task_without_metrics(quiet):
     made = trainer(quiet, model=SlowBackward(nn.Flatten(), nn.Linear(64, 10)), task=Unmeasured())
     assert profiling.examine(made, steps=5).seconds["backward"] >= LONG
 
 
-def test_the_samples_of_a_step_are_those_of_a_full_batch(quiet):
+def test_profile_counts_the_samples_of_a_full_batch(quiet):
     made = trainer(quiet)
     assert profiling.examine(made, steps=len(made.batches) - 5).samples == 64  # the last one has 30
 
 
-def test_the_phases_are_the_step(quiet):
+def test_the_phases_add_up_to_the_step(quiet):
     made = trainer(quiet)
     began = time.perf_counter()
     found = profiling.examine(made, steps=30)
@@ -87,7 +87,7 @@ def test_the_phases_are_the_step(quiet):
     assert sum(found.seconds.values()) == pytest.approx(found.step, rel=0.2)  # a median of sums, a sum of medians
 
 
-def test_the_command_shows_a_table_and_leaves_a_picture_and_a_trace(tmp_path, capsys, monkeypatch):
+def test_profile_prints_a_table_and_writes_a_plot_and_a_trace(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["profile", "digits", "--steps", "3"]) == 0
     shown = capsys.readouterr().out
@@ -99,13 +99,13 @@ def test_the_command_shows_a_table_and_leaves_a_picture_and_a_trace(tmp_path, ca
     assert not (tmp_path / "runs").exists()
 
 
-def test_pytorchs_own_profiler_is_quiet(tmp_path):
+def test_the_pytorch_profiler_prints_nothing(tmp_path):
     command = [sys.executable, "-m", "torchrelay", "profile", "digits", "--steps", "1", "--out", tmp_path / "found"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stderr == ""
     assert "USDT" not in done.stdout
 
 
-def test_a_run_is_not_profiled(quiet, tmp_path):
+def test_a_trainer_with_a_run_folder_is_refused(quiet, tmp_path):
     with pytest.raises(UsageError, match="without a run folder"):
         profiling.examine(trainer(quiet, run=tmp_path / "run"))

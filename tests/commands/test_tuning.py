@@ -1,4 +1,4 @@
-"""What `tune` recommends: what was faster side by side, and nothing that trains another network."""
+"""`tune` recommends settings that were faster in turns and that train the same network."""
 
 import time
 
@@ -50,7 +50,7 @@ def trials(
     return {trial.setting: trial for trial in found}
 
 
-def test_what_is_faster_is_kept_and_what_fails_is_told(tmp_path):
+def test_tune_keeps_faster_settings_and_reports_failing_ones(tmp_path):
     found = trials(tmp_path, last="pass", first="time.sleep(0.02)")
     last = found["device.channels_last = true"]
     assert last.kept
@@ -64,19 +64,19 @@ def test_what_is_faster_is_kept_and_what_fails_is_told(tmp_path):
     assert "trains otherwise" in double.note
 
 
-def test_what_is_slower_is_not_kept(tmp_path):
+def test_tune_drops_slower_settings(tmp_path):
     found = trials(tmp_path, last="time.sleep(0.02)", first="pass")
     assert not found["device.channels_last = true"].kept
     assert found["device.channels_last = true"].times < 0.7
 
 
-def test_data_smaller_than_a_batch_is_timed_as_it_is(tmp_path):
+def test_tune_times_data_smaller_than_a_batch(tmp_path):
     found = trials(tmp_path, last="pass", first="pass", batch=100)
     assert found["the recipe's own"].samples == found["data.batch_size = 200"].samples == 64
     assert found["data.batch_size = 50"].samples == 50
 
 
-def test_a_trials_number_of_threads_is_its_own(tmp_path):
+def test_each_trial_sets_its_own_number_of_threads(tmp_path):
     torch.set_num_threads(2)
     note = f"with open({str(tmp_path / 'seen')!r}, 'a') as file: file.write(str(torch.get_num_threads()))"
     slow_alone = "time.sleep(0.4 * (torch.get_num_threads() == 1))"  # two threads take 0.1 s on a busy machine
@@ -86,14 +86,14 @@ def test_a_trials_number_of_threads_is_its_own(tmp_path):
     assert torch.get_num_threads() == 2
 
 
-def test_the_time_is_kept(tmp_path):
+def test_tune_keeps_to_its_time_limit(tmp_path):
     began = time.monotonic()
     found = trials(tmp_path, last="pass", first="pass", seconds=0)
     assert time.monotonic() - began < 20
     assert all("no time left" in trial.note for name, trial in found.items() if name != "the recipe's own")
 
 
-def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, capsys):
+def test_tune_prints_a_table_and_lines_for_a_recipe(tmp_path, capsys):
     path = tmp_path / "code.py"
     path.write_text(CODE.format(last="pass", first="time.sleep(0.02)"))
     settings = ["data.name=images", "model.name=slow", "data.batch_size=32", "device.name=cpu", "data.augment=[]"]
@@ -105,7 +105,7 @@ def test_the_command_prints_a_table_and_lines_that_a_recipe_takes(tmp_path, caps
     assert "channels_last = true" in [line.strip() for line in lines]
 
 
-def test_the_lines_to_keep_stand_under_their_sections(capsys):
+def test_recommended_lines_are_grouped_by_section(capsys):
     kept = ("device.threads = 2", "optimizer.fused = true", "device.channels_last = true")
     tuning.show(
         [tuning.Trial("the recipe's own", 1.0, 8, kept=True), *(tuning.Trial(s, 1.0, 8, kept=True) for s in kept)]
@@ -114,7 +114,7 @@ def test_the_lines_to_keep_stand_under_their_sections(capsys):
     assert capsys.readouterr().out.endswith(lines)
 
 
-def test_a_fused_optimizer_is_offered_where_there_is_one():
+def test_tune_tries_a_fused_optimizer_if_there_is_one():
     offered = {
         name: ("optimizer", "fused", True) in list(tuning._settings(recipe.load("digits", [f"optimizer.name={name}"])))
         for name in ("sgd", "adamw", "muon")
@@ -124,7 +124,7 @@ def test_a_fused_optimizer_is_offered_where_there_is_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_is_offered_its_own_settings():
+def test_tune_tries_gpu_settings_on_a_gpu():
     names = {name for _, name, _ in tuning._settings(recipe.load("digits"))}
     assert {"precision", "tf32", "channels_last"} <= names
     assert "threads" not in names

@@ -1,4 +1,4 @@
-"""Augmentation: each transform against a plain version of it, and that a sample's company doesn't matter."""
+"""Augmentation: each transform equals a plain version of it, and a sample's result doesn't depend on its batch."""
 
 import hashlib
 import math
@@ -44,7 +44,7 @@ def label(transform):
 
 
 def photos(batch: int, height: int = SIZE, width: int = SIZE, channels: int = 3) -> torch.Tensor:
-    """Return uint8 images with smooth colours and some noise."""
+    """Return uint8 images with smooth colors and some noise."""
     generator = torch.Generator().manual_seed(batch + 7 * height + 31 * width)
     coarse = torch.rand(batch, channels, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
@@ -52,9 +52,9 @@ def photos(batch: int, height: int = SIZE, width: int = SIZE, channels: int = 3)
     return (smooth * 225 + noise).to(torch.uint8)
 
 
-def draw(batch: int, *, epoch: int = 0, stream: str = "augment.0.x", place: int = 0, seed: int = 0) -> Draw:
-    places = torch.arange(place, place + batch)
-    return Draw(seed, epoch, places, places * 7 % 1009, stream)
+def draw(batch: int, *, epoch: int = 0, stream: str = "augment.0.x", position: int = 0, seed: int = 0) -> Draw:
+    positions = torch.arange(position, position + batch)
+    return Draw(seed, epoch, positions, positions * 7 % 1009, stream)
 
 
 def part(whole: Draw, where: slice) -> Draw:
@@ -65,7 +65,7 @@ def as_kind(images: torch.Tensor, kind: str) -> torch.Tensor:
     return images if kind == "bytes" else images.to(torch.float32) / 255
 
 
-# ------------------------------------------------------------------------------------------ a sample's company
+# ---------------------------------------------------------------------------------- independence of the batch
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
@@ -81,13 +81,13 @@ def test_a_batch_gives_the_bits_of_its_parts(transform, kind, cuts):
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
 @pytest.mark.parametrize("transform", IMAGE_TRANSFORMS, ids=label)
-def test_every_image_gets_its_bits_alone(transform, kind):
-    """Odd sizes and 301 images: so that every image stands once where a vector instruction has no full load."""
+def test_each_image_alone_gives_the_bits_it_has_in_a_batch(transform, kind):
+    """Odd sizes and 301 images: every image is once in the partial tail of a vector instruction."""
     images, whole = as_kind(photos(301, 13, 13), kind), draw(301)
     together = transform(images, whole)
-    for place in range(0, 301, 7):
-        where = slice(place, place + 1)
-        assert torch.equal(transform(images[where], part(whole, where)), together[where]), place
+    for position in range(0, 301, 7):
+        where = slice(position, position + 1)
+        assert torch.equal(transform(images[where], part(whole, where)), together[where]), position
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
@@ -131,7 +131,7 @@ def test_a_transform_keeps_type_and_input(transform, kind):
 
 
 @pytest.mark.parametrize("transform", [*IMAGE_TRANSFORMS[:7], *IMAGE_TRANSFORMS[11:]], ids=label)
-def test_epochs_and_seeds_draw_anew(transform):
+def test_each_epoch_and_seed_draws_differently(transform):
     images = photos(32)
     first = transform(images, draw(32))
     assert not torch.equal(transform(images, draw(32, epoch=1)), first)
@@ -142,7 +142,7 @@ def test_epochs_and_seeds_draw_anew(transform):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("transform", IMAGE_TRANSFORMS, ids=label)
-def test_a_gpu_augments_alike(transform):
+def test_a_gpu_gives_the_same_augmentation(transform):
     images, whole = photos(64), draw(64)
     there = transform(images.cuda(), replace(whole, device=torch.device("cuda"))).cpu()
     difference = (there.int() - transform(images, whole).int()).abs()
@@ -152,24 +152,24 @@ def test_a_gpu_augments_alike(transform):
 # ----------------------------------------------------------------------------------------------- flips and crops
 
 
-def test_a_flip_mirrors_what_was_drawn():
+def test_a_flip_mirrors_the_drawn_images():
     images, whole = photos(50), draw(50)
     for image, found, number in zip(images, augment.Flip(p=0.3)(images, whole), whole.uniform()[:, 0], strict=True):
         assert torch.equal(found, V.horizontal_flip(image) if number < 0.3 else image)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.5, 1.0])
-def test_a_flip_is_as_likely_as_it_says(p):
+def test_a_flip_has_its_probability(p):
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(20_000, 1, 1, 2)
     share = float((augment.Flip(p=p)(images, draw(20_000))[:, 0, 0, 0] == 255).double().mean())
     assert abs(share - p) <= 4 * math.sqrt(p * (1 - p) / 20_000)
 
 
-def test_an_alternating_flip_alternates_from_a_toss_by_sample():
+def test_an_alternating_flip_alternates_from_a_random_start_per_sample():
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(10_000, 1, 1, 2)
 
     def mirrored(epoch: int, order: torch.Tensor) -> torch.Tensor:
-        """Return which samples are mirrored, by sample, where an epoch has them in this order."""
+        """Return for each sample whether it is mirrored, in an epoch of this order."""
         shown = Draw(0, epoch, torch.arange(10_000), order, "augment.0.alternating_flip")
         found = augment.AlternatingFlip()(images, shown)[:, 0, 0, 0] == 255
         return torch.zeros(10_000, dtype=torch.bool).scatter(0, order, found)
@@ -193,9 +193,9 @@ def test_a_crop_is_a_window_of_the_padded_image(mode, numpy_mode, padding):
         assert np.array_equal(image.numpy(), window[:, top : top + 9, left : left + 14])
 
 
-def test_crops_go_everywhere_alike():
-    places = torch.arange(81, dtype=torch.uint8).view(1, 1, 9, 9).expand(20_000, 1, 9, 9)
-    found = augment.PaddedCrop(padding=4, mode="zeros")(places, draw(20_000))
+def test_crop_offsets_are_uniform():
+    positions = torch.arange(81, dtype=torch.uint8).view(1, 1, 9, 9).expand(20_000, 1, 9, 9)
+    found = augment.PaddedCrop(padding=4, mode="zeros")(positions, draw(20_000))
     middle = torch.bincount(found[:, 0, 4, 4].long(), minlength=81)  # the pixel that came to the middle
     assert stats.chisquare(middle.numpy()).pvalue > 1e-3
 
@@ -207,7 +207,7 @@ def test_a_reflection_longer_than_the_image_is_refused():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [7, 24])
-def test_resizing_is_torchvisions_antialiased(interpolation, size):
+def test_resize_equals_torchvisions_antialiased_resize(interpolation, size):
     images = photos(4, 15, 22)
     found = augment.Resize(size=size, interpolation=interpolation)(images)
     expected = V.resize(images, [size, size], V.InterpolationMode(interpolation), antialias=True)
@@ -222,20 +222,20 @@ def test_a_progressive_resize_grows_with_the_epochs_and_stays_at_the_last_size()
     assert torch.equal(early, augment.Resize(size=12)(images))
 
 
-def test_resizing_floats_stays_near_resizing_bytes():
+def test_resizing_floats_is_close_to_resizing_bytes():
     images = photos(4, 15, 22)
     floats = augment.Resize(size=9)(images / 255.0)
     assert torch.allclose(floats * 255, augment.Resize(size=9)(images).float(), atol=1.01)
 
 
-def test_nearest_takes_the_pixel_in_the_middle():
+def test_nearest_takes_the_central_pixel():
     images = torch.arange(9, dtype=torch.uint8).view(1, 1, 1, 9).expand(1, 1, 9, 9)
     found = augment.Resize(size=3, interpolation="nearest")(images)
     assert found[0, 0, 0].tolist() == [1, 4, 7]
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(16, 16, 8), (15, 22, 7), (15, 22, 15)])
-def test_a_center_crop_is_torchvisions(height, width, size):
+def test_a_center_crop_equals_torchvisions(height, width, size):
     images = photos(2, height, width)
     assert torch.equal(augment.CenterCrop(size=size)(images), V.center_crop(images, [size, size]))
 
@@ -246,7 +246,7 @@ def test_a_center_crop_larger_than_the_image_is_refused():
 
 
 @pytest.mark.parametrize("size", [8, 32])
-def test_a_random_resized_crop_is_torchvisions_of_the_same_part(size):
+def test_a_random_resized_crop_equals_torchvisions_resized_crop(size):
     images, whole = photos(20, 24, 17), draw(20)
     transform = augment.RandomResizedCrop(size=size)
     found = transform(images, whole)
@@ -257,7 +257,7 @@ def test_a_random_resized_crop_is_torchvisions_of_the_same_part(size):
         assert torch.equal(crop, V.resized_crop(image, top, left, height, width, [size, size], antialias=True))
 
 
-def test_random_parts_have_the_area_and_shape_asked_for():
+def test_random_crops_have_the_given_scale_and_ratio():
     transform = augment.RandomResizedCrop(size=8, scale=(0.2, 0.4), ratio=(0.5, 2.0))
     boxes = torch.tensor([transform.box(numbers, 1000, 1000) for numbers in draw(5000).uniform(4).tolist()]).double()
     top, left, height, width = boxes.unbind(1)
@@ -272,7 +272,7 @@ def test_random_parts_have_the_area_and_shape_asked_for():
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
-def test_a_hole_is_a_square_of_the_mean_colour(size):
+def test_cutout_fills_a_square_with_the_mean_color(size):
     images, whole = photos(60), draw(60)
     found = augment.Cutout(size=size)(images, whole)
     for image, cut, (down, right, _) in zip(images, found, whole.uniform(3).tolist(), strict=True):
@@ -283,7 +283,7 @@ def test_a_hole_is_a_square_of_the_mean_colour(size):
         assert torch.equal(cut, expected)
 
 
-def test_holes_are_as_likely_and_as_large_as_they_say():
+def test_cutout_has_its_probability_and_size():
     images = torch.zeros(20_000, 1, SIZE, SIZE)
     images[:, :, ::2] = 1.0  # so that the mean differs from every pixel
     holes = (augment.Cutout(size=4, p=0.3)(images, draw(20_000)) == 0.5).flatten(1)
@@ -295,7 +295,7 @@ def test_holes_are_as_likely_and_as_large_as_they_say():
     assert float((middle - 1).abs().max()) < 0.25
 
 
-# ----------------------------------------------------------------------------------------------------- colours
+# ----------------------------------------------------------------------------------------------------- colors
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.4, 1.0, 1.7])
@@ -308,43 +308,43 @@ def test_holes_are_as_likely_and_as_large_as_they_say():
         (color.adjust_sharpness, V.adjust_sharpness),
     ],
 )
-def test_blending_is_torchvisions(ours, theirs, factor):
+def test_blending_equals_torchvisions(ours, theirs, factor):
     images = photos(5) / 255.0
     found = ours(images, torch.full((5, 1, 1, 1), factor))
     assert torch.allclose(found, theirs(images, factor), atol=2e-6)
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.2, 0.0, 0.13, 0.5])
-def test_turning_the_hue_is_torchvisions(turn):
+def test_adjusting_the_hue_equals_torchvisions(turn):
     images = photos(5) / 255.0
-    images[0, :, :2] = 0.5  # grey
+    images[0, :, :2] = 0.5  # gray
     images[0, 0, 2:4] = 1.0
     found = color.adjust_hue(images, torch.full((5, 1, 1, 1), turn))
     assert torch.allclose(found, V.adjust_hue(images, turn), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 5, 8])
-def test_posterizing_is_torchvisions(bits):
+def test_posterize_equals_torchvisions(bits):
     images = photos(5)
     found = color.posterize(images / 255.0, torch.full((5, 1, 1, 1), float(bits)))
     assert torch.equal((found * 255).round().to(torch.uint8), V.posterize(images, bits))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
-def test_solarizing_is_torchvisions(threshold):
+def test_solarize_equals_torchvisions(threshold):
     images = photos(5) / 255.0
     found = color.solarize(images, torch.full((5, 1, 1, 1), threshold))
     assert torch.allclose(found, V.solarize(images, threshold), atol=1e-6)
 
 
-def test_auto_contrast_is_torchvisions():
+def test_auto_contrast_equals_torchvisions():
     images = photos(5) / 255.0
-    images[0, 1] = 0.25  # one colour stays
+    images[0, 1] = 0.25  # a constant channel does not change
     assert torch.allclose(color.auto_contrast(images), V.autocontrast(images), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [16, 40])
-def test_equalizing_is_torchvisions(size):
+def test_equalize_equals_torchvisions(size):
     images = photos(5, size, size)
     images[0, 1] = 77
     images[1, :, 1:] = 77
@@ -353,7 +353,7 @@ def test_equalizing_is_torchvisions(size):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
-def test_colour_jitter_is_its_four_steps(kind):
+def test_color_jitter_applies_its_four_operations(kind):
     images, whole = as_kind(photos(20), kind), draw(20)
     found = augment.ColorJitter(brightness=0.3, contrast=0.5, saturation=0.7, hue=0.1)(images, whole)
     for image, jittered, numbers in zip(images, found, whole.uniform(4).tolist(), strict=True):
@@ -368,10 +368,10 @@ def test_colour_jitter_is_its_four_steps(kind):
             assert torch.allclose(jittered, expected, atol=1e-5)
 
 
-def test_one_channel_is_grey_and_two_have_no_colours():
-    grey = photos(3, channels=1)
-    assert augment.ColorJitter(hue=0.1)(grey, draw(3)).shape == grey.shape
-    assert augment.TrivialAugment()(grey, draw(3)).shape == grey.shape
+def test_one_channel_is_gray_and_two_channels_have_no_colors():
+    gray = photos(3, channels=1)
+    assert augment.ColorJitter(hue=0.1)(gray, draw(3)).shape == gray.shape
+    assert augment.TrivialAugment()(gray, draw(3)).shape == gray.shape
     with pytest.raises(UsageError, match="images have 2 channels"):
         augment.ColorJitter()(photos(3, channels=2), draw(3))
 
@@ -382,7 +382,7 @@ REACH = policies.Reach(shear=0.9, translate=(6.0, 5.0), rotate=90.0, blend=0.9, 
 
 
 def theirs_affine(images: torch.Tensor, operation: str, strength: float) -> torch.Tensor:
-    """Do the operation as torchvision does; images are sheared about their upper left corner."""
+    """Apply torchvision's operation; images are sheared about their upper left corner."""
     angle, moved, shear, centre = 0.0, [0, 0], [0.0, 0.0], None
     if operation.startswith("shear"):
         shear[operation == "shear_y"] = math.degrees(math.atan(0.9 * strength))
@@ -397,7 +397,7 @@ def theirs_affine(images: torch.Tensor, operation: str, strength: float) -> torc
 
 @pytest.mark.parametrize("strength", [-1.0, -0.3, 0.0, 0.37, 1.0])
 @pytest.mark.parametrize("operation", ["shear_x", "shear_y", "translate_x", "translate_y", "rotate"])
-def test_affine_operations_are_torchvisions(operation, strength):
+def test_affine_operations_equal_torchvisions(operation, strength):
     images = photos(5, 20, 30)
     choice = policies.Choice(operation, abs(strength), -1 if strength < 0 else 1)
     found = policies.apply(images, [choice] * 5, REACH)
@@ -405,7 +405,7 @@ def test_affine_operations_are_torchvisions(operation, strength):
     assert float(differing) < 0.01  # a pixel midway between two may go either way
 
 
-def test_a_map_moves_a_pixel_where_it_says():
+def test_a_sampling_grid_moves_pixels():
     image = torch.zeros(1, 1, 5, 7, dtype=torch.uint8)
     image[0, 0, 1, 2] = 200
     moved = geometry.warp(image, torch.tensor([[1.0, 0.0, -3.0, 0.0, 1.0, -2.0]]))
@@ -414,19 +414,19 @@ def test_a_map_moves_a_pixel_where_it_says():
 
 
 @pytest.mark.parametrize("operation", policies.OPERATIONS)
-def test_a_policy_does_to_an_image_what_was_chosen_for_it(operation):
+def test_a_policy_applies_the_chosen_operation_to_each_image(operation):
     images = photos(6)
     chosen = policies.Choice(operation, 0.5, 1)
     other = policies.Choice("solarize", 1.0, 1)
     mixed = policies.apply(images, [chosen, other, chosen, other, other, chosen], REACH)
     alone = policies.apply(images, [chosen] * 6, REACH)
     inverted = policies.apply(images, [other] * 6, REACH)
-    for place, expected in enumerate((alone, inverted, alone, inverted, inverted, alone)):
-        assert torch.equal(mixed[place], expected[place])
+    for position, expected in enumerate((alone, inverted, alone, inverted, inverted, alone)):
+        assert torch.equal(mixed[position], expected[position])
     assert torch.equal(alone, images) == (operation == "identity")
 
 
-def test_trivial_augment_draws_all_operations_and_strengths_alike():
+def test_trivial_augment_draws_operations_and_strengths_uniformly():
     choices = augment.TrivialAugment().choose(draw(20_000))
     for values, count in (
         ([policies.OPERATIONS.index(choice.operation) for choice in choices], 14),
@@ -436,7 +436,7 @@ def test_trivial_augment_draws_all_operations_and_strengths_alike():
         assert stats.chisquare(np.bincount(values, minlength=count)).pvalue > 1e-3
 
 
-def test_rand_augment_of_no_strength_changes_little_and_of_full_strength_much():
+def test_rand_augment_changes_more_with_its_magnitude():
     images = photos(64)
     weak = augment.RandAugment(magnitude=0)(images, draw(64))
     strong = augment.RandAugment(magnitude=30)(images, draw(64))
@@ -447,14 +447,14 @@ def test_rand_augment_of_no_strength_changes_little_and_of_full_strength_much():
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.4, 1.0, 2.0])
-def test_shares_have_the_beta_distribution(alpha):
+def test_mixing_ratios_have_the_beta_distribution(alpha):
     u = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
     found = mixing.beta_quantile(alpha, u).numpy()
     assert np.abs(found - stats.beta(alpha, alpha).ppf(u.numpy())).max() < 2e-6
 
 
 @pytest.mark.parametrize("alpha", [0.01, 0.2, 1.0, 8.0, 64.0])
-def test_shares_are_between_0_and_1_and_grow_with_u(alpha):
+def test_mixing_ratios_are_between_0_and_1_and_grow_with_u(alpha):
     u = torch.cat((torch.arange(1000), 2**23 + torch.arange(-500, 500), 2**24 - 1 - torch.arange(1000).flip(0)))
     found = mixing.beta_quantile(alpha, u.double() / 2**24)
     assert bool(found.isfinite().all())
@@ -492,34 +492,34 @@ def test_mixed_targets_sum_to_one(transform):
     assert float(mixed.min()) >= 0
 
 
-def test_mixup_blends_images_and_targets_by_the_samples_own_share():
+def test_mixup_blends_images_and_targets_by_each_samples_ratio():
     images, whole = photos(12), draw(12)
     found, targets = augment.Mixup(alpha=0.7)(images, torch.eye(12), whole, (12,))
     shares = stats.beta(0.7, 0.7).ppf(whole.uniform(2)[:, 0].double().numpy())
     assert len(set(shares.round(6))) == 12
-    for place, share in enumerate(shares):
-        partner = (place + 1) % 12
-        expected = (share * images[place].double() + (1 - share) * images[partner].double()) / 255
-        assert torch.allclose(found[place].double(), expected, atol=1e-5)
-        assert abs(float(targets[place, place]) - share) < 1e-5
-        assert abs(float(targets[place, partner]) - (1 - share)) < 1e-5
+    for position, share in enumerate(shares):
+        partner = (position + 1) % 12
+        expected = (share * images[position].double() + (1 - share) * images[partner].double()) / 255
+        assert torch.allclose(found[position].double(), expected, atol=1e-5)
+        assert abs(float(targets[position, position]) - share) < 1e-5
+        assert abs(float(targets[position, partner]) - (1 - share)) < 1e-5
 
 
-def test_cutmix_takes_a_rectangle_and_counts_its_pixels():
+def test_cutmix_pastes_a_rectangle_and_weighs_targets_by_its_area():
     images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 1, 12, 20)
     whole = draw(40)
     found, targets = augment.CutMix()(images, torch.eye(40), whole, (40,))
-    for place, (u, _, down, right) in enumerate(whole.uniform(4).tolist()):
+    for position, (u, _, down, right) in enumerate(whole.uniform(4).tolist()):
         side = math.sqrt(1 - u)  # Beta(1, 1) is uniform
-        expected = torch.full((12, 20), place, dtype=torch.uint8)
+        expected = torch.full((12, 20), position, dtype=torch.uint8)
         top, left = int(down * 12) - int(side * 12) // 2, int(right * 20) - int(side * 20) // 2
         bottom, edge = top + int(side * 12) // 2 * 2, left + int(side * 20) // 2 * 2
-        expected[max(top, 0) : max(bottom, 0), max(left, 0) : max(edge, 0)] = (place + 1) % 40
-        assert torch.equal(found[place, 0], expected)
-        assert abs(float(targets[place, place]) - float((expected == place).double().mean())) < 1e-6
+        expected[max(top, 0) : max(bottom, 0), max(left, 0) : max(edge, 0)] = (position + 1) % 40
+        assert torch.equal(found[position, 0], expected)
+        assert abs(float(targets[position, position]) - float((expected == position).double().mean())) < 1e-6
 
 
-def test_unlikely_mixing_leaves_the_rest_alone():
+def test_mixing_with_a_probability_leaves_other_samples_alone():
     images = photos(2000, 4, 4)
     _, targets = augment.Mixup(alpha=1.0, p=0.25)(images, torch.eye(2000), draw(2000), (2000,))
     assert abs(float((targets.diagonal() < 1).double().mean()) - 0.25) < 0.05
@@ -540,7 +540,7 @@ class Listing(Settings):
     prepare: list[Prepare] = Field(default_factory=list)
 
 
-def test_a_recipe_names_transforms_or_gives_tables():
+def test_a_recipe_gives_transforms_as_names_or_tables():
     given = ["flip", {"name": "crop", "padding": 2}, augment.Cutout(size=3), {"name": "color_jitter", "hue": 0.1}]
     found = Listing.model_validate({"augment": given, "prepare": [{"name": "center_crop", "size": 5}]})
     assert found.augment == [
@@ -554,7 +554,7 @@ def test_a_recipe_names_transforms_or_gives_tables():
 
 
 @pytest.mark.parametrize(
-    ("value", "place", "text"),
+    ("value", "position", "text"),
     [
         (["flip", "crp"], ("augment", 1), "unknown transform 'crp'; did you mean 'crop'?"),
         (["colour-jitter"], ("augment", 0), "did you mean 'color_jitter'?"),
@@ -568,18 +568,18 @@ def test_a_recipe_names_transforms_or_gives_tables():
     ],
     ids=str,
 )
-def test_a_wrong_transform_is_named_with_its_place(value, place, text):
+def test_a_wrong_transform_is_reported_with_its_position(value, position, text):
     with pytest.raises(ValidationError) as caught:
         Listing.model_validate({"augment": value})
     (error,) = caught.value.errors()
-    assert error["loc"] == place
+    assert error["loc"] == position
     assert text in error["msg"]
 
 
 @pytest.mark.parametrize(
     ("field", "old", "new"), [("augment", "colour_jitter", "color_jitter"), ("prepare", "centre_crop", "center_crop")]
 )
-def test_a_recipe_may_name_a_transform_by_its_old_name_and_is_warned(field, old, new):
+def test_an_old_transform_name_in_a_recipe_warns(field, old, new):
     options = {"size": 5} if new == "center_crop" else {}
     with pytest.warns(FutureWarning, match=f"transform '{old}' has been renamed to '{new}'"):
         found = Listing.model_validate({field: [{"name": old, **options}]})
@@ -587,7 +587,7 @@ def test_a_recipe_may_name_a_transform_by_its_old_name_and_is_warned(field, old,
 
 
 @pytest.mark.parametrize(("old", "new"), [("ColourJitter", "ColorJitter"), ("Normalise", "Normalize")])
-def test_a_class_is_found_by_its_old_name_and_warned_of(old, new):
+def test_an_old_class_name_works_and_warns(old, new):
     with pytest.warns(FutureWarning, match=rf"augment\.{old} has been renamed to .*augment\.{new}") as caught:
         assert getattr(augment, old) is getattr(augment, new)
     assert caught[0].filename == __file__
@@ -595,14 +595,14 @@ def test_a_class_is_found_by_its_old_name_and_warned_of(old, new):
         _ = augment.ColurJitter
 
 
-def test_only_fixed_transforms_prepare():
+def test_prepare_refuses_random_transforms():
     with pytest.raises(ValidationError, match=r"unknown transform 'flip': choose one of resize, center_crop"):
         Listing.model_validate({"prepare": ["flip"]})
     with pytest.raises(UsageError, match="'flip' is random, and 'prepare' is for evaluation as well"):
         Pipeline(prepare=[augment.Flip()])
 
 
-def test_the_schema_takes_names_and_tables():
+def test_the_schema_accepts_names_and_tables():
     schema = Listing.model_json_schema()
     choices = schema["properties"]["augment"]["items"]["anyOf"]
     names = next(choice["enum"] for choice in choices if "enum" in choice)
@@ -625,7 +625,7 @@ def run(pipeline, images, targets=None, *, epoch=2, position=0, replica_sizes=No
 
 
 @pytest.mark.parametrize("kind", ["bytes", "floats"])
-def test_normalisation_is_torchvisions(kind):
+def test_normalization_equals_torchvisions(kind):
     images = photos(8)
     found = Pipeline(mean=MEAN, std=STD).evaluate(as_kind(images, kind))
     expected = V.normalize(V.to_dtype(images, torch.float32, scale=True), list(MEAN), list(STD))
@@ -633,13 +633,13 @@ def test_normalisation_is_torchvisions(kind):
     assert torch.allclose(found, expected, atol=1e-6, rtol=0)
 
 
-def test_without_statistics_images_become_floats_from_0_to_1():
+def test_without_statistics_images_are_scaled_to_0_to_1():
     images = photos(8)
     assert torch.equal(Pipeline().evaluate(images), images / 255)
     assert torch.equal(Pipeline().evaluate(images.double() / 255), images / 255)
 
 
-def test_statistics_that_do_not_fit_are_refused():
+def test_statistics_of_another_number_of_channels_are_refused():
     with pytest.raises(UsageError, match="images have 1 channels, and mean and std have 3 and 3 numbers"):
         Pipeline(mean=MEAN, std=STD).evaluate(photos(2, channels=1))
     with pytest.raises(UsageError, match="give both or neither"):
@@ -648,7 +648,7 @@ def test_statistics_that_do_not_fit_are_refused():
         Pipeline(mean=MEAN, std=(0.1, 0.0, 0.1))
 
 
-def test_a_pipeline_is_its_transforms_in_order_each_with_a_stream_of_its_own():
+def test_a_pipeline_applies_its_transforms_in_order_each_with_its_own_stream():
     images = photos(8, 20, 20)
     transforms = [augment.PaddedCrop(padding=2), augment.Flip(), augment.PaddedCrop(padding=2)]
     pipeline = Pipeline(transforms, [augment.Resize(size=SIZE)], MEAN, STD)
@@ -662,7 +662,7 @@ def test_a_pipeline_is_its_transforms_in_order_each_with_a_stream_of_its_own():
 
 
 def test_a_renamed_transform_keeps_its_random_numbers():
-    """The hash is of these lines' result at the tag `house-before`, where the class was called ColourJitter."""
+    """The hash was recorded at the tag `house-before`, where the class was called ColourJitter."""
     images = (torch.arange(12 * 3 * 8 * 8) * 2654435761 % 256).to(torch.uint8).view(12, 3, 8, 8)
     pipeline = Pipeline((augment.Flip(), augment.ColorJitter(hue=0.1)))
     found, _ = pipeline.train(images, torch.zeros(12), seed=3, epoch=2, position=5, indices=torch.arange(12))
@@ -679,7 +679,7 @@ def test_equal_transforms_draw_differently():
     assert abs(np.corrcoef(first.numpy(), second.numpy())[0, 1]) < 0.2
 
 
-def test_evaluation_is_prepared_and_not_augmented():
+def test_evaluation_images_are_prepared_but_not_augmented():
     images = photos(8, 20, 20)
     pipeline = Pipeline([augment.Flip(p=1.0)], [augment.Resize(size=18), augment.CenterCrop(size=16)])
     expected = augment.CenterCrop(size=16)(augment.Resize(size=18)(images)) / 255
@@ -694,14 +694,14 @@ def test_an_epoch_has_the_same_bits_in_batches_of_any_size(transforms):
     images, targets = photos(24), torch.arange(24) % 3
     pipeline = Pipeline(transforms, mean=MEAN, std=STD, classes=3)
     whole, whole_targets = run(pipeline, images, targets, replica_sizes=(8, 8, 8))
-    for place in range(0, 24, 8):
-        where = slice(place, place + 8)
-        found, found_targets = run(pipeline, images[where], targets[where], position=place)
+    for position in range(0, 24, 8):
+        where = slice(position, position + 8)
+        found, found_targets = run(pipeline, images[where], targets[where], position=position)
         assert torch.equal(found, whole[where])
         assert torch.equal(found_targets, whole_targets[where])
 
 
-def test_targets_become_probabilities_only_where_something_mixes():
+def test_targets_become_probabilities_only_with_a_mixing_transform():
     images, targets = photos(6), torch.tensor([0, 1, 2, 0, 1, 2])
     assert run(Pipeline([augment.Flip()], classes=3), images, targets)[1] is targets
     _, mixed = run(Pipeline([augment.Mixup(), augment.CutMix()], classes=4), images, targets)
@@ -710,7 +710,7 @@ def test_targets_become_probabilities_only_where_something_mixes():
     assert torch.allclose(mixed.sum(1), torch.ones(6))
 
 
-def test_mixing_float_targets_blends_them_as_they_are():
+def test_mixing_blends_float_targets_directly():
     _, targets = run(Pipeline([augment.Mixup(alpha=8.0)]), photos(4), torch.tensor([0.0, 1.0, 0.0, 1.0]))
     assert targets.shape == (4,)
     assert bool(((targets > 0) & (targets < 1)).all())
@@ -722,14 +722,14 @@ def test_mixing_without_classes_is_refused():
 
 
 @pytest.mark.parametrize("transforms", [[], [augment.Flip()]], ids=["plain", "augmented"])
-def test_the_memory_format_stays(transforms):
+def test_the_memory_format_is_preserved(transforms):
     images = photos(4).to(memory_format=torch.channels_last)
     found, _ = run(Pipeline(transforms, mean=MEAN, std=STD), images)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert run(Pipeline(transforms, mean=MEAN, std=STD), photos(4))[0].is_contiguous()
 
 
-def test_a_function_of_the_users_is_a_transform():
+def test_a_user_function_is_a_transform():
     def darker(images, shown):
         return (images * (shown.uniform()[:, :, None, None] > 0.5)).to(images.dtype)
 
@@ -742,7 +742,7 @@ def test_a_function_of_the_users_is_a_transform():
     [torch.zeros(4, 7), torch.zeros(4, 9, dtype=torch.int64), {"a": torch.zeros(4)}, (torch.zeros(4, 3, 8, 8),)],
     ids=["features", "tokens", "a dict", "a tuple"],
 )
-def test_what_are_no_images_passes_untouched_or_is_refused(inputs):
+def test_other_inputs_pass_unchanged_or_are_refused(inputs):
     targets = torch.arange(4)
     assert run(Pipeline(), inputs, targets)[0] is inputs
     assert Pipeline([augment.Flip()]).evaluate(inputs) is inputs
@@ -757,7 +757,7 @@ def test_what_are_no_images_passes_untouched_or_is_refused(inputs):
 # --------------------------------------------------------------------------------------------------------- draw
 
 
-def test_a_draw_is_by_place_and_epoch_and_by_sample_alone():
+def test_draws_depend_on_position_and_epoch_or_on_the_sample():
     one = Draw(0, 0, torch.tensor([3, 4, 5]), torch.tensor([30, 40, 50]), "augment.0.x")
     other = Draw(0, 1, torch.tensor([5, 4, 3]), torch.tensor([40, 50, 30]), "augment.0.x")
     assert torch.equal(other.by_sample(2), one.by_sample(2)[[1, 2, 0]])
@@ -765,20 +765,20 @@ def test_a_draw_is_by_place_and_epoch_and_by_sample_alone():
     assert torch.equal(replace(other, epoch=0).uniform(3), one.uniform(3).flip(0))
 
 
-def test_draws_by_place_and_by_sample_differ():
+def test_draws_by_position_and_by_sample_differ():
     same = draw(1000)
     same = replace(same, indices=same.positions)
     assert abs(np.corrcoef(same.uniform()[:, 0].numpy(), same.by_sample()[:, 0].numpy())[0, 1]) < 0.15
 
 
-def test_the_largest_number_stays_below_every_limit():
+def test_the_largest_random_number_stays_below_every_limit():
     largest = torch.tensor(1 - 2.0**-24)
     limits = torch.cat((torch.arange(1, 100_000), 2 ** torch.arange(25), 2 ** torch.arange(2, 25) - 1))
     assert bool(((largest * limits).long() < limits).all())
 
 
 @pytest.mark.parametrize("moving", [augment.Flip(), augment.RandAugment(), augment.CutMix()])
-def test_images_whose_targets_are_images_are_not_moved(moving):
+def test_transforms_that_move_pixels_are_refused_for_image_targets(moving):
     images, masks = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.int64)
     given = {"seed": 0, "epoch": 0, "position": 0, "indices": torch.arange(2)}
     with pytest.raises(UsageError, match="moves an image's pixels but not those of its target"):

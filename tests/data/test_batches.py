@@ -1,4 +1,4 @@
-"""Global batches: a pure function of (seed, epoch, place), whatever reads them."""
+"""Global batches are a pure function of (seed, epoch, position) for every way of reading them."""
 
 import os
 import random
@@ -38,7 +38,7 @@ def numbered(samples: int = 103, classes: int = 5) -> ArraySource:
 
 
 class Noisy(Dataset):
-    """Draws from every global generator, computes with tensors, and counts its reads."""
+    """A dataset that draws from every global generator, computes with tensors, and counts its reads."""
 
     def __init__(self, samples: int = 53) -> None:
         self.samples = samples
@@ -72,7 +72,7 @@ def shuffled(found) -> list[int]:
 # ------------------------------------------------------------------------------------------------ arrays
 
 
-def test_an_epoch_has_every_sample_once_with_its_target():
+def test_an_epoch_contains_every_sample_once_with_its_target():
     found = list(batches(numbered()).epoch(0))
     assert [len(batch.targets) for batch in found] == [10] * 10 + [3]
     assert sorted(shuffled(found)) == list(range(103))
@@ -81,20 +81,20 @@ def test_an_epoch_has_every_sample_once_with_its_target():
         assert torch.equal(batch.targets, batch.inputs[:, 0] % 5)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_seed_has_its_own_order():
     orders = [shuffled(batches(numbered(), seed=seed).epoch(epoch)) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert orders[0] == shuffled(batches(numbered(), seed=0).epoch(0))
 
 
-def test_the_last_smaller_batch_can_be_left_out():
+def test_the_last_smaller_batch_can_be_dropped():
     short = batches(numbered(), drop_last=True)
     assert len(short) == 10
     assert content(short.epoch(2)) == content(batches(numbered()).epoch(2))[:10]
     assert len(batches(numbered(100), drop_last=True)) == len(batches(numbered(100))) == 10
 
 
-def test_leaving_out_all_there_is_is_refused():
+def test_dropping_the_only_batch_is_refused():
     with pytest.raises(RelayError, match="103 samples are fewer than a batch of 104"):
         batches(numbered(), 104, drop_last=True)
 
@@ -119,8 +119,8 @@ def test_a_wrong_argument_is_refused_in_one_line(argument, value, text):
     assert text in str(caught.value)
 
 
-def test_batches_need_no_trainer_and_start_in_the_middle_of_an_epoch():
-    """Arrays and a device are enough; the second half of an epoch follows from its number alone."""
+def test_batches_work_without_a_trainer_and_start_inside_an_epoch():
+    """Arrays and a device are enough; the second half of an epoch depends only on its position."""
     images = torch.arange(40 * 4, dtype=torch.uint8).view(40, 1, 2, 2)
     made = Batches(arrays(images, np.arange(40) % 2), np.int64(8), CPU, Pipeline(mean=(0.5,), std=(0.5,)), seed=1)
     assert len(made) == 5
@@ -131,7 +131,7 @@ def test_batches_need_no_trainer_and_start_in_the_middle_of_an_epoch():
         assert torch.equal(batch.inputs, (images[batch.indices] - 127.5) * (1 / 127.5))
 
 
-def test_evaluation_is_in_the_order_of_the_source_whatever_the_sampling():
+def test_evaluation_keeps_the_order_of_the_source_for_every_sampling():
     found = batches(numbered(), train=False, sampling="balanced").epoch()
     assert shuffled(found) == list(range(103))
     assert shuffled(batches(numbered(), sampling="sequential").epoch(3)) == list(range(103))
@@ -149,7 +149,7 @@ def test_starting_at_a_batch_yields_the_tail_of_the_epoch_to_the_byte(start):
     assert content(found.epoch(5, start=start)) == content(found.epoch(5))[start:]
 
 
-def test_starting_where_the_order_is_computed_in_several_parts_yields_the_tail():
+def test_starting_in_an_order_computed_in_blocks_yields_the_tail():
     found = batches(numbered(50_000), 100)
     whole = shuffled(found.epoch(1))
     assert sorted(whole) == list(range(50_000))
@@ -164,7 +164,7 @@ def test_batches_do_not_share_memory_with_the_source():
     assert source.inputs[:, 0].tolist() == list(range(103))
 
 
-def test_the_statistics_are_the_published_ones_or_those_of_the_data():
+def test_the_statistics_are_published_or_computed_from_the_data():
     images = torch.full((4, 1, 2, 2), 51, dtype=torch.uint8)
     assert statistics(arrays(images, torch.zeros(4)))["mean"] == pytest.approx((0.2,))
     assert statistics(ArraySource(images, torch.zeros(4), mean=(0.1,), std=(0.3,))) == {"mean": (0.1,), "std": (0.3,)}
@@ -175,11 +175,11 @@ def test_the_statistics_are_the_published_ones_or_those_of_the_data():
 
 
 def rare() -> ArraySource:
-    """900 of class 0, 90 of class 2, 10 of class 3; nobody has class 1."""
+    """900 samples of class 0, 90 of class 2, 10 of class 3, none of class 1."""
     return arrays(np.arange(1000)[:, None], np.repeat([0, 2, 3], [900, 90, 10]), list("abcd"))
 
 
-def test_balanced_sampling_draws_each_class_and_each_of_its_samples_alike():
+def test_balanced_sampling_draws_classes_and_their_samples_uniformly():
     found = batches(rare(), 100, sampling="balanced")
     drawn = np.array([shuffled(found.epoch(epoch)) for epoch in range(60)]).ravel()
     classes = np.bincount(rare().targets[torch.from_numpy(drawn)], minlength=4)
@@ -190,7 +190,7 @@ def test_balanced_sampling_draws_each_class_and_each_of_its_samples_alike():
     assert np.abs(of_the_rarest / 2_000 - 1).max() < 0.1  # the deviation is 2.2 %
 
 
-def test_balanced_sampling_follows_from_seed_epoch_and_place():
+def test_balanced_sampling_depends_on_seed_epoch_and_position():
     def drawn(seed, epoch, start=0, size=100):
         return shuffled(batches(rare(), size, sampling="balanced", seed=seed).epoch(epoch, start))
 
@@ -199,7 +199,7 @@ def test_balanced_sampling_follows_from_seed_epoch_and_place():
     assert len({tuple(drawn(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
 
 
-def test_balanced_sampling_needs_one_class_a_sample():
+def test_balanced_sampling_needs_one_class_per_sample():
     for source in (arrays(np.zeros((4, 1)), np.zeros(4)), dataset(Noisy())):
         with pytest.raises(RelayError, match="needs one class per sample"):
             batches(source, sampling="balanced")
@@ -212,12 +212,12 @@ def test_balanced_sampling_needs_one_class_a_sample():
     ("samples", "replicas", "sizes"),
     [(8, 4, (2, 2, 2, 2)), (10, 4, (3, 3, 2, 2)), (3, 4, (1, 1, 1, 0)), (5, 1, (5,))],
 )
-def test_replicas_are_consecutive_and_the_first_ones_larger(samples, replicas, sizes):
+def test_replicas_are_consecutive_and_the_first_ones_are_larger(samples, replicas, sizes):
     assert replica_sizes(samples, replicas) == sizes
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
-def test_the_replicas_parts_are_the_batch(replicas):
+def test_the_parts_of_the_replicas_add_up_to_the_batch(replicas):
     for batch in batches(numbered(), replicas=replicas).epoch():
         parts = list(batch.replicas())
         assert len(parts) == len(batch.replica_sizes) == replicas
@@ -229,7 +229,7 @@ def test_the_replicas_parts_are_the_batch(replicas):
 Pair = namedtuple("Pair", "left right")
 
 
-def test_inputs_of_several_parts_are_divided_alike():
+def test_inputs_of_several_tensors_are_split_alike():
     numbers = torch.arange(5)
     inputs = {"a": numbers, "b": [numbers, (numbers,)], "c": Pair(numbers, numbers), "d": list("vwxyz")}
     (first, _), (second, targets) = Batch(inputs, numbers, numbers.numpy(), (3, 2)).replicas()
@@ -253,7 +253,7 @@ def undisturbed() -> list:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than this machine has cores
 @pytest.mark.parametrize("workers", [0, 2, 4])
-def test_workers_change_no_byte_and_neither_does_the_state_of_the_generators(workers, undisturbed):
+def test_workers_and_generator_states_change_no_byte(workers, undisturbed):
     torch.manual_seed(9)
     random.seed(9)
     np.random.seed(9)
@@ -264,12 +264,12 @@ def test_workers_change_no_byte_and_neither_does_the_state_of_the_generators(wor
         assert content(found.epoch(1, start)) == undisturbed[1][start:]
 
 
-def test_workers_end_at_once_when_nobody_needs_their_batches():
+def test_workers_end_at_once_when_their_batches_are_not_needed():
     found = batches(dataset(Noisy()), workers=2)
     next(found.epoch(0))
     started = time.monotonic()
     del found
-    assert time.monotonic() - started < 3  # a worker that isn't told is given five seconds, and then killed
+    assert time.monotonic() - started < 3  # a worker that isn't stopped is killed after five seconds
 
 
 def test_two_threads_in_this_process_change_no_byte(undisturbed):
@@ -287,7 +287,7 @@ def test_random_transforms_differ_between_samples_epochs_and_seeds(undisturbed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_broken_off_does_not_disturb_the_next(workers, undisturbed):
+def test_an_abandoned_epoch_does_not_affect_the_next(workers, undisturbed):
     found = batches(dataset(Noisy()), seed=4, replicas=2, workers=workers)
     for stop in (1, 2, 4):
         assert content(islice(found.epoch(0), stop)) == undisturbed[0][:stop]
@@ -295,7 +295,7 @@ def test_an_epoch_broken_off_does_not_disturb_the_next(workers, undisturbed):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_two_epochs_at_once_are_refused(workers):
+def test_two_concurrent_epochs_are_refused(workers):
     found = batches(dataset(Noisy()), workers=workers)
     first, second = found.epoch(0), found.epoch(1)
     next(first)
@@ -355,7 +355,7 @@ class Ragged(Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_collate_function_of_the_users_is_used(workers):
+def test_a_custom_collate_function_is_used(workers):
     source = dataset(Ragged(), collate=ragged_collate)
     (batch,) = batches(source, 6, workers=workers, sampling="sequential").epoch()
     assert batch.inputs.shape == (6, 5)
@@ -366,7 +366,7 @@ def test_a_collate_function_of_the_users_is_used(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_of_another_shape_is_named_with_its_index(workers):
+def test_a_sample_of_another_shape_is_reported_with_its_index(workers):
     found = batches(dataset(Ragged()), 3, workers=workers, sampling="sequential").epoch()
     next(found)
     with pytest.raises(
@@ -388,7 +388,7 @@ class Triple(Lone):
         return torch.ones(3), 1, 2
 
 
-def test_samples_need_not_be_pairs():
+def test_samples_may_be_single_tensors_or_triples():
     (lone,) = batches(dataset(Lone()), 6).epoch()
     assert lone.inputs.shape == (6, 3)
     assert lone.targets is None
@@ -399,12 +399,12 @@ def test_samples_need_not_be_pairs():
     assert len(triple.data) == 3
 
 
-def test_a_collate_function_that_returns_nothing_is_named():
+def test_a_collate_function_that_returns_none_is_reported():
     with pytest.raises(RelayError, match="the collate function returned None: let it return the batch"):
         list(batches(dataset(Lone(), collate=lambda samples: None)).epoch())
 
 
-def test_a_float_sample_begins_at_an_aligned_address_in_whatever_batch_it_is_gathered():
+def test_gathered_float_samples_start_at_aligned_addresses_in_every_batch():
     source = arrays(torch.randn(100, 5), torch.zeros(100))
     for start in (0, 3):
         for batch in batches(source, 10, replicas=4).epoch(0, start):
@@ -420,7 +420,7 @@ class Faulty(Noisy):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_mistake_in_a_dataset_names_the_sample_and_the_line(workers):
+def test_an_error_in_a_dataset_names_the_sample_and_the_line(workers):
     with pytest.raises(RelayError, match=r"sample \d+ can't be read: KeyError: .*a mistake of the user's.* line \d+\)"):
         list(batches(dataset(Faulty()), workers=workers).epoch())
 
@@ -447,7 +447,7 @@ class Suicidal(Noisy):
 
 
 @pytest.mark.timeout(15)
-# PyTorch's handler of the signal raises in whatever runs: in a weak reference's callback Python goes on after it.
+# PyTorch's signal handler raises in the running code; Python ignores an exception in a weak reference's callback.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_worker_is_named_within_15_seconds():
     with pytest.raises(RelayError, match=r"Suicidal: DataLoader worker \(pid.* \d+\).*fewer data\.workers"):
@@ -518,7 +518,7 @@ def test_workers_are_not_forked_while_a_checkpoint_is_written(tmp_path):
     writer.close()
 
 
-def test_hundreds_of_batches_at_once_do_not_use_up_the_open_files():
+def test_hundreds_of_live_batches_do_not_exhaust_file_descriptors():
     found = batches(dataset(Parts()), 1, workers=2)
     kept = [batch for epoch in range(30) for batch in found.epoch(epoch)]
     assert len(kept) == 300

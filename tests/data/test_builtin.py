@@ -1,4 +1,4 @@
-"""Data sets that have a name."""
+"""Builtin datasets."""
 
 import hashlib
 import pickle
@@ -11,7 +11,7 @@ from torchrelay.data import breast_cancer, cifar10, cifar100, digits, text, wine
 from torchrelay.errors import RelayError, UsageError
 
 
-def test_the_digits_are_1797_bytes_images_in_two_parts_without_a_common_one():
+def test_the_digits_are_1797_uint8_images_in_two_disjoint_parts():
     train, test = digits()
     assert (len(train), len(test)) == (1438, 359)
     assert train.inputs.dtype == torch.uint8
@@ -22,19 +22,19 @@ def test_the_digits_are_1797_bytes_images_in_two_parts_without_a_common_one():
     assert len(images) == 1797
 
 
-def test_the_digits_parts_have_a_fifth_of_every_class():
+def test_the_digits_test_part_has_a_fifth_of_every_class():
     train, test = digits()
     everything = torch.bincount(train.targets) + torch.bincount(test.targets)
     assert torch.equal(torch.bincount(test.targets), (everything / 5).round().long())
 
 
-def test_the_digits_are_the_same_every_time_and_others_with_another_seed():
+def test_the_digits_split_depends_only_on_the_seed():
     assert digits()[0].fingerprint() == digits()[0].fingerprint()
     assert digits(seed=1)[0].fingerprint() != digits()[0].fingerprint()
 
 
 @pytest.mark.parametrize(("read", "samples", "features", "classes"), [(breast_cancer, 569, 30, 2), (wine, 178, 13, 3)])
-def test_a_tables_features_are_standardized_by_its_training_part(read, samples, features, classes):
+def test_table_features_are_standardized_by_the_training_part(read, samples, features, classes):
     train, test = read()
     assert len(train) + len(test) == samples
     assert train.inputs.shape[1:] == test.inputs.shape[1:] == (features,)
@@ -45,7 +45,7 @@ def test_a_tables_features_are_standardized_by_its_training_part(read, samples, 
 
 
 @pytest.mark.parametrize("read", [cifar10, cifar100])
-def test_missing_cifar_files_are_one_line_with_the_remedy(read, tmp_path):
+def test_missing_cifar_files_give_one_line_with_the_remedy(read, tmp_path):
     with pytest.raises(RelayError, match=r"isn't in .*data\.download=true, or data\.root") as found:
         read(tmp_path)
     assert "\n" not in str(found.value)
@@ -85,7 +85,7 @@ def test_cifar_files_with_the_right_checksums_are_read_as_channels_first(tmp_pat
     assert train.fingerprint() != test.fingerprint()
 
 
-def test_a_texts_targets_are_its_inputs_moved_on_by_one(tmp_path):
+def test_text_targets_are_the_inputs_shifted_by_one(tmp_path):
     content = "".join(chr(97 + i * i % 26) for i in range(500)) + "é"
     (tmp_path / "a text.txt").write_text(content, encoding="utf-8")
     train, test = text(tmp_path / "a text.txt", length=7, test_share=0.2)
@@ -104,7 +104,7 @@ def test_a_text_that_is_too_short_names_the_part_and_the_setting(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00\xd8"])
-def test_what_is_no_text_is_refused(content, tmp_path):
+def test_a_file_that_is_not_text_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "t").write_bytes(content)
     with pytest.raises(UsageError, match="can't be read as text"):

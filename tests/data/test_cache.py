@@ -1,4 +1,4 @@
-"""The cache of decoded images: whole or not there, built once, and what happens to it in accidents."""
+"""The cache of decoded images: complete or absent, built once, and robust against accidents."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHAPE = (6, 3, 8, 8)
 
 
 class Fill:
-    """Numbers the images, and counts how often it was asked to."""
+    """Fills the images with their indices, and counts its calls."""
 
     def __init__(self, missing=()):
         self.asked = 0
@@ -57,7 +57,7 @@ def test_images_are_decoded_once_and_then_mapped(tmp_path):
     assert (second.missing, second.content) == ([2], first.content)
 
 
-def test_what_is_written_to_the_images_stays_in_memory(tmp_path):
+def test_writing_to_cached_images_does_not_change_the_file(tmp_path):
     cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images[0] = 77
     assert cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images[0].max() == 0
 
@@ -74,14 +74,14 @@ def test_the_content_is_the_same_in_memory_and_changes_with_a_pixel(tmp_path):
     assert cache.in_memory(SHAPE, other).content != kept.content
 
 
-def test_another_key_replaces_the_cache_of_the_same_place_and_of_no_other(tmp_path):
+def test_another_key_replaces_only_the_cache_of_the_same_folder(tmp_path):
     cache.cached(tmp_path, "here", "old", SHAPE, Fill())
     cache.cached(tmp_path, "there", "old", SHAPE, Fill())
     cache.cached(tmp_path, "here", "new", SHAPE, Fill())
     assert [path.name for path in whole(tmp_path)] == ["here-new", "there-old"]
 
 
-def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_path):
+def test_a_replaced_cache_stays_readable_while_it_is_open(tmp_path):
     old = cache.cached(tmp_path, "here", "old", SHAPE, Fill())
     cache.cached(tmp_path, "here", "new", SHAPE, Fill())
     assert old.images[:, 0, 0, 0].tolist() == list(range(6))
@@ -120,7 +120,7 @@ def test_a_cache_that_was_replaced_can_still_be_read_by_whom_has_it_open(tmp_pat
         "too few marks",
     ],
 )
-def test_a_damaged_cache_is_built_again(tmp_path, damage):
+def test_a_damaged_cache_is_rebuilt(tmp_path, damage):
     first = cache.cached(tmp_path, "place", "key", SHAPE, Fill())
     damage(tmp_path / "place-key")
     fill = Fill()
@@ -138,7 +138,7 @@ def test_an_error_while_decoding_leaves_nothing_behind(tmp_path):
     assert whole(tmp_path) == []
 
 
-def test_a_cache_killed_while_it_was_built_is_built_again(tmp_path):
+def test_a_cache_whose_builder_was_killed_is_rebuilt(tmp_path):
     process = start(
         """
         import sys, time
@@ -166,13 +166,13 @@ def test_a_cache_killed_while_it_was_built_is_built_again(tmp_path):
     assert [path.name for path in whole(tmp_path)] == ["place-key"]
 
 
-def test_what_a_killed_process_left_is_removed_even_if_the_folder_changed_since(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_even_after_the_folder_changed(tmp_path):
     (tmp_path / ".place-old.partial").mkdir()
     cache.cached(tmp_path, "place", "new", SHAPE, Fill())
     assert [path.name for path in whole(tmp_path)] == ["place-new"]
 
 
-def test_two_processes_at_once_build_it_once_and_see_the_same(tmp_path):
+def test_two_concurrent_processes_build_the_cache_once(tmp_path):
     program = """
         import sys, time
         from pathlib import Path
@@ -203,7 +203,7 @@ def test_two_processes_at_once_build_it_once_and_see_the_same(tmp_path):
 
 
 def run_on_small_disk(mount: str, program: str, *arguments: object) -> str:
-    """Run a program where `mount` is a file system of its own; skip where no such thing is allowed."""
+    """Run a program with its own file system at `mount`; skip if mounting isn't allowed."""
     if shutil.which("unshare") is None:
         pytest.skip("there is no `unshare` here")
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
@@ -266,7 +266,7 @@ def test_images_larger_than_the_memory_can_be_mapped(tmp_path):
     target.mkdir()
     with (target / "images.bin").open("wb") as file:
         try:
-            file.truncate(shape[0] * 1024 * 1024)  # a file of nothing but holes takes no room
+            file.truncate(shape[0] * 1024 * 1024)  # a sparse file takes no space
         except OSError:
             pytest.skip("this file system has no files of that size")
     (target / "marks.txt").write_text("0\n" * shape[0])
@@ -278,7 +278,7 @@ def test_images_larger_than_the_memory_can_be_mapped(tmp_path):
     assert found.images[-1, 0, 0, 0] == 0
 
 
-def test_a_folder_decoded_before_is_not_read_again_until_a_file_changes(tmp_path):
+def test_a_cached_folder_is_not_decoded_again_until_a_file_changes(tmp_path):
     from PIL import Image
 
     from torchrelay.data import image_folder
@@ -307,7 +307,7 @@ def test_a_folder_decoded_before_is_not_read_again_until_a_file_changes(tmp_path
 # ------------------------------------------------------------------------------------------------ other systems
 
 
-def test_data_is_imported_without_what_only_posix_has():
+def test_data_modules_import_without_posix_modules():
     program = """
         import mmap, os, pkgutil, sys
         from importlib import import_module

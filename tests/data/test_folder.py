@@ -1,4 +1,4 @@
-"""Folders of images, a folder a class: what is found, how it is decoded, what is refused."""
+"""Image folders with a folder per class: what is found, how it is decoded, what is refused."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def single(tmp_path) -> Path:
 
 
 def read(root: Path, **how):
-    """Decode into memory, without a word."""
+    """Decode into memory without logging."""
     return image_folder(root, **{"cache": False, "log": lambda _: None, **how})
 
 
@@ -61,7 +61,7 @@ def names(source) -> list[str]:
 # ------------------------------------------------------------------------------------------------ what is found
 
 
-def test_two_folders_are_the_two_parts(parted):
+def test_train_and_test_folders_are_the_two_parts(parted):
     train, test = read(parted)
     assert (train.classes, train.name) == (("cat", "dog"), "pets")
     assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
@@ -81,16 +81,16 @@ def test_a_training_part_without_a_test_part_is_refused(parted):
         read(parted)
 
 
-def test_a_single_folder_is_divided_by_class(single):
+def test_a_single_folder_is_split_by_class(single):
     train, test = read(single, test_share=0.2)
     assert torch.bincount(train.targets).tolist() == [8, 8, 8]
     assert torch.bincount(test.targets).tolist() == [2, 2, 2]
     assert not set(train.files.paths) & set(test.files.paths)
 
 
-def test_where_a_folder_lies_and_when_its_files_were_made_do_not_change_the_division(single, tmp_path):
+def test_the_split_does_not_depend_on_the_folders_path_or_file_times(single, tmp_path):
     other = tmp_path / "elsewhere"
-    for path in sorted(single.rglob("*.png"), reverse=True):  # the listing's order follows that of making
+    for path in sorted(single.rglob("*.png"), reverse=True):  # the listing follows the order of creation
         target = other / path.relative_to(single)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -99,7 +99,7 @@ def test_where_a_folder_lies_and_when_its_files_were_made_do_not_change_the_divi
     assert read(single)[1].fingerprint() == read(other)[1].fingerprint()
 
 
-def test_blanks_unicode_and_newlines_in_names_work(tmp_path):
+def test_spaces_unicode_and_newlines_in_names_work(tmp_path):
     for name in ("a b", "ünï – 猫", "new\nline"):
         for i in range(2):
             save(tmp_path / "my data" / name / f"an image\n{i} ä.png", i)
@@ -110,19 +110,19 @@ def test_blanks_unicode_and_newlines_in_names_work(tmp_path):
     assert (len(train), len(test)) == (3, 3)
 
 
-def test_a_name_that_is_no_unicode_works(tmp_path):
+def test_a_name_that_is_not_unicode_works(tmp_path):
     for i in range(4):
         path = save(tmp_path / "d" / "ab"[i % 2] / f"{i}.png", i)
         path.rename(path.parent / os.fsdecode(b"\xff\xfe%d.png" % i))
     assert len(image_folder(tmp_path / "d", cache_dir=tmp_path / "c", test_share=0.5, log=lambda _: None)[0]) == 2
 
 
-def test_upper_case_suffixes_and_folders_below_a_class_are_read(parted):
+def test_uppercase_suffixes_and_subfolders_of_a_class_are_read(parted):
     save(parted / "train" / "cat" / "more" / "still more" / "X.PNG", 1)
     assert "still more/X.PNG" in names(read(parted)[0])
 
 
-def test_hidden_files_and_folders_and_other_files_are_left_out(parted):
+def test_hidden_files_and_other_files_are_skipped(parted):
     save(parted / "train" / ".git" / "0.png")
     save(parted / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
     save(parted / "train" / "cat" / ".hidden.png")
@@ -131,7 +131,7 @@ def test_hidden_files_and_folders_and_other_files_are_left_out(parted):
     assert names(read(parted)[0]) == [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
 
 
-def test_links_to_images_and_folders_are_followed_but_never_round_in_circles(parted, tmp_path):
+def test_links_are_followed_without_cycles(parted, tmp_path):
     save(tmp_path / "elsewhere" / "x.png", 1)
     (parted / "train" / "cat" / "linked").symlink_to(tmp_path / "elsewhere")
     (parted / "train" / "cat" / "3.png").symlink_to(tmp_path / "elsewhere" / "x.png")
@@ -144,21 +144,21 @@ def test_links_to_images_and_folders_are_followed_but_never_round_in_circles(par
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_link_to_nothing_is_named(parted, on_error):
+def test_a_broken_link_is_reported(parted, on_error):
     (parted / "train" / "cat" / "gone.png").symlink_to(parted / "nowhere")
     with pytest.raises(RelayError, match=r"cat/gone\.png can't be read: No such file"):
         read(parted, on_error=on_error)
 
 
 @pytest.mark.parametrize("link", ["loop", "cat/loop", "cat/loop.png"])
-def test_a_link_to_itself_is_named(parted, link):
+def test_a_link_to_itself_is_reported(parted, link):
     (parted / "train" / link).symlink_to(Path(link).name)
     with pytest.raises(RelayError, match=f"train/{link} can't be read: Too many levels of symbolic links"):
         read(parted)
 
 
 @pytest.mark.timeout(30)
-def test_a_pipe_called_like_an_image_is_left_out_and_not_waited_for(parted):
+def test_a_named_pipe_with_an_image_suffix_is_skipped(parted):
     os.mkfifo(parted / "train" / "cat" / "0.jpg")
     assert names(read(parted)[0])[:3] == ["cat/0.png", "cat/1.png", "cat/2.png"]
 
@@ -166,24 +166,24 @@ def test_a_pipe_called_like_an_image_is_left_out_and_not_waited_for(parted):
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_no_folder_is_named(tmp_path):
+def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(UsageError, match="there is no such folder"):
         read(tmp_path / "nowhere")
 
 
-def test_a_folder_without_classes_is_named(tmp_path):
+def test_a_folder_without_classes_is_reported(tmp_path):
     save(tmp_path / "0.png")
     with pytest.raises(RelayError, match=f"{tmp_path} has no class folders"):
         read(tmp_path)
 
 
-def test_an_empty_class_folder_is_named(parted):
+def test_an_empty_class_folder_is_reported(parted):
     (parted / "train" / "ant").mkdir()
     with pytest.raises(RelayError, match="train/ant has no images"):
         read(parted)
 
 
-def test_a_class_whose_test_images_are_missing_is_named(parted):
+def test_a_class_without_test_images_is_reported(parted):
     for path in (parted / "test" / "dog").iterdir():
         path.unlink()
     with pytest.raises(RelayError, match="test/dog has no images"):
@@ -191,7 +191,7 @@ def test_a_class_whose_test_images_are_missing_is_named(parted):
 
 
 @pytest.mark.parametrize(("part", "other"), [("train", "test"), ("test", "train")])
-def test_a_class_in_only_one_part_is_named_with_the_folder_that_lacks_it(parted, part, other):
+def test_a_class_missing_in_one_part_is_reported_with_its_folder(parted, part, other):
     save(parted / part / "cow" / "0.png")
     with pytest.raises(RelayError, match=f"pets/{other} has no class 'cow'"):
         read(parted)
@@ -220,7 +220,7 @@ def decoded(path: Path, channels=3, size=None) -> np.ndarray:
     return decode_images([path], (channels, height, width))[0].numpy()
 
 
-def test_sizes_are_made_alike_by_the_shorter_side_and_the_middle(parted):
+def test_images_are_resized_by_the_shorter_side_and_center_cropped(parted):
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 8:22] = 200  # the middle square, and what its edge is blended with
     Image.fromarray(wide).save(parted / "train" / "cat" / "0.png")
@@ -233,7 +233,7 @@ def test_sizes_are_made_alike_by_the_shorter_side_and_the_middle(parted):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(5, 5), (64, 64), (40, 90), (500, 400)])
 @pytest.mark.parametrize("made", [(100, 60), (60, 101), (7, 300), (1, 1)])
-def test_pixels_are_averaged_as_pil_does(made, size, channels, tmp_path):
+def test_downscaling_averages_pixels_as_pil_does(made, size, channels, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (made[1], made[0], 3), dtype=np.uint8)
     Image.fromarray(noise).convert("RGB" if channels == 3 else "L").save(tmp_path / "x.png")
     found = decoded(tmp_path / "x.png", channels, size).astype(int)
@@ -248,7 +248,7 @@ def test_pixels_are_averaged_as_pil_does(made, size, channels, tmp_path):
     assert np.abs(found - there.transpose(2, 0, 1)).max() <= 2  # the rounding of the weights, down and across
 
 
-def test_pixels_may_differ_from_pils_by_two_since_both_directions_are_rounded(tmp_path):
+def test_pixels_differ_from_pils_by_at_most_two(tmp_path):
     rows = bytes.fromhex("fd81c4e11072 cf08eb1393d1 813e47a75bc7 7464e857a595 3226923629ba da0f5561a9bd")
     Image.fromarray(np.frombuffer(rows, np.uint8).reshape(6, 6)).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as image:
@@ -274,7 +274,7 @@ def test_resized_pixels_are_the_same_on_other_processors(other, made, size, tmp_
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LA", "RGBA"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_kind_of_image_becomes_bytes_of_the_asked_channels(mode, channels, tmp_path):
+def test_every_image_mode_becomes_uint8_with_the_requested_channels(mode, channels, tmp_path):
     suffix = {"CMYK": "jpg", "YCbCr": "jpg"}.get(mode, "png")
     pixels = decoded(save(tmp_path / f"x.{suffix}", mode=mode), channels)
     assert pixels.shape == (channels, 8, 8)
@@ -282,20 +282,20 @@ def test_every_kind_of_image_becomes_bytes_of_the_asked_channels(mode, channels,
     assert pixels.std() > 20
 
 
-def test_a_palette_is_resized_as_colours_and_not_as_numbers(tmp_path):
+def test_a_palette_image_is_resized_by_color_and_not_by_index(tmp_path):
     image = Image.fromarray(np.array([[0, 255], [0, 255]], dtype=np.uint8)).convert("P")
     image.putpalette([0, 0, 0] + [77, 88, 99] * 254 + [100, 100, 100])
     image.save(tmp_path / "x.png")
     assert decoded(tmp_path / "x.png", size=(1, 1)).flatten().tolist() == [50, 50, 50]
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     values = np.array([[[255, 0, 0, 0], [255, 0, 0, 255]]], dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "x.png")
     assert decoded(tmp_path / "x.png")[:, 0].T.tolist() == [[255, 255, 255], [255, 0, 0]]
 
 
-def test_sixteen_bits_keep_their_brightness_whatever_else_is_in_the_image(tmp_path):
+def test_16_bit_images_keep_their_brightness(tmp_path):
     Image.fromarray(np.array([[0, 256, 25_600, 32_768]], dtype=np.uint16)).save(tmp_path / "x.png")
     assert decoded(tmp_path / "x.png", 1).flatten().tolist() == [0, 1, 100, 128]
 
@@ -306,18 +306,18 @@ def test_floating_point_pixels_are_refused(tmp_path):
         decoded(tmp_path / "x.tif")
 
 
-def test_a_picture_that_a_camera_marked_as_turned_stands_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (6, 4))
     image.paste((255, 255, 255), (0, 0, 3, 4))  # the left half is white
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the left half comes to stand on top
+    exif[0x0112] = 6  # rotate clockwise: the left half moves to the top
     image.save(tmp_path / "x.png", exif=exif)
     pixels = decoded(tmp_path / "x.png", size=(4, 6))
     assert (pixels[:, :3] == 255).all()
     assert (pixels[:, 3:] == 0).all()
 
 
-def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path):
+def test_several_threads_decode_large_files_into_the_same_array(tmp_path):
     for i in range(150):
         save(tmp_path / "ab"[i % 2] / f"{i:03}.png", i, size=(50, 50))
     train, test = read(tmp_path)
@@ -326,7 +326,7 @@ def test_large_files_are_decoded_by_several_threads_into_the_same_array(tmp_path
             assert np.array_equal(image.permute(1, 2, 0), picture(int(Path(path).stem), size=(50, 50)))
 
 
-def test_a_long_decoding_says_how_far_it_is(parted, monkeypatch):
+def test_long_decoding_reports_its_progress(parted, monkeypatch):
     monkeypatch.setattr(folder, "_LOG_SECONDS", 0.0)
     said = []
     image_folder(parted, cache=False, log=said.append)
@@ -347,7 +347,7 @@ def truncated_jpeg(path: Path) -> None:
 
 
 def tiff_whose_offset_is_a_text(path: Path) -> None:
-    """Damage to what says where a TIFF's pixels are, which PIL answers with a TypeError."""
+    """Damage the offset of a TIFF's pixels, for which PIL raises a TypeError."""
     picture(0).save(path, "TIFF")
     content, strip_offsets, number, text = path.read_bytes(), 273, 4, 2
     entry = struct.pack("<HH", strip_offsets, number)
@@ -365,7 +365,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("size", [None, 8])
-def test_a_damaged_image_stops_with_its_path(parted, damage, size):
+def test_a_damaged_image_raises_an_error_with_its_path(parted, damage, size):
     damage(parted / "train" / "dog" / "1.png")
     with pytest.raises(RelayError, match=r"train/dog/1\.png can't be read as an image.*data\.on_error=skip") as found:
         read(parted, size=size)
@@ -374,7 +374,7 @@ def test_a_damaged_image_stops_with_its_path(parted, damage, size):
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("damaged", ["cat/0.png", "dog/1.png"])
-def test_a_damaged_image_is_left_out_the_same_way_every_time_and_told(parted, tmp_path, damage, damaged):
+def test_a_damaged_image_is_skipped_reproducibly_and_reported(parted, tmp_path, damage, damaged):
     damage(parted / "train" / damaged)
     said = []
     how = {"on_error": "skip", "log": said.append, "cache": True, "cache_dir": tmp_path / "cache"}
@@ -388,7 +388,7 @@ def test_a_damaged_image_is_left_out_the_same_way_every_time_and_told(parted, tm
     assert all(line.startswith(f"{parted}/train: 1 unreadable") and line.endswith(damaged) for line in left_out)
 
 
-def test_no_more_images_are_left_out_than_allowed(parted, tmp_path):
+def test_no_more_images_are_skipped_than_allowed(parted, tmp_path):
     for i in range(2):
         (parted / "train" / "cat" / f"{i}.png").write_bytes(b"")
     how = {"on_error": "skip", "cache": True, "cache_dir": tmp_path / "cache"}
@@ -398,14 +398,14 @@ def test_no_more_images_are_left_out_than_allowed(parted, tmp_path):
             read(parted, max_errors=1, **allowed)
 
 
-def test_a_cache_with_images_left_out_is_refused_to_a_run_that_stops_at_them(parted, tmp_path):
+def test_a_cache_with_skipped_images_is_refused_by_a_run_that_stops_at_errors(parted, tmp_path):
     (parted / "train" / "cat" / "0.png").write_bytes(b"")
     read(parted, on_error="skip", cache=True, cache_dir=tmp_path)
     with pytest.raises(RelayError, match=r"cat/0\.png"):
         read(parted, on_error="stop", cache=True, cache_dir=tmp_path)
 
 
-def test_a_folder_of_nothing_but_damaged_images_is_refused(parted):
+def test_a_folder_of_only_damaged_images_is_refused(parted):
     for path in (parted / "train").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(RelayError, match="none of the 6 images can be read"):
@@ -415,7 +415,7 @@ def test_a_folder_of_nothing_but_damaged_images_is_refused(parted):
 # ------------------------------------------------------------------------------------------------ fingerprints
 
 
-def test_the_fingerprint_follows_names_and_pixels_and_nothing_else(parted):
+def test_the_fingerprint_depends_only_on_names_and_pixels(parted):
     before = read(parted)[0].fingerprint()
     changed = parted / "train" / "cat" / "1.png"
     os.utime(changed, (1, 1))
@@ -439,20 +439,20 @@ def test_the_fingerprint_changes_with_the_files(parted, change):
     assert read(parted)[0].fingerprint() != before
 
 
-def test_with_and_without_a_cache_all_is_the_same(parted, tmp_path):
+def test_the_cache_does_not_change_the_data(parted, tmp_path):
     one, other = read(parted), read(parted, cache=True, cache_dir=tmp_path / "cache")
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a.inputs, b.inputs)
         assert a.fingerprint() == b.fingerprint()
 
 
-# ------------------------------------------------------------------------------------------------ one's own transform
+# ------------------------------------------------------------------------------------------------ custom transforms
 
 
 TRANSFORM = v2.Compose([v2.ToImage(), v2.Resize((4, 4)), v2.ToDtype(torch.float32, scale=True)])
 
 
-def test_a_transform_of_ones_own_makes_a_dataset(parted):
+def test_a_custom_transform_makes_a_dataset(parted):
     save(parted / "train" / "cat" / "0.png", size=(9, 7), mode="L")
     train, test = read(parted, transform=TRANSFORM)
     assert isinstance(train, DatasetSource)
@@ -461,11 +461,11 @@ def test_a_transform_of_ones_own_makes_a_dataset(parted):
     assert (image.shape, image.dtype, label) == ((3, 4, 4), torch.float32, 1)
 
 
-def test_a_transform_gets_grey_images_where_those_are_asked_for(parted):
+def test_a_transform_gets_gray_images_on_request(parted):
     assert read(parted, transform=TRANSFORM, channels=1)[0].dataset[0][0].shape == (1, 4, 4)
 
 
-def test_with_a_transform_a_single_folder_is_divided_as_without(single):
+def test_a_transform_does_not_change_the_split_of_a_single_folder(single):
     arrays, files = read(single), read(single, transform=TRANSFORM)
     for a, b in zip(arrays, files, strict=True):
         assert isinstance(a, ArraySource)
@@ -480,13 +480,13 @@ def test_the_fingerprint_of_files_changes_with_one_of_them(parted):
     assert read(parted, transform=TRANSFORM)[0].fingerprint() != before
 
 
-def test_a_damaged_image_that_a_transform_meets_is_named(parted):
+def test_a_damaged_image_read_for_a_transform_is_reported(parted):
     (parted / "train" / "cat" / "1.png").write_bytes(b"")
     train, _ = read(parted, transform=TRANSFORM)
     with pytest.raises(RelayError, match=r"cat/1\.png can't be read as an image"):
         train.dataset[1]
 
 
-def test_leaving_out_what_only_a_transform_will_meet_is_refused(parted):
+def test_skipping_images_is_refused_with_a_transform(parted):
     with pytest.raises(UsageError, match="on_error='skip'"):
         read(parted, transform=TRANSFORM, on_error="skip")

@@ -1,4 +1,4 @@
-"""MNIST and its kin."""
+"""MNIST and Fashion-MNIST."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from torchrelay.errors import RelayError
 
 @pytest.mark.parametrize("compress", [False, True])
 @pytest.mark.parametrize("place", [".", "MNIST/raw"])
-def test_images_and_labels_are_those_of_the_files(tmp_path, compress, place):
+def test_images_and_labels_equal_those_of_the_files(tmp_path, compress, place):
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     written = write_idx(tmp_path / place, compress=compress)
     for prefix, part in zip(("train", "t10k"), mnist(tmp_path), strict=True):
@@ -22,7 +22,7 @@ def test_images_and_labels_are_those_of_the_files(tmp_path, compress, place):
         assert part.classes == tuple("0123456789")
 
 
-def test_a_recipe_names_both_by_a_folder(tmp_path):
+def test_a_recipe_loads_both_datasets_from_a_folder(tmp_path):
     write_idx(tmp_path)
     for name in ("mnist", "fashion-mnist"):
         parts = load(DataSettings(name=name, root=str(tmp_path)), seed=0)
@@ -30,7 +30,7 @@ def test_a_recipe_names_both_by_a_folder(tmp_path):
     assert fashion_mnist(tmp_path)[0].classes[9] == "ankle boot"
 
 
-def test_a_missing_file_is_named_with_the_remedy(tmp_path):
+def test_a_missing_file_is_reported_with_the_remedy(tmp_path):
     write_idx(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(RelayError, match=r"there is no t10k-labels-idx1-ubyte .*set data\.root to the folder"):
@@ -41,7 +41,7 @@ INTACT = idx(np.zeros((2, 3, 3)))
 
 
 @pytest.mark.parametrize("content", [b"", INTACT[:3], INTACT[:9], INTACT[:-1], INTACT + b"0", b"\0\0\x0d" + INTACT[3:]])
-def test_a_file_that_is_cut_off_or_of_another_kind_is_refused(tmp_path, content):
+def test_a_truncated_or_foreign_file_is_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(RelayError, match="isn't an idx file of bytes, or it is cut off"):
         read_idx(tmp_path / "file")

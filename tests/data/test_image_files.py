@@ -1,4 +1,4 @@
-"""JPEG files that go past PIL have PIL's pixels, byte for byte; whatever could differ goes through PIL."""
+"""JPEG files decoded without PIL have PIL's pixels, byte for byte; files that could differ go through PIL."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torchrelay.errors import RelayError
 
 @pytest.fixture
 def by_pil(monkeypatch):
-    """The paths that PIL was asked to read."""
+    """The paths that PIL read."""
     asked = []
 
     def noted(path, channels):
@@ -25,7 +25,7 @@ def by_pil(monkeypatch):
 
 
 def scene(width: int, height: int, channels: int = 3) -> Image.Image:
-    """Edges, slopes and noise: what chroma upsampling, the cosine transform and clipping could tell apart."""
+    """Edges, gradients and noise, which reveal differences in chroma upsampling, the DCT and clipping."""
     rng = np.random.default_rng(width * 1000 + height)
     across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     planes = [across, down, np.where(across > down, 255, 0)][:channels]
@@ -41,34 +41,34 @@ def same(path: Path, channels: int) -> bool:
 @pytest.mark.parametrize("size", [(1, 1), (7, 13), (32, 32), (201, 150)])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 @pytest.mark.parametrize("options", [{"quality": 95}, {"quality": 30, "progressive": True}, {"keep_rgb": True}])
-def test_the_pixels_are_pils(size, subsampling, options, tmp_path, by_pil):
+def test_the_pixels_equal_pils(size, subsampling, options, tmp_path, by_pil):
     subsampling = "4:4:4" if "keep_rgb" in options else subsampling
     scene(*size).save(tmp_path / "x.jpg", subsampling=subsampling, **options)
     assert same(tmp_path / "x.jpg", 3)
     assert not by_pil
 
 
-def test_a_grey_file_is_read_as_grey_and_as_colour(tmp_path, by_pil):
+def test_a_gray_file_is_read_as_gray_and_as_color(tmp_path, by_pil):
     scene(33, 21, 1).save(tmp_path / "x.jpg")
     assert same(tmp_path / "x.jpg", 1)
     assert same(tmp_path / "x.jpg", 3)
     assert not by_pil
 
 
-def test_a_colour_file_is_made_grey_by_pil(tmp_path, by_pil):
+def test_pil_converts_a_color_file_to_gray(tmp_path, by_pil):
     scene(33, 21).save(tmp_path / "x.jpg")
     assert same(tmp_path / "x.jpg", 1)
     assert by_pil
 
 
-def test_four_colours_go_through_pil(tmp_path, by_pil):
+def test_cmyk_files_go_through_pil(tmp_path, by_pil):
     scene(33, 21).convert("CMYK").save(tmp_path / "x.jpg")
     assert same(tmp_path / "x.jpg", 3)
     assert by_pil
 
 
 @pytest.mark.parametrize(("orientation", "turned"), [(None, False), (1, False), (6, True)])
-def test_pil_turns_what_a_camera_marked_as_turned(orientation, turned, tmp_path, by_pil):
+def test_pil_applies_exif_orientation(orientation, turned, tmp_path, by_pil):
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "a camera"
     if orientation is not None:
@@ -85,13 +85,13 @@ def test_a_png_named_jpg_goes_through_pil(tmp_path, by_pil):
     assert by_pil
 
 
-def test_bytes_behind_the_image_are_left_alone(tmp_path):
+def test_bytes_after_the_image_are_ignored(tmp_path):
     scene(30, 20).save(tmp_path / "x.jpg")
     (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes() + b"more" * 1000)
     assert same(tmp_path / "x.jpg", 3)
 
 
-def test_at_every_length_a_cut_file_is_refused_or_read_as_pil_does(tmp_path):
+def test_a_file_truncated_at_any_length_is_refused_or_read_as_pil_does(tmp_path):
     scene(30, 20).save(tmp_path / "whole.jpg")
     whole = (tmp_path / "whole.jpg").read_bytes()
     refused = 0
@@ -136,6 +136,6 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
         read_pixels(str(tmp_path / "x.jpg"), 3)
 
 
-def test_a_file_that_is_not_given_out_says_so(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(RelayError, match=r"gone\.jpg can't be read: No such file or directory; restore it"):
         read_pixels(str(tmp_path / "gone.jpg"), 3)

@@ -1,4 +1,4 @@
-"""What is found below a folder of images is said, and what could train to a wrong result in silence is refused."""
+"""The contents of an image folder are logged, and folders that could silently train a wrong model are refused."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ def save(path: Path, number: int = 0, **how) -> Path:
 
 
 def fill(folder: Path, **classes: int) -> Path:
-    """Save images of each class: as many as its number says."""
+    """Save `count` images of each class."""
     for name, count in classes.items():
         for i in range(count):
             save(folder / name / f"{i}.png", i)
@@ -36,7 +36,7 @@ def report(root: Path, **how) -> list[str]:
 # ------------------------------------------------------------------------------------------------ what is said
 
 
-def test_the_classes_and_the_images_of_each_part_and_class_are_said(tmp_path):
+def test_the_log_lists_classes_and_images_per_part_and_class(tmp_path):
     fill(tmp_path / "train", cat=3, dog=4)
     fill(tmp_path / "val", cat=1, dog=1)
     fill(tmp_path / "test", cat=2, dog=1)
@@ -48,7 +48,7 @@ def test_the_classes_and_the_images_of_each_part_and_class_are_said(tmp_path):
     ]
 
 
-def test_of_many_classes_the_first_names_and_the_smallest_and_largest_are_said(tmp_path):
+def test_the_log_shortens_the_list_of_many_classes(tmp_path):
     fill(tmp_path, **{f"c{i}": 2 + (i == 3) for i in range(10)})
     assert report(tmp_path, test_share=0.5) == [
         "ROOT: 10 classes: c0, c1, c2, c3, c4, c5, c6, c7, … (2 more)",
@@ -57,7 +57,7 @@ def test_of_many_classes_the_first_names_and_the_smallest_and_largest_are_said(t
     ]
 
 
-def test_files_that_are_no_images_are_counted_by_suffix_and_folders_beside_the_parts_are_named(tmp_path):
+def test_other_files_are_counted_by_suffix_and_other_folders_are_named(tmp_path):
     fill(tmp_path / "train", cat=1, dog=1)
     fill(tmp_path / "test", cat=1, dog=1)
     fill(tmp_path / "extra", cow=1)
@@ -71,7 +71,7 @@ def test_files_that_are_no_images_are_counted_by_suffix_and_folders_beside_the_p
     ]
 
 
-def test_a_folder_that_an_archive_of_a_mac_leaves_behind_is_no_class(tmp_path):
+def test_the_macosx_folder_of_an_archive_is_not_a_class(tmp_path):
     fill(tmp_path, cat=2, dog=2, __MACOSX=1)
     assert report(tmp_path)[0] == "ROOT: 2 classes: cat, dog"
 
@@ -115,21 +115,21 @@ def test_an_image_folder_nested_in_the_given_one_is_suggested(tmp_path, nested, 
         report(tmp_path)
 
 
-def test_a_single_class_beside_a_table_of_labels_is_refused_and_the_table_named(tmp_path):
+def test_a_single_class_beside_a_label_file_is_refused_and_the_file_is_named(tmp_path):
     fill(tmp_path, images=5)
     (tmp_path / "labels.csv").write_text("file,label\n")
     with pytest.raises(RelayError, match=r"single class, 'images'.*a folder of its own; labels in a \.csv file aren't"):
         report(tmp_path)
 
 
-def test_a_single_class_in_a_divided_folder_is_refused(tmp_path):
+def test_a_single_class_in_a_split_folder_is_refused(tmp_path):
     for part in ("train", "test"):
         fill(tmp_path / part, cat=2)
     with pytest.raises(RelayError, match="train has a single class, 'cat'"):
         report(tmp_path)
 
 
-def test_a_folder_without_images_says_what_it_holds_and_advises_to_remove_nothing(tmp_path):
+def test_a_folder_without_images_reports_its_contents(tmp_path):
     fill(tmp_path, cat=2)
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "x.cr2").write_bytes(b"raw")
@@ -157,7 +157,7 @@ def test_a_validation_folder_is_the_validation_part(three, name):
 
 
 @pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "TEST")])
-def test_the_case_of_a_parts_name_does_not_matter(three, names):
+def test_part_names_are_case_insensitive(three, names):
     for old, new in zip(("train", "test"), names, strict=True):
         (three / old).rename(three / new)
     assert report(three)[0] == "ROOT: 2 classes: cat, dog"
@@ -169,20 +169,20 @@ def test_two_folders_for_one_part_are_refused(three):
         report(three)
 
 
-def test_a_share_for_validation_beside_a_folder_for_it_is_refused(three):
+def test_a_validation_share_is_refused_beside_a_validation_folder(three):
     settings = DataSettings(name="image-folder", root=str(three), cache=False, validation=0.3)
     with pytest.raises(UsageError, match=r"has a folder for validation: leave out data\.validation"):
         load(settings, seed=0, log=lambda _: None)
 
 
-def test_a_pair_says_that_it_leaves_out_the_validation_part(three):
+def test_a_pair_reports_the_skipped_validation_part(three):
     said: list[str] = []
     train, test = image_folder(three, cache=False, log=said.append)
     assert (len(train), len(test)) == (6, 4)
     assert said[-1] == "left out: the validation part, which image_parts() returns as well"
 
 
-def test_a_test_part_without_a_training_part_is_no_data_to_train_on(three):
+def test_a_test_part_without_a_training_part_is_refused(three):
     shutil.rmtree(three / "train")
     with pytest.raises(RelayError, match="has a folder 'val' but none named train"):
         report(three)
@@ -191,7 +191,7 @@ def test_a_test_part_without_a_training_part_is_no_data_to_train_on(three):
 # ------------------------------------------------------------------------------------------------ formats
 
 
-def test_jfif_and_files_without_a_suffix_are_read_by_their_content(tmp_path):
+def test_files_without_a_suffix_are_recognized_by_content(tmp_path):
     fill(tmp_path, cat=2, dog=2)
     save(tmp_path / "cat" / "x.JFIF", format="JPEG")
     save(tmp_path / "dog" / "e3b0c442", format="PNG")
@@ -210,7 +210,7 @@ def test_avif_is_read_if_pillow_reads_it(tmp_path):
 
 
 @pytest.mark.skipif(image_files._HAS_HEIF, reason="the extra is installed")
-def test_heic_is_counted_and_the_extra_that_reads_it_is_named(tmp_path):
+def test_heic_files_are_counted_and_the_extra_is_named(tmp_path):
     fill(tmp_path, cat=2, dog=2)
     (tmp_path / "cat" / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     assert report(tmp_path)[2].endswith("1 .heic (HEIC needs pillow-heif, the extra 'heif')")
@@ -226,7 +226,7 @@ def test_heic_is_read_where_the_extra_is_installed(tmp_path):
     assert report(tmp_path)[1] == "images: 5 images (cat 3, dog 2)"
 
 
-def test_images_below_a_folder_are_found_by_name_and_the_others_counted(tmp_path):
+def test_images_in_subfolders_are_found_and_other_files_counted(tmp_path):
     fill(tmp_path, cat=1, dog=1)
     (tmp_path / "notes.txt").write_text("words")
     paths, others = images_below(tmp_path)

@@ -1,4 +1,4 @@
-"""Batches prepared beside the loop: the same ones, and nothing is begun before it is asked for."""
+"""Batches prepared on another stream: the same batches, and none starts before it is requested."""
 
 from contextlib import contextmanager
 from itertools import islice
@@ -24,7 +24,7 @@ CPU = set_up(DeviceSettings(name="cpu"), exact=False)
 
 
 class Written:
-    """Stands for a stream, and writes down what happens."""
+    """Stands in for a stream and records what happens."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -45,7 +45,7 @@ class Written:
 
 
 class Stream:
-    """Stands for CUDA's, and writes down what is asked of it."""
+    """Stands in for a CUDA stream and records the calls."""
 
     log: list[str]
 
@@ -90,12 +90,12 @@ PIPELINE = Pipeline((Flip(), PaddedCrop(padding=1)), mean=(0.5,) * 3, std=(0.2,)
 # ------------------------------------------------------------------------------------------------ the order of things
 
 
-def test_without_a_device_of_its_own_nothing_is_beside():
+def test_on_the_cpu_batches_are_prepared_in_the_loop():
     assert side_stream(torch.device("cpu")) is None
     assert Batches(photographs(), 8, CPU, PIPELINE)._stream is None
 
 
-def test_a_batch_is_prepared_when_it_is_asked_for_and_handed_over(monkeypatch):
+def test_the_next_batch_is_prepared_on_request_and_then_handed_over(monkeypatch):
     written = Written()
     monkeypatch.setattr(module, "side_stream", lambda device: written)
     found = Batches(photographs(), 20, CPU, PIPELINE)
@@ -107,7 +107,7 @@ def test_a_batch_is_prepared_when_it_is_asked_for_and_handed_over(monkeypatch):
     assert written.log[4:] == ["(", ")", "20 handed over", "(", ")", "10 handed over", "(", ")"]
 
 
-def test_streams_wait_for_each_other_and_the_host_for_the_step_before_last(monkeypatch):
+def test_streams_synchronize_and_the_host_waits_for_the_step_before_last(monkeypatch):
     Stream.log, Event.made, loop = [], 0, Stream("loop")
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -129,14 +129,14 @@ def test_streams_wait_for_each_other_and_the_host_for_the_step_before_last(monke
 
 
 @pytest.mark.parametrize("start", [0, 3])
-def test_the_batches_are_the_same(monkeypatch, start):
+def test_prefetched_batches_are_the_same(monkeypatch, start):
     plain = content(Batches(photographs(), 8, CPU, PIPELINE, seed=2).epoch(1, start))
     monkeypatch.setattr(module, "side_stream", lambda device: Written())
     assert content(Batches(photographs(), 8, CPU, PIPELINE, seed=2).epoch(1, start)) == plain
 
 
 @pytest.mark.parametrize("where", [None, Written()])
-def test_an_error_comes_at_its_batch_and_the_source_is_closed(where):
+def test_an_error_is_raised_at_its_batch_and_the_source_is_closed(where):
     closed = []
 
     def source():
@@ -179,7 +179,7 @@ def own_transform(images, draw):
         (dataset(Own()), Pipeline(), 1, True),
     ],
 )
-def test_what_the_user_wrote_runs_where_the_loop_is(monkeypatch, source, pipeline, workers, is_beside):
+def test_user_code_runs_on_the_stream_of_the_loop(monkeypatch, source, pipeline, workers, is_beside):
     monkeypatch.setattr(module, "side_stream", lambda device: Written())
     found = Batches(source, 8, CPU, pipeline, workers=workers)
     assert (found._stream is not None) == is_beside
@@ -191,7 +191,7 @@ def test_all_tensors_of_a_batch_are_found():
     assert list(_tensors(None)) == []
 
 
-def test_pinned_memory_is_asked_for_and_holds_the_same(monkeypatch):
+def test_pinned_memory_is_requested_and_holds_the_same_data(monkeypatch):
     asked, empty = [], torch.empty
 
     def without_a_gpu(*shape, pin_memory, **how):
@@ -217,8 +217,8 @@ def on_gpu(source, **how) -> Batches:
 @gpu
 @needs_cuda
 @pytest.mark.parametrize("resident", [True, False])
-def test_batches_from_beside_have_the_bits_of_the_loops_stream(monkeypatch, resident):
-    """The device is kept busy, so that a batch that wasn't waited for, or whose memory was given away, would differ."""
+def test_batches_prepared_on_another_stream_have_the_same_bits(monkeypatch, resident):
+    """The device is kept busy, so a missing synchronization or reused memory would change a batch."""
     if not resident:
         monkeypatch.setattr(module, "_ON_DEVICE", 0)
     source = photographs(2_000)
@@ -251,7 +251,7 @@ def test_a_dataset_read_by_workers_has_the_same_bits():
 @gpu
 @needs_cuda
 def test_the_host_does_not_run_far_ahead():
-    """Memory for some batches is enough, however long the steps are."""
+    """Memory for a few batches is enough even with long steps."""
     images = torch.zeros(4_000, 3, 32, 32, dtype=torch.uint8)
     device = set_up(DeviceSettings(name="cuda"), exact=True)
     found = Batches(arrays(images, np.zeros(4_000)), 100, device, PIPELINE)
@@ -272,7 +272,7 @@ def test_the_host_does_not_run_far_ahead():
 @needs_cuda
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_run_has_the_same_bytes_with_and_without(monkeypatch, digits, quiet, graph, resident):
+def test_prefetching_does_not_change_the_bytes_of_a_run(monkeypatch, digits, quiet, graph, resident):
     if not resident:
         monkeypatch.setattr(module, "_ON_DEVICE", 0)
 

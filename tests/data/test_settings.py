@@ -1,4 +1,4 @@
-"""What a recipe says of the data."""
+"""The data section of a recipe."""
 
 import os
 from types import ModuleType
@@ -30,13 +30,13 @@ def test_the_default_is_the_digits():
     assert (parts.train.name, len(parts.train), parts.validation) == ("digits", 1438, None)
 
 
-def test_a_validation_part_is_taken_from_the_training_part_alone():
+def test_a_validation_part_is_taken_only_from_the_training_part():
     without, parts = load(DataSettings(), seed=0), load(DataSettings(validation=0.1), seed=0)
     assert len(parts.train) + len(parts.validation) == 1438
     assert parts.test.fingerprint() == without.test.fingerprint()
 
 
-def test_a_mistyped_name_is_answered_with_the_nearest():
+def test_a_mistyped_name_suggests_the_nearest():
     with pytest.raises(UsageError, match=r"'cifar-10' is unknown; did you mean 'cifar10'\?"):
         load(DataSettings(name="cifar-10"), seed=0)
 
@@ -52,28 +52,28 @@ def test_a_mean_needs_a_deviation():
         DataSettings(mean=[0.5])
 
 
-def test_a_mean_of_the_recipe_replaces_the_datas():
+def test_a_mean_in_the_recipe_replaces_that_of_the_data():
     parts = load(DataSettings(mean=[0.25], std=[0.5]), seed=0)
     assert (parts.train.mean, parts.train.std) == ((0.25,), (0.5,))
 
 
-def test_a_mean_is_refused_where_nothing_would_use_it():
+def test_an_unused_mean_is_refused():
     code = own(mine=lambda: (TensorDataset(torch.zeros(3, 1), torch.zeros(3)), None))
     with pytest.raises(UsageError, match="read sample by sample"):
         load(DataSettings(name="mine", mean=[0.5], std=[0.5]), seed=0, code=code)
 
 
-def test_a_function_of_the_users_is_called_with_the_options():
+def test_a_user_function_is_called_with_the_options():
     parts = load(DataSettings(name="pair", options={"samples": 7}), seed=0, code=own(pair=pair))
     assert (len(parts.train), len(parts.test)) == (7, 2)
 
 
-def test_options_that_a_function_doesnt_have_are_refused():
+def test_unknown_options_of_a_function_are_refused():
     with pytest.raises(UsageError, match=r"data\.options don't match 'pair'.*'sample'"):
         load(DataSettings(name="pair", options={"sample": 7}), seed=0, code=own(pair=pair))
 
 
-def test_a_function_that_returns_no_pair_is_refused():
+def test_a_function_that_does_not_return_a_pair_is_refused():
     with pytest.raises(UsageError, match="must return a pair"):
         load(DataSettings(name="one"), seed=0, code=own(one=lambda: np.zeros(3)))
 
@@ -83,7 +83,7 @@ def test_a_random_transform_cannot_prepare_test_images():
         DataSettings(prepare=["flip"])
 
 
-def test_an_image_folder_is_read_as_the_settings_say(tmp_path):
+def test_an_image_folder_follows_the_settings(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(4):
@@ -104,7 +104,7 @@ def test_an_image_folder_is_read_as_the_settings_say(tmp_path):
     assert list((tmp_path / "cache").glob("*/images.bin"))
 
 
-def test_what_the_users_file_only_imports_is_not_called():
+def test_functions_that_the_user_file_imports_are_not_called():
     code = ModuleType("own")
     code.system = os.system
     with pytest.raises(UsageError, match=r"data\.name 'system' is unknown"):
@@ -121,5 +121,5 @@ def test_what_the_users_file_only_imports_is_not_called():
         ({"name": "cifar10", "root": "x", "download": True, "channels": 3}, []),
     ],
 )
-def test_keys_that_this_data_does_not_use_are_named(given, unused):
+def test_unused_keys_are_reported(given, unused):
     assert DataSettings(**given).without_effect() == unused

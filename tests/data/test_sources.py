@@ -1,4 +1,4 @@
-"""What can be indexed: arrays and torch Datasets, their checks, fingerprints, parts and statistics."""
+"""Map-style sources: arrays and torch Datasets, their checks, fingerprints, splits and statistics."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from torchrelay.errors import RelayError, UsageError
 
 
 def labelled(*counts: int) -> ArraySource:
-    """Samples of as many classes as there are counts; each sample's input is its own number."""
+    """Samples with `counts` per class; each sample's input is its index."""
     targets = np.repeat(np.arange(len(counts)), counts)
     return arrays(np.arange(len(targets))[:, None], targets, [f"class {i}" for i in range(len(counts))])
 
@@ -38,7 +38,7 @@ def labelled(*counts: int) -> ArraySource:
         ("float64", torch.float32),
     ],
 )
-def test_inputs_become_one_of_three_types(given, becomes):
+def test_inputs_are_converted_to_one_of_three_dtypes(given, becomes):
     assert arrays(np.ones((4, 3), dtype=given), np.zeros(4)).inputs.dtype == becomes
 
 
@@ -50,7 +50,7 @@ def test_targets_become_indices_or_floats(given, becomes):
     assert arrays(np.ones((4, 3)), np.ones(4, dtype=given)).targets.dtype == becomes
 
 
-def test_images_with_channels_last_are_turned_around():
+def test_channels_last_images_are_permuted():
     images = np.random.default_rng(0).integers(0, 256, (5, 7, 6, 3), dtype=np.uint8)
     inputs = arrays(images, np.zeros(5, dtype=int)).inputs
     assert inputs.shape == (5, 3, 7, 6)
@@ -58,26 +58,26 @@ def test_images_with_channels_last_are_turned_around():
     assert torch.equal(inputs[2, 1], torch.from_numpy(images[2, :, :, 1]))
 
 
-def test_images_with_channels_first_stay():
+def test_channels_first_images_are_unchanged():
     images = torch.zeros(5, 3, 8, 3, dtype=torch.uint8)
     assert arrays(images, torch.zeros(5)).inputs is not None
     assert arrays(images, torch.zeros(5)).inputs.shape == (5, 3, 8, 3)
 
 
 @pytest.mark.parametrize("turned", [np.s_[:, ::-1], np.s_[..., ::-1], np.s_[:1, :1, ::-1]])
-def test_arrays_that_were_turned_around_are_taken_as_they_look(turned):
+def test_permuted_arrays_are_read_by_their_shape(turned):
     values = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)[turned]
     assert np.array_equal(arrays(values, np.zeros(len(values))).inputs, values)
 
 
-def test_arrays_of_another_byte_order_are_taken():
+def test_arrays_of_another_byte_order_are_accepted():
     assert arrays(np.array([[1.5], [2.5]], dtype=">f4"), np.array([3, 4], dtype=">i4")).inputs.tolist() == [
         [1.5],
         [2.5],
     ]
 
 
-def test_inputs_that_need_gradients_are_taken_without():
+def test_inputs_are_detached():
     assert not arrays(torch.ones(3, 2, requires_grad=True), torch.zeros(3)).inputs.requires_grad
 
 
@@ -85,7 +85,7 @@ def test_inputs_that_need_gradients_are_taken_without():
 
 
 @pytest.mark.parametrize(("label", "shown"), [(7, "label 7"), (-1, "label -1")])
-def test_a_label_out_of_range_is_named_with_its_sample_and_file(label, shown):
+def test_a_label_out_of_range_is_reported_with_its_sample_and_file(label, shown):
     targets = torch.tensor([0, 1, 2, label, 0])
     files = Files("d", tuple(f"{i}.png" for i in range(5)), ("",) * 5)
     with pytest.raises(RelayError, match=rf"sample 3 \(d/3.png\) has {shown}, but the 3 classes are 0 to 2"):
@@ -101,7 +101,7 @@ def test_inputs_and_targets_of_different_length_are_refused():
         arrays(np.zeros((5, 2)), np.zeros(4))
 
 
-def test_no_samples_are_refused():
+def test_empty_arrays_are_refused():
     with pytest.raises(RelayError, match="no samples"):
         arrays(np.zeros((0, 2)), np.zeros(0))
 
@@ -117,19 +117,19 @@ def test_no_samples_are_refused():
     ],
     ids=["strings", "a list of strings", "rows of several lengths", "a string", "tensors of several shapes"],
 )
-def test_what_makes_no_tensor_is_refused_with_the_odd_sample(values, text):
+def test_data_that_is_not_a_tensor_is_refused_with_the_odd_sample(values, text):
     with pytest.raises(UsageError, match=text) as found:
         arrays(np.zeros((3, 1)), values)
     assert "\n" not in str(found.value)
 
 
-def test_a_source_of_what_are_no_tensors_names_the_way():
+def test_a_source_of_other_objects_names_the_remedy():
     with pytest.raises(UsageError, match=r"must be tensors.*data\.arrays\(\)"):
         ArraySource(np.zeros((3, 1)), torch.zeros(3))
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool])
-def test_labels_of_another_type_than_int64_are_refused(kind):
+def test_labels_that_are_not_int64_are_refused(kind):
     with pytest.raises(RelayError, match=f"the labels are {kind}: give int64"):
         ArraySource(torch.zeros(2, 1), torch.tensor([0, 1], dtype=kind), ("a", "b"))
 
@@ -149,7 +149,7 @@ class NoLength(Dataset):
         return torch.zeros(1), 0
 
 
-def test_an_iterable_dataset_is_a_stream_and_no_map_style_dataset():
+def test_an_iterable_dataset_is_refused_as_a_map_style_dataset():
     assert isinstance(as_source(Stream()), StreamSource)
     with pytest.raises(UsageError, match=r"Stream can only be read in its own order: give tr.data.stream.*__getitem__"):
         dataset(Stream())
@@ -165,7 +165,7 @@ def test_an_empty_dataset_is_refused():
         as_source(TensorDataset(torch.zeros(0, 1)))
 
 
-def test_whatever_is_no_data_is_refused():
+def test_other_objects_are_refused_as_data():
     with pytest.raises(UsageError, match="str can't be used as data"):
         as_source("digits")
 
@@ -177,7 +177,7 @@ def test_sources_datasets_and_pairs_become_sources():
     assert isinstance(as_source(TensorDataset(torch.zeros(3, 1), torch.zeros(3))), DatasetSource)
 
 
-def test_a_datasets_own_classes_are_taken_over():
+def test_the_classes_of_a_dataset_are_kept():
     data = TensorDataset(torch.zeros(3, 1), torch.zeros(3))
     data.classes = ["cat", "dog"]
     assert dataset(data).classes == ("cat", "dog")
@@ -204,7 +204,7 @@ def test_a_fingerprint_changes_with_every_part_of_the_content():
     assert arrays(inputs.clone(), targets.clone()).fingerprint() in prints
 
 
-def test_the_same_numbers_have_one_fingerprint_however_they_lie_in_memory():
+def test_the_fingerprint_does_not_depend_on_the_memory_layout():
     inputs, targets = torch.randn(4, 6), torch.zeros(4)
     turned = inputs.t().contiguous().t()
     assert not turned.is_contiguous()
@@ -224,7 +224,7 @@ def test_a_part_has_another_fingerprint_than_the_whole(stamp):
     assert whole.take(torch.tensor([0, 1])).fingerprint() == parts[0]
 
 
-def test_a_dataset_may_say_what_it_stands_for():
+def test_a_dataset_may_define_its_fingerprint():
     data = TensorDataset(torch.zeros(3, 1))
     assert dataset(data).fingerprint() == "TensorDataset of 3"
     data.fingerprint = lambda: "version 7"
@@ -243,7 +243,7 @@ def test_a_split_is_disjoint_complete_and_keeps_inputs_with_their_targets():
         assert torch.equal(source.targets, whole.targets[source.inputs[:, 0]])
 
 
-def test_a_split_takes_the_share_of_every_class():
+def test_a_split_takes_its_share_of_every_class():
     rest, part = split(labelled(50, 30, 20, 5), 0.2, seed=3)
     assert torch.bincount(part.targets).tolist() == [10, 6, 4, 1]
     assert torch.bincount(rest.targets).tolist() == [40, 24, 16, 4]
@@ -260,14 +260,14 @@ def test_a_class_of_one_sample_stays_with_the_rest():
     assert part.targets.tolist() == [1] * 5
 
 
-def test_a_split_follows_from_its_seed_alone():
+def test_a_split_depends_only_on_its_seed():
     whole = labelled(50, 50)
     chosen = [split(whole, 0.3, seed)[1].inputs[:, 0].tolist() for seed in (1, 1, 2)]
     assert chosen[0] == chosen[1]
     assert chosen[0] != chosen[2]
 
 
-def test_numbers_are_split_without_regard_to_their_values():
+def test_float_targets_are_split_without_stratification():
     rest, part = split(arrays(np.arange(20)[:, None], np.random.default_rng(0).random(20)), 0.25, seed=0)
     assert (len(rest), len(part)) == (15, 5)
 
@@ -283,7 +283,7 @@ def test_single_samples_cannot_be_split():
         split(labelled(1, 1, 1), 0.5, seed=0)
 
 
-def test_a_dataset_cannot_be_split_unread():
+def test_splitting_a_dataset_is_refused():
     with pytest.raises(UsageError, match="can't be split"):
         split(dataset(TensorDataset(torch.zeros(3, 1))), 0.5, seed=0)
 
@@ -292,7 +292,7 @@ def test_a_dataset_cannot_be_split_unread():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_channel_statistics_are_numpys(kind):
+def test_channel_statistics_equal_numpys(kind):
     images = np.random.default_rng(0).integers(0, 256, (70, 3, 17, 13), dtype=np.uint8)
     images[:, 1] //= 3
     exact = images / 255.0
@@ -313,5 +313,5 @@ def test_channel_statistics_are_the_same_bits_with_two_threads(kind):
     assert channel_statistics(images) == one
 
 
-def test_a_channel_without_differences_can_still_be_divided_by_its_deviation():
+def test_a_constant_channel_has_a_nonzero_deviation():
     assert channel_statistics(torch.full((4, 1, 2, 2), 255, dtype=torch.uint8)) == ((1.0,), (1e-6,))

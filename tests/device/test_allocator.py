@@ -1,4 +1,4 @@
-"""Memory that is kept isn't touched for the first time again."""
+"""Freed memory that the allocator keeps causes no new page faults."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.fixture
 def faults(start, tmp_path) -> Callable[..., list[str]]:
-    """Return what the function said, and how many pages were touched for the first time in ten blocks of 64 MiB."""
+    """Return the function's result, and the page faults of ten blocks of 64 MiB."""
 
     def count(what: str, **environment: str) -> list[str]:
         (tmp_path / "program.py").write_text(PROGRAM)
@@ -33,7 +33,7 @@ def faults(start, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_freed_memory_is_kept(faults):
+def test_freed_memory_is_reused_without_page_faults(faults):
     told, count = faults("keep")
     assert told == "True"
     assert int(count) < 100
@@ -43,7 +43,7 @@ def test_freed_memory_is_kept(faults):
 @pytest.mark.parametrize(
     "tuned", [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}]
 )
-def test_the_environment_has_the_last_word(faults, tuned):
+def test_environment_variables_override_the_allocator_settings(faults, tuned):
     told, count = faults("keep", **tuned)
     assert told == "False"
     assert int(count) > 1000

@@ -1,4 +1,4 @@
-"""The device: which one is chosen, what it is set to, and that each setting trains."""
+"""Choosing and configuring the device; each setting trains."""
 
 import socket
 from contextlib import suppress
@@ -19,7 +19,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 class Net(nn.Sequential):
-    """A small convolutional network for 8x8 grey images."""
+    """A small convolutional network for 8x8 gray images."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -44,7 +44,7 @@ def train(digits, quiet, run=None, epochs=3, **settings) -> tr.Trainer:
     return trainer
 
 
-def test_auto_takes_what_there_is():
+def test_auto_chooses_an_available_device():
     expected = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     assert set_up(DeviceSettings(), exact=True).device == torch.device(expected)
 
@@ -63,7 +63,7 @@ def test_auto_takes_what_there_is():
         ("cpu:1", "'cpu:1' is unknown"),
     ],
 )
-def test_a_device_that_is_not_here_is_refused(name, says):
+def test_an_unavailable_device_is_refused(name, says):
     with pytest.raises(UsageError) as caught:
         set_up(DeviceSettings(name=name), exact=True)
     assert says in str(caught.value)
@@ -74,7 +74,7 @@ def test_fp16_is_refused_on_the_cpu():
         set_up(DeviceSettings(name="cpu", precision="fp16"), exact=True)
 
 
-def test_choosing_kernels_by_the_clock_is_refused_in_an_exact_run():
+def test_cudnn_benchmarking_is_refused_in_an_exact_run():
     with pytest.raises(UsageError, match=r"device\.benchmark gives other bits each time"):
         set_up(DeviceSettings(benchmark=True), exact=True)
     assert set_up(DeviceSettings(benchmark=True), exact=False)
@@ -89,7 +89,7 @@ def test_exactness_switches_deterministic_kernels_on_and_off():
         assert torch.are_deterministic_algorithms_enabled() is exact
 
 
-def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
+def test_the_number_of_threads_is_set_and_logged(digits, quiet, tmp_path):
     trainer = train(digits, quiet, tmp_path / "run", epochs=1, name="cpu", threads=2)
     assert torch.get_num_threads() == 2
     assert trainer.state.identity()["threads"] == 2
@@ -98,7 +98,7 @@ def test_the_number_of_threads_is_set_and_told(digits, quiet, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells here what a CPU has")
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this PyTorch doesn't tell what a CPU has")
-def test_the_identity_tells_cpus_apart_by_the_units_that_kernels_are_chosen_by():
+def test_the_identity_distinguishes_cpus_by_the_instruction_sets_of_their_kernels():
     facts = Path("/proc/cpuinfo").read_text()
     told = processor.identity(torch.device("cpu"))
     for unit in ("avx512_bf16", "amx_bf16"):  # PyTorch's own word is AVX512 for CPUs with and without them
@@ -125,7 +125,7 @@ def test_channels_last_reaches_weights_and_batches_and_changes_little(digits, qu
     assert abs(trainer.evaluate().values["accuracy"] - plain.evaluate().values["accuracy"]) < 0.02
 
 
-def test_channels_last_leaves_what_are_no_images_alone():
+def test_channels_last_leaves_other_tensors_alone():
     device = set_up(DeviceSettings(name="cpu", channels_last=True), exact=True)
     features = torch.zeros(2, 3)
     assert device.arrange(features) is features
@@ -142,7 +142,7 @@ def test_moving_keeps_the_structure():
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_and_its_checkpoint_is_a_plain_one(digits, quiet, tmp_path):
+def test_a_compiled_model_trains_and_saves_a_plain_checkpoint(digits, quiet, tmp_path):
     plain = train(digits, quiet, tmp_path / "plain", epochs=1, name="cpu")
     compiled = train(digits, quiet, tmp_path / "compiled", epochs=1, name="cpu", compile=True)
     weights = load_file(checkpoint.find(tmp_path / "compiled" / "checkpoints", "last") / "model.safetensors")
@@ -166,7 +166,7 @@ def listening() -> set[str]:
     return {row[9] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
 
 
-def test_listening_is_seen():
+def test_an_open_listening_socket_is_detected():
     with socket.create_server(("127.0.0.1", 0)):
         assert len(listening()) == 1
     assert listening() == set()
@@ -192,7 +192,7 @@ def test_a_run_on_one_device_opens_no_listening_socket(digits, quiet, tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_gpu_trains_to_the_same_bytes_twice(digits, quiet, tmp_path, same_runs, precision, channels_last):
+def test_two_trainings_on_a_gpu_give_the_same_bytes(digits, quiet, tmp_path, same_runs, precision, channels_last):
     for name in "ab":
         trainer = train(digits, quiet, tmp_path / name, name="cuda", precision=precision, channels_last=channels_last)
         assert trainer.evaluate().values["accuracy"] > 0.85
@@ -211,7 +211,7 @@ def test_a_gpu_learns_what_the_cpu_learns(digits, quiet):
 @pytest.mark.gpu
 @pytest.mark.gpu
 @needs_cuda
-def test_a_gpu_is_named_in_the_log_and_tf32_is_as_set(digits, quiet, tmp_path):
+def test_the_log_names_the_gpu_and_tf32_is_applied(digits, quiet, tmp_path):
     train(digits, quiet, tmp_path / "run", epochs=1, name="cuda:0", tf32=True)
     assert torch.backends.cuda.matmul.allow_tf32
     assert torch.cuda.get_device_name(0) in (tmp_path / "run" / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""Several processes that import PyTorch once: they are forked by one that has done so."""
+"""Several processes, forked from one that has imported PyTorch."""
 
 import faulthandler
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def preload() -> None:
-    """Import what a training imports on its way, so that not each process has to: that takes seconds of each."""
+    """Import what a training imports later, which would take seconds in each process."""
     import tensorboard.compat.proto.summary_pb2
     import torch._inductor
     import torch.distributed.fsdp
@@ -20,7 +20,7 @@ def preload() -> None:
 
 
 def fork(size: int, run: Callable[[int], None]) -> None:
-    """Run `run(rank)` in so many processes, and leave if one of them fails."""
+    """Run `run(rank)` in `size` processes, and exit if one of them fails."""
     preload()
     started = []
     for rank in range(size):

@@ -32,7 +32,7 @@ TESTED = 250
 
 
 class Net(nn.Module):
-    """Whatever may go wrong: BatchNorm, dropout, a buffer that counts, tied, frozen, unused and seldom used weights."""
+    """Everything critical: BatchNorm, dropout, a counting buffer, tied, frozen, unused and rarely used weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def run_in(size: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(_server, tmp_path_factory) -> Path:
-    """A folder with runs of several processes, and with what they were to be like."""
+    """A folder with runs of several processes, and the runs of one process to compare with."""
     folder = tmp_path_factory.mktemp("runs")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -235,7 +235,7 @@ def test_predictions_are_those_of_one_process(runs):
     assert torch.equal(found, alone.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255))
 
 
-def test_without_exactness_a_run_is_close(runs):
+def test_a_run_that_is_not_exact_is_close(runs):
     def last(run: Path) -> dict[str, Any]:
         return read_metrics(run)[-1]
 
@@ -245,7 +245,7 @@ def test_without_exactness_a_run_is_close(runs):
 # ------------------------------------------------------------------------------------------------ in one process
 
 
-def test_closing_a_tree_is_adding_its_last_leaf():
+def test_closing_a_tree_adds_its_last_leaf():
     torch.manual_seed(0)
     leaves = [[torch.randn(3), torch.randn(2), None] for _ in range(8)]
     leaves[3][2] = leaves[6][2] = torch.randn(4)

@@ -151,7 +151,7 @@ def data(step: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(case: Case, processes: ProcessGroup, start: Any = None) -> dict[str, Any] | None:
-    """Train as the trainer does; return all there is to compare, on rank 0."""
+    """Train like the trainer; on rank 0, return the results to compare."""
     torch.manual_seed(processes.rank)  # the first process's weights count
     model = NETS[case.net]()
     device = set_up(DeviceSettings(name=case.device, precision=case.precision), exact=case.exact)
@@ -228,7 +228,7 @@ def alone(case: Case, start: Any = None) -> dict[str, Any]:
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of a tree by their places, in the tree's order."""
+    """The leaves of a tree by their paths, in order."""
     if isinstance(tree, dict | list | tuple):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {key: leaf for name, node in items for key, leaf in flat(node, f"{path}/{name!r}").items()}
@@ -262,7 +262,7 @@ def raised(case: Case, processes: ProcessGroup) -> str:
 
 
 def averages(processes: ProcessGroup) -> bool:
-    """Gather a moving average, divide it, and see whether this process has its part again."""
+    """Gather a moving average, shard it again, and check that this process has its shard."""
     torch.manual_seed(0)
     model = Odd()
     divided(model, processes)
@@ -275,7 +275,7 @@ def averages(processes: ProcessGroup) -> bool:
 
 
 def process(rank: int, size: int, folder: Path) -> None:
-    """Run all cases of so many processes, and leave rank 0's results."""
+    """Run all cases for this number of processes, and write rank 0's results."""
     torch.set_num_threads(1)
     shardable.SMALLEST = 30
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{size}", rank=rank, world_size=size)
@@ -306,7 +306,7 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(_server, tmp_path_factory) -> dict[str, Any]:
-    """What rank 0 of two and of four processes left."""
+    """The results of rank 0 of two and of four processes."""
     folder = tmp_path_factory.mktemp("processes")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -334,7 +334,7 @@ def test_without_exactness_two_processes_are_close_to_one(results, name, toleran
     compare(results[name], alone(BY_TWO[name]), tolerance)
 
 
-def test_the_order_of_the_sum_matters_here():
+def test_another_order_of_addition_gives_other_bytes():
     """So that the tests above can fail: other divisions of the same batches give other bytes."""
     with pytest.raises(AssertionError):
         compare(alone(EXACT["adamw, four replicas"]), alone(replace(EXACT["adamw, four replicas"], replicas=2)))
@@ -344,7 +344,7 @@ def test_the_order_of_the_sum_matters_here():
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_sharded_run_goes_on_unsharded_to_the_same_bytes(results, name, tmp_path):
+def test_a_sharded_run_resumes_unsharded_to_the_same_bytes(results, name, tmp_path):
     model_state, optimizer_state = results[f"{name}, half"]["state"]
     save_file({key: value.clone() for key, value in model_state.items()}, tmp_path / "model.safetensors")
     start = (load_file(tmp_path / "model.safetensors"), optimizer_state)
@@ -354,7 +354,7 @@ def test_a_sharded_run_goes_on_unsharded_to_the_same_bytes(results, name, tmp_pa
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_an_unsharded_run_goes_on_sharded_to_the_same_bytes(results, name):
+def test_an_unsharded_run_resumes_sharded_to_the_same_bytes(results, name):
     compare(results[f"{name}, resumed"]["state"], alone(BY_TWO[name])["state"])
 
 
@@ -364,18 +364,18 @@ def test_tied_weights_stay_tied(results):
     assert state["first_again"].data_ptr() == state["blocks.1.weight"].data_ptr()
 
 
-def test_moving_averages_are_gathered_and_divided(results):
+def test_moving_averages_are_gathered_and_sharded(results):
     assert results["averages"]
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_other_parameters_on_another_process_are_refused(results):
+def test_different_parameters_on_another_rank_are_refused(results):
     assert "other parameters" in results["error"]
 
 
-def test_a_parameter_that_is_one_number_is_refused():
+def test_a_scalar_parameter_is_refused():
     model = Odd()
     model.number = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(UsageError, match=r"'number'.*single number"):
@@ -391,7 +391,7 @@ def test_weights_in_half_precision_are_refused_in_exact_runs(dtype):
     check_model(Odd(), set_up(DeviceSettings(name="cpu", precision="bf16"), exact=True), exact=True)
 
 
-def test_half_precision_rounds_by_the_length_of_a_shard():
+def test_half_precision_rounding_depends_on_the_shard_length():
     torch.manual_seed(0)
     weights, gradients = torch.rand(200, 103).bfloat16(), torch.rand(200, 103).bfloat16()
     whole = [weight.clone().add_(gradient, alpha=-0.0123) for weight, gradient in zip(weights, gradients, strict=True)]
@@ -439,12 +439,12 @@ def test_a_model_that_looks_at_the_data_first_is_refused():
         (lambda model: torch.optim.SGD(model.parameters(), fused=True), False, "a fused 'sgd' does not work"),
     ],
 )
-def test_optimizers_that_need_more_than_parts_are_refused(settings, exact, text):
+def test_optimizers_that_need_whole_tensors_are_refused(settings, exact, text):
     with pytest.raises(UsageError, match=text):
         check_optimizer(settings(Odd()), exact)
 
 
-def test_parts_are_updated_in_one_call_and_saved_as_if_not():
+def test_one_call_updates_all_shards_and_keeps_the_saved_groups():
     model = Odd()
     optimizer = torch.optim.AdamW([{"params": [p]} for p in model.first.parameters()], lr=0.1)
     optimizer.param_groups[1]["foreach"] = False
@@ -461,7 +461,7 @@ def test_parts_are_updated_in_one_call_and_saved_as_if_not():
 
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("settings", [optim.SGD(), optim.AdamW(), optim.Other(name="NAdam")])
-def test_elementwise_optimizers_are_taken(settings, exact):
+def test_elementwise_optimizers_are_accepted(settings, exact):
     check_optimizer(settings(Odd()), exact)
 
 
@@ -480,7 +480,7 @@ def test_blocks_are_the_large_children_of_lists():
 
 
 @pytest.mark.usefixtures("_small")
-def test_a_block_that_shares_weights_with_others_isnt_divided_alone():
+def test_a_block_with_shared_weights_is_not_sharded_separately():
     model = Odd()
     assert shardable.blocks(model) == [model.blocks[0], model.blocks[2]]
     own = nn.Sequential(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), *(nn.Linear(9, 9) for _ in range(8)))
@@ -489,7 +489,7 @@ def test_a_block_that_shares_weights_with_others_isnt_divided_alone():
 
 
 @pytest.mark.usefixtures("_small")
-def test_blocks_of_a_block_count_only_where_it_is_most_of_the_model():
+def test_nested_blocks_count_only_inside_a_dominant_block():
     def layer() -> nn.Module:
         return nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9))
 
@@ -500,7 +500,7 @@ def test_blocks_of_a_block_count_only_where_it_is_most_of_the_model():
 
 
 @pytest.mark.usefixtures("_small")
-def test_the_same_block_in_two_places_is_one():
+def test_a_block_used_twice_counts_once():
     block = nn.Linear(9, 9)
     assert shardable.blocks(nn.ModuleList([block, nn.Sequential(block), nn.Linear(9, 9)])).count(block) == 1
 

@@ -128,7 +128,7 @@ def command(name: str, kind: str, folder: Path) -> list[str]:
 
 
 def in_two(rank: int, folder: Path, port: int) -> None:
-    """All that two processes do together; rank 0 leaves what it found."""
+    """Run everything that needs two processes; rank 0 writes the results."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -191,7 +191,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def runs(_server, tmp_path_factory) -> Path:
-    """A folder with runs of two processes, and with what they were to be like."""
+    """A folder with runs of two processes, and the runs of one process to compare with."""
     folder = tmp_path_factory.mktemp("runs")
     with one_thread():
         interrupted(build("none", "adamw", folder / "none, fsdp"))
@@ -211,23 +211,23 @@ def found(runs) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_two_processes_leave_the_files_of_one(runs, same_runs, name):
+def test_two_processes_write_the_files_of_one(runs, same_runs, name):
     same_runs(runs / name, runs / "alone" / name)
 
 
 @pytest.mark.parametrize("name", ["none, fsdp", "fsdp, none", "fsdp, ddp"])
-def test_a_run_goes_on_in_another_way_to_the_same_files(runs, same_runs, name):
-    """Stopped in the middle of an epoch by a signal to one process; from one process to two, back, and among two."""
+def test_a_run_resumes_with_another_strategy_to_the_same_files(runs, same_runs, name):
+    """A signal to one process stops it inside an epoch; from one process to two, back, and between two."""
     same_runs(runs / name, runs / "alone" / "adamw")
     before, after = name.split(", ")
     assert f"changed: parallel.kind was {before} and is {after}" in (runs / name / "log.txt").read_text()
 
 
-def test_weights_are_really_divided(found):
+def test_each_rank_holds_a_shard_of_the_weights(found):
     assert found["weights"] == 4  # of seven filters
 
 
-def test_a_checkpoint_opens_without_us(runs):
+def test_a_checkpoint_opens_without_torchrelay(runs):
     saved = max((runs / "adamw" / "checkpoints").iterdir())
     net = Net()
     net.load_state_dict(load_file(saved / "model.safetensors"))
@@ -241,13 +241,13 @@ def test_predictions_are_those_of_one_process(runs, found, name):
     assert torch.equal(found[name], alone.predict(tr.data.digits()[1].inputs[:TESTED].float() / 255))
 
 
-def test_a_loaded_checkpoint_is_evaluated_like_in_one_process(runs, found):
+def test_a_loaded_checkpoint_evaluates_as_in_one_process(runs, found):
     alone = build("none", "adamw", runs / "alone" / "adamw")
     alone.load("last")
     assert found["evaluated"] == alone.evaluate("test").values["loss"]
 
 
-def test_without_exactness_a_run_is_close(runs):
+def test_a_run_that_is_not_exact_is_close(runs):
     build("none", "adamw", runs / "alone" / "not exact", epochs=1, settings=RunSettings(exact=False)).fit()
     losses = [
         [json.loads(line)["loss"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
@@ -264,11 +264,11 @@ def test_a_recipe_trains_resumes_and_evaluates(runs, same_runs):
     same_runs(runs / "recipe", runs / "alone" / "recipe")
 
 
-def test_the_model_of_another_shape_is_named(found):
+def test_a_model_of_another_shape_is_reported(found):
     assert found["shape"].startswith("the checkpoint's weights don't fit Net: size mismatch for head.1.bias")
 
 
-def test_what_cannot_be_is_refused(found):
+def test_impossible_settings_are_refused(found):
     assert "optimizer 'muon' needs whole matrices" in found["muon"]
     assert "parameters in the optimizer aren't the model's" in found["instance"]
     assert "parallel.kind 'fsdp' needs on several processes" in found["instance"]
@@ -283,7 +283,7 @@ def test_dp_is_refused_in_exact_runs_and_names_ddp():
         build("dp", "adamw")
 
 
-def test_dp_chooses_no_number_of_devices(tmp_path, capsys):
+def test_dp_does_not_accept_a_number_of_devices(tmp_path, capsys):
     arguments = [*command("train", "dp", tmp_path / "run"), "--set", "run.exact=false", "--devices", "2"]
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
@@ -292,7 +292,7 @@ def test_dp_chooses_no_number_of_devices(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("kind", "where"), [("dp", "on cpu"), ("fsdp", "with one process")])
-def test_a_kind_that_does_nothing_says_so(tmp_path, kind, where):
+def test_a_strategy_without_effect_gives_a_hint(tmp_path, kind, where):
     trainer = build(
         kind, "sgd, bf16, rollback", tmp_path / "run", epochs=1, settings=RunSettings(exact=False, epochs=1)
     )

@@ -1,4 +1,4 @@
-"""Several processes with GPUs: what can be tried with one of them, and more where there are more."""
+"""Several processes with GPUs: tests for one GPU, and for more if there are more."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two C
 
 @pytest.fixture
 def world(tmp_path) -> Iterator[DistributedGroup]:
-    """One process that is joined as if there were more."""
+    """A process group of one process, initialized as if there were more."""
     dist.init_process_group(BACKEND, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield DistributedGroup(0, 1, torch.device(DEVICE), 60)
     dist.destroy_process_group()
@@ -50,7 +50,7 @@ def trained(kind: str, run: Path | None = None, **changes) -> tr.Trainer:
     return trainer
 
 
-def test_messages_arrive(group):
+def test_collectives_deliver_their_messages(group):
     values = torch.arange(3.0, device=DEVICE)
     assert torch.equal(group.gather(values), values[None])
     group.broadcast([values, torch.ones(2)])
@@ -78,18 +78,18 @@ def test_gradients_are_added(group, exact):
 
 
 @pytest.mark.parametrize("case", [Case("odd", ADAMW), Case("odd"), Case("convolutions")])
-def test_a_divided_model_has_the_bytes_of_a_whole_one(group, case):
+def test_a_sharded_model_has_the_bytes_of_a_whole_one(group, case):
     case = Case(case.net, case.optimizer, replicas=1, device=DEVICE)  # PyTorch adds nothing up for one process
     compare(train(case, group), alone(case))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_divided_model_is_close_without_exactness(group, precision):
+def test_a_sharded_model_that_is_not_exact_is_close(group, precision):
     case = Case("odd", exact=False, precision=precision, device=DEVICE)
     compare(train(case, group), alone(case), 1e-4 if precision == "float32" else 0.05)
 
 
-def test_dp_trains_on_the_gpus_there_are(tmp_path):
+def test_dp_trains_on_all_gpus(tmp_path):
     inexact = RunSettings(exact=False, epochs=1)
     found = trained("dp", tmp_path / "run", settings=inexact)
     several = torch.cuda.device_count() > 1
@@ -100,7 +100,7 @@ def test_dp_trains_on_the_gpus_there_are(tmp_path):
         assert torch.allclose(mine, theirs, atol=0.05)
 
 
-def test_fsdp_with_one_gpu_is_none(tmp_path, same_runs):
+def test_fsdp_on_one_gpu_does_not_shard(tmp_path, same_runs):
     trained("fsdp", tmp_path / "fsdp")
     trained("none", tmp_path / "none")
     same_runs(tmp_path / "fsdp", tmp_path / "none")
@@ -108,7 +108,7 @@ def test_fsdp_with_one_gpu_is_none(tmp_path, same_runs):
 
 @two_gpus
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_gpus_leave_the_files_of_one(tmp_path, same_runs, kind):
+def test_two_gpus_write_the_files_of_one(tmp_path, same_runs, kind):
     for name, devices in (("none", 1), (kind, 2)):
         settings = ("run.epochs=2", "parallel.replicas=2", f"parallel.kind={name}", "device.name=cuda")
         arguments = [argument for setting in settings for argument in ("--set", setting)]

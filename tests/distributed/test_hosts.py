@@ -1,4 +1,4 @@
-"""Two and three hosts: a run on them, and what follows if one dies, is cut off, or is far away."""
+"""Runs on two and three hosts, of which one dies, is disconnected, or has a slow link."""
 
 import sys
 import time
@@ -41,7 +41,7 @@ def until(happened: Callable[[], object], what: str, timeout: float = 90) -> Non
 
 
 def saved(run: Path, step: int) -> bool:
-    """Whether the run has come so far."""
+    """Whether the run has saved this step."""
     return any(int(path.name[5:]) >= step for path in checkpoint.complete(run / "checkpoints"))
 
 
@@ -60,7 +60,7 @@ def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_resumes_on_the_remaining_host_to_the_same_bytes_after_the_other_dies(tmp_path, same_runs, undisturbed):
-    """It dies as from a power cut: the other one isn't told."""
+    """It dies as in a power cut, without closing its connections."""
     run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
     with hosts(2) as (first, second):
         left = first.torchrun(*train(run), log=logs[0], nodes="1:2", meeting=first.address)
@@ -74,7 +74,7 @@ def test_a_run_resumes_on_the_remaining_host_to_the_same_bytes_after_the_other_d
 
 
 @pytest.mark.slow
-def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
+def test_a_disconnected_host_ends_with_a_clear_error(tmp_path):
     run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
     command = [*train(run), "--set", "run.epochs=2000"]
     with hosts(2) as (first, second):
@@ -98,7 +98,7 @@ def test_a_host_that_is_cut_off_ends_with_an_error_that_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_a_spare_host_takes_over(tmp_path, same_runs, undisturbed):
-    """It needs a variable of torchrun, as docs/howto/clusters.md says."""
+    """It needs a torchrun variable; see docs/howto/clusters.md."""
     run, logs = tmp_path / "run", [tmp_path / f"{number}.log" for number in range(3)]
     with hosts(3) as three:
         first, second, spare = three

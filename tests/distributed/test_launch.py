@@ -1,4 +1,4 @@
-"""Processes that torchrelay and torchrun start: who speaks, where the others write, what is refused, what is left."""
+"""Processes started by torchrelay and torchrun: which one prints, where the others log, what is refused."""
 
 import json
 import os
@@ -67,7 +67,7 @@ assert set(found) >= {"loss", "accuracy"}
 
 
 def launches() -> set[Path]:
-    """What launchers keep while they run."""
+    """The folder of the launchers' temporary files."""
     return set(Path(tempfile.gettempdir()).glob("torchrelay-*"))
 
 
@@ -81,7 +81,7 @@ def alone(_server, tmp_path_factory) -> Path:
 
 
 def pair(start, *arguments, environment=None, **options) -> list:
-    """Two processes that find each other by the environment, as any launcher may start them."""
+    """Two processes with a rendezvous from the environment, as any launcher may start them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     own = [(environment or {}) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
@@ -91,8 +91,8 @@ def pair(start, *arguments, environment=None, **options) -> list:
 # ------------------------------------------------------------------------------------------------ --devices
 
 
-def test_two_processes_train_as_one_and_one_speaks(cli, tmp_path, alone, same_runs):
-    """In a folder of the launcher's choosing, whose name is one for the shell; nothing is left behind."""
+def test_two_processes_train_as_one_and_only_rank_0_prints(cli, tmp_path, alone, same_runs):
+    """In a folder that the launcher names, with a shell-safe name; nothing is left behind."""
     before = launches()
     sets = (*TWO, "data.root=a ${rank} $HOME")  # torch would fill in such names
     done = cli("train", "digits", "--devices=2", sets=sets, forks=False)
@@ -103,12 +103,12 @@ def test_two_processes_train_as_one_and_one_speaks(cli, tmp_path, alone, same_ru
         "epoch 2",
     ]
     assert done.stdout.count("the run is in") == 1
-    assert not (run / "logs").exists()  # nobody had anything to say
+    assert not (run / "logs").exists()  # no rank printed anything
     same_runs(run, alone)
     assert launches() <= before
 
 
-def test_the_others_write_to_files_and_one_goes_on_and_evaluates(cli, tmp_path, alone, same_runs):
+def test_other_ranks_log_to_files_and_one_process_resumes_and_evaluates(cli, tmp_path, alone, same_runs):
     (tmp_path / "own.py").write_text(CODE)
     sets = ("device.name=cpu", "parallel.replicas=2", "model.name=own", "run.epochs=2", "run.max_steps=30")
     command = ("--code=own.py", "--devices=2")
@@ -132,7 +132,7 @@ def test_the_others_write_to_files_and_one_goes_on_and_evaluates(cli, tmp_path, 
     assert one["test"]["samples"] == 359
 
 
-def test_quiet_is_quiet_and_a_long_stop_is_cut_short(start, tmp_path, one_line):
+def test_quiet_prints_nothing_and_a_slow_shutdown_is_cut_short(start, tmp_path, one_line):
     run = tmp_path / "run"
     more = ("--quiet", "--shutdown-timeout=0.5")
     launcher = start("train", "digits", "--run", run, "--devices=2", *more, sets=(*TWO, "run.epochs=400"))
@@ -173,15 +173,15 @@ def test_a_traceback_is_shown_on_request(cli, tmp_path):
         (["--devices=2"], ["device.name=mps"], {}, "--devices 2: device.name 'mps' is one device"),
     ],
 )
-def test_what_cant_be_started_is_refused(cli, tmp_path, one_line, arguments, settings, environment, says):
+def test_an_impossible_launch_is_refused(cli, tmp_path, one_line, arguments, settings, environment, says):
     done = cli("train", "digits", "--run=run", *arguments, sets=settings, environment=environment)
     one_line(done, says, code=2)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "visible"), [("cuda", 2), ("auto", 2), ("cuda", 0)])
-def test_there_must_be_as_many_devices_as_are_asked_for(monkeypatch, name, visible):
-    """PyTorch counts those that CUDA_VISIBLE_DEVICES leaves."""
+def test_more_devices_than_available_are_refused(monkeypatch, name, visible):
+    """PyTorch counts the devices in CUDA_VISIBLE_DEVICES."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     if visible:
         launch.check_devices(name, 2)
@@ -191,7 +191,7 @@ def test_there_must_be_as_many_devices_as_are_asked_for(monkeypatch, name, visib
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_hidden_devices_dont_count(cli, one_line):
+def test_hidden_devices_do_not_count(cli, one_line):
     done = cli("train", "digits", "--devices=1000", environment={"CUDA_VISIBLE_DEVICES": "0"})
     one_line(done, "PyTorch sees 1 CUDA device here", code=2)
     done = cli("train", "digits", "--devices=2", environment={"CUDA_VISIBLE_DEVICES": ""}, sets=["device.name=cuda"])
@@ -201,7 +201,7 @@ def test_hidden_devices_dont_count(cli, one_line):
 # ------------------------------------------------------------------------------------------------ other launchers
 
 
-def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
+def test_a_user_script_runs_on_two_processes(start, tmp_path, same_runs):
     script = tmp_path / "own.py"
     script.write_text(SCRIPT)
     assert start("one", script=script).done().returncode == 0
@@ -212,7 +212,7 @@ def test_a_script_of_ones_own_runs_on_two(start, tmp_path, same_runs):
     same_runs(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_script_may_join_its_processes_itself(start, tmp_path, same_runs):
+def test_a_script_may_initialize_the_process_group_itself(start, tmp_path, same_runs):
     (tmp_path / "own.py").write_text(SCRIPT)
     (tmp_path / "joins.py").write_text(JOINS)
     assert start("one", script=tmp_path / "own.py").done().returncode == 0
@@ -226,7 +226,7 @@ def test_a_script_may_join_its_processes_itself(start, tmp_path, same_runs):
     same_runs(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_restart_on_fewer_devices_goes_on_with_the_replicas_of_the_start(start, tmp_path, alone, same_runs):
+def test_a_restart_on_fewer_devices_keeps_the_number_of_replicas(start, tmp_path, alone, same_runs):
     command, sets = ("train", "digits", "--run=run"), ("device.name=cpu", "run.epochs=2", NARROW)
     launch = {"TORCHELASTIC_RUN_ID": "mine"}
     both = pair(start, *command, sets=(*sets, "run.max_steps=30"), environment=launch)
@@ -238,7 +238,7 @@ def test_a_restart_on_fewer_devices_goes_on_with_the_replicas_of_the_start(start
     assert last[0].read_bytes() == last[1].read_bytes()
 
 
-def test_the_former_launcher_of_pytorch_starts_it_too(start):
+def test_torch_distributed_launch_starts_a_training(start):
     former = ("--nproc_per_node=2", "-m", "torchrelay", "train", "digits", "--set=run.max_steps=3", f"--set={NARROW}")
     done = start(*former, module="torch.distributed.launch", forks=True).done()
     assert done.returncode == 0, done.stderr
@@ -246,8 +246,8 @@ def test_the_former_launcher_of_pytorch_starts_it_too(start):
 
 
 @pytest.mark.parametrize("which", ["module", pytest.param("script", marks=pytest.mark.slow)])
-def test_torchrun_starts_either(start, tmp_path, alone, same_runs, which):
-    """Not with `--run`, which torchrun takes for one of its own options, unless `--` stands before torchrelay."""
+def test_torchrun_starts_a_script_and_the_command(start, tmp_path, alone, same_runs, which):
+    """`--run` needs `--` before torchrelay, since torchrun would parse it."""
     script = tmp_path / "own.py"
     script.write_text(SCRIPT)
     sets = [f"--set={setting}" for setting in TWO]
@@ -266,7 +266,7 @@ def test_torchrun_starts_either(start, tmp_path, alone, same_runs, which):
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Sets what a launcher says, and nothing else of its kind."""
+    """Set a launcher's variables, and remove those of others."""
     for name in [*os.environ]:
         if name.startswith(("TORCHELASTIC", "SLURM", "RANK", "TORCHRELAY")):
             monkeypatch.delenv(name)
@@ -287,7 +287,7 @@ def environment(monkeypatch):
         ({"SLURM_JOB_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "2", "SLURM_RESTART_COUNT": "1"}),
     ],
 )
-def test_a_launch_knows_its_own_run_again(environment, tmp_path, first, again, other):
+def test_a_relaunch_recognizes_its_run(environment, tmp_path, first, again, other):
     environment(**first)
     assert not process.is_restart(tmp_path)
     process.record_launch(tmp_path)
@@ -299,7 +299,7 @@ def test_a_launch_knows_its_own_run_again(environment, tmp_path, first, again, o
     assert not process.is_restart(tmp_path)
 
 
-def test_a_run_that_nobody_launched_is_nobodys(environment, tmp_path):
+def test_a_run_without_a_launcher_belongs_to_no_launch(environment, tmp_path):
     process.record_launch(tmp_path / "run")
     assert not (tmp_path / "run").exists()
     (tmp_path / "recipe.toml").touch()

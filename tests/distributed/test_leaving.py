@@ -1,4 +1,4 @@
-"""How processes end that have trained together."""
+"""How the processes of a group exit."""
 
 import os
 import subprocess
@@ -18,8 +18,8 @@ for _ in range(20):
 
 
 @pytest.mark.slow
-def test_processes_on_one_core_end_without_an_abort(tmp_path):
-    """Gloo's threads come late to their last words there: without leaving in order, most of such runs abort."""
+def test_processes_on_one_core_exit_without_an_abort(tmp_path):
+    """Gloo's threads finish late there: without an ordered exit, most such runs abort."""
     (tmp_path / "script.py").write_text(SCRIPT)
     core = {min(os.sched_getaffinity(0))}
     done = subprocess.run(

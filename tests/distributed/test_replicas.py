@@ -1,4 +1,4 @@
-"""Replicas: how a batch is divided, and the one tree that adds their gradients."""
+"""Replicas: how a batch is split, and the one tree that adds their gradients."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_sum_has_the_bits_of_the_balanced_tree(replicas):
         assert not torch.equal(pairwise(leaves), torch.stack(leaves).flip(0).cumsum(0)[-1])  # the order does matter
 
 
-def test_the_leaves_may_come_backwards():
+def test_the_leaves_may_arrive_in_reverse_order():
     leaves = list(torch.randn(8, 1000))
     assert torch.equal(tree_of(leaves), tree_of(leaves[::-1]))
 
@@ -64,7 +64,7 @@ def test_an_exact_run_needs_a_power_of_two():
         count_replicas(ParallelSettings(replicas=6), 1, exact=True)
 
 
-def test_devices_that_cannot_share_the_replicas_are_told_which_can():
+def test_an_impossible_number_of_devices_lists_the_possible_ones():
     assert count_replicas(ParallelSettings(replicas=8), 4, exact=True) == 8
     with pytest.raises(
         UsageError,
@@ -76,7 +76,7 @@ def test_devices_that_cannot_share_the_replicas_are_told_which_can():
         count_replicas(ParallelSettings(replicas=1), 2, exact=True)
 
 
-def test_replicas_are_the_devices_unless_they_are_said():
+def test_the_number_of_replicas_defaults_to_the_number_of_devices():
     assert [count_replicas(ParallelSettings(), devices, exact=True) for devices in (1, 2, 4, 8)] == [1, 2, 4, 8]
     assert count_replicas(ParallelSettings(), 3, exact=False) == 3
     with pytest.raises(UsageError, match=r"over 3 devices: use 2 or 4, or --set run\.exact=false$"):

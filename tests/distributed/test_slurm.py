@@ -1,4 +1,4 @@
-"""What SLURM says of a process, in torch's words; and the scripts for clusters, with an `srun` of our own."""
+"""SLURM's variables translated to torch's, and the cluster scripts, run with a substitute for `srun`."""
 
 import os
 import re
@@ -29,7 +29,7 @@ SETTINGS = (
     "model.options.widths=[4,8]",
 )
 
-# As SLURM's own: a task for each, with what it knows of it; the highest exit code is that of the step.
+# Like SLURM's `srun`: it starts the tasks with their variables and exits with their highest exit code.
 SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys
 
@@ -62,24 +62,24 @@ esac
         ("a-1.example.org,b-[9-10]-ib", ["a-1.example.org", "b-9-ib", "b-10-ib"]),
     ],
 )
-def test_hosts_are_expanded(text, hosts):
+def test_slurm_host_lists_are_expanded(text, hosts):
     assert expand_hosts(text) == hosts
 
 
-def test_a_task_knows_its_place():
+def test_a_task_gets_its_rank_and_world_size():
     found = from_slurm(TASK)
     assert found.pop("MASTER_PORT") == str(10_000 + 31 * 1234 % 20_000)
     places = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert found == {**places, "MASTER_ADDR": "gpu07"}
 
 
-def test_steps_of_one_job_meet_at_different_ports():
+def test_steps_of_one_job_use_different_ports():
     ports = {from_slurm({**TASK, "SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(20)}
     assert len(ports) == 20
     assert all(10_000 <= int(port) < 30_000 for port in ports)
 
 
-def test_a_step_counts_and_not_its_job():
+def test_the_step_and_not_the_job_sets_the_world_size():
     """`srun -n2 -w gpu09` in a job of eight."""
     step = {
         "SLURM_STEP_NUM_TASKS": "2",
@@ -91,7 +91,7 @@ def test_a_step_counts_and_not_its_job():
     assert (found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"], found["MASTER_ADDR"]) == ("2", "2", "gpu09")
 
 
-def test_the_users_word_on_the_meeting_counts():
+def test_user_settings_of_the_rendezvous_are_kept():
     found = from_slurm({**TASK, "MASTER_ADDR": "head.example.org", "MASTER_PORT": "29500"})
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("head.example.org", "29500")
 
@@ -106,7 +106,7 @@ def test_the_users_word_on_the_meeting_counts():
         {"SLURM_PROCID": None},
     ],
 )
-def test_who_is_alone_or_knows_better_is_left_alone(changes):
+def test_single_tasks_and_existing_settings_are_left_alone(changes):
     changed = {key: value for key, value in (TASK | changes).items() if value is not None}
     assert from_slurm(changed) == {}
 
@@ -118,7 +118,7 @@ def steps(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
-def test_a_job_that_is_requeued_goes_on_to_the_same_bytes(start, cli, tmp_path, same_runs, one_line):
+def test_a_requeued_job_resumes_to_the_same_bytes(start, cli, tmp_path, same_runs, one_line):
     """Two tasks; SIGUSR1 reaches one of them."""
     run = tmp_path / "run"
     job = {name: TASK[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")}
@@ -173,7 +173,7 @@ def cluster(tmp_path) -> dict[str, str]:
     ("script", "tasks", "asked", "code"),
     [("slurm-srun.sbatch", 2, signal.SIGUSR1, 75), ("slurm-torchrun.sbatch", 1, signal.SIGUSR1, 1)],
 )
-def test_the_scripts_stop_requeue_and_go_on(cluster, cli, tmp_path, same_runs, script, tasks, asked, code):
+def test_the_scripts_stop_requeue_and_resume(cluster, cli, tmp_path, same_runs, script, tasks, asked, code):
     run = tmp_path / "run"
     cluster |= {"TASKS": str(tasks), "SLURM_NTASKS": str(tasks), "DEVICES": "2", "SLURM_TASKS_PER_NODE": str(tasks)}
     more = [word for setting in SETTINGS for word in ("--set", setting)]
@@ -199,5 +199,5 @@ def test_the_scripts_stop_requeue_and_go_on(cluster, cli, tmp_path, same_runs, s
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)
-def test_bash_understands_the_scripts(script):
+def test_the_scripts_have_valid_bash_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)

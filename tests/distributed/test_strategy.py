@@ -42,7 +42,7 @@ def one_step(group: ProcessGroup, kind: str = "ddp") -> dict[str, torch.Tensor]:
 
 
 def by_autograd() -> dict[str, torch.Tensor]:
-    """The same by plain autograd and the tree."""
+    """The same with plain autograd and the tree."""
     model, gradients, losses = net(), GradientTree(), GradientTree()
     start = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for part in reversed(parts()):
@@ -73,7 +73,7 @@ def test_a_step_in_one_process_has_the_bits_of_autograd():
     assert_same(one_step(ProcessGroup(0, 1, CPU), "none"), by_autograd())
 
 
-def test_a_step_of_one_replica_leaves_autograds_gradients_where_they_are():
+def test_a_step_of_one_replica_uses_autograds_gradients_in_place():
     model = net()
     strategy = build_strategy(
         model, "none", ProcessGroup(0, 1, CPU), set_up(DeviceSettings(name="cpu"), exact=True), exact=True
@@ -87,7 +87,7 @@ def test_a_step_of_one_replica_leaves_autograds_gradients_where_they_are():
         assert parameter.grad is gradient
 
 
-def test_an_error_in_a_replica_leaves_nothing_behind_for_the_next_step():
+def test_an_error_in_a_replica_does_not_affect_the_next_step():
     model = net()
     strategy = build_strategy(
         model, "none", ProcessGroup(0, 1, CPU), set_up(DeviceSettings(name="cpu"), exact=True), exact=True

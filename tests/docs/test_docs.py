@@ -1,8 +1,8 @@
-"""The documentation does what it says: commands and code run, quotes are the source, links lead somewhere.
+"""The documentation is true: commands and code run, quotes equal the source, links are valid.
 
-The blocks of a page run one after another in one folder, which holds some photographs. A comment before a block says
-otherwise: `<!-- test: no, because … -->` only checks the block; `<!-- test: with OPTIONS -->` adds options, such as
-fewer epochs, to each command of it.
+The blocks of a page run one after another in one folder, which holds some photographs. A comment before a block changes
+that: `<!-- test: no, because … -->` only checks the block; `<!-- test: with OPTIONS -->` adds options, such as fewer
+epochs, to each of its commands.
 """
 
 import os
@@ -31,7 +31,7 @@ BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<text
 
 
 def blocks(page: Path, *kinds: str) -> list[tuple[str, str, str]]:
-    """The fenced blocks of these kinds: (kind, what the comment before it says, text)."""
+    """The fenced blocks of these kinds: (kind, comment before it, text)."""
     found = [(m["kind"], m["mark"] or "", m["text"]) for m in BLOCK.finditer(page.read_text(encoding="utf-8"))]
     return [block for block in found if block[0] in kinds]
 
@@ -41,7 +41,7 @@ def ids(page: Path) -> str:
 
 
 def translated(page: Path) -> bool:
-    """Whether the page's blocks are those of an English page, with comments in another language."""
+    """Whether the page is a translation of an English page."""
     return any(page == part or part in page.parents for part in CHINESE)
 
 
@@ -104,7 +104,7 @@ def check_arguments(arguments: list[str]) -> None:
         recipe.load(options.recipe, options.overrides)
 
 
-def test_the_tutorials_two_trainings_give_the_same_network_to_the_last_bit(tmp_path, start: Callable):
+def test_the_tutorials_two_trainings_give_bit_equal_networks(tmp_path, start: Callable):
     page = ROOT / "docs" / "tutorial" / "first-training.md"
     (first, *_), (python, *_) = (
         [text for _, _, text in blocks(page, kind) if "runs/f" in text] for kind in ("console", "python")
@@ -131,7 +131,7 @@ def without_comments(code: str) -> str:
 
 
 @pytest.mark.parametrize("chinese", TRANSLATIONS, ids=ids)
-def test_a_chinese_page_is_in_step_with_the_english_one(chinese):
+def test_a_chinese_page_has_the_structure_of_the_english_one(chinese):
     """The same code but for its comments, the same headings, tables, pictures and figures."""
     pages = original(chinese), chinese
     texts = [page.read_text(encoding="utf-8") for page in pages]
@@ -145,7 +145,7 @@ def test_a_chinese_page_is_in_step_with_the_english_one(chinese):
     assert not set.symmetric_difference(*(set(re.findall(r"\d+(?:[.,]\d+)*", text)) for text in texts))
 
 
-def test_every_page_that_is_translated_has_its_translation_and_links_to_it():
+def test_every_translated_page_exists_and_is_linked():
     english = [ROOT / "README.md", ROOT / "docs" / "index.md"]
     english += [page for page in DOCS if page.parent in (ROOT / "docs" / "tutorial", ROOT / "docs" / "howto")]
     assert sorted(english) == sorted(map(original, TRANSLATIONS))
@@ -170,8 +170,8 @@ UNIDIOMATIC = {
 
 
 @pytest.mark.parametrize("chinese", TRANSLATIONS, ids=ids)
-def test_a_chinese_page_is_written_as_chinese_engineers_write(chinese):
-    """No stray spaces, spaces between Han and Latin, full-width punctuation, the field's terms."""
+def test_a_chinese_page_follows_the_typographic_conventions(chinese):
+    """Spaces between Han and Latin only, full-width punctuation, established terms."""
     text = re.sub(r"^(?:<!--[^\n]*-->\n)?```.*?^```\n", "\n", chinese.read_text(encoding="utf-8"), flags=re.M | re.S)
     lines = re.findall(r"^(?![#|>]|- |\s*$).+\n(?![#|>]|- |\s*$).+", text, re.MULTILINE)
     assert not lines, "a line break inside a paragraph shows as a space"
@@ -190,7 +190,7 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
-def test_links_lead_somewhere(page):
+def test_links_are_valid(page):
     for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         if "://" in target:
             continue
@@ -202,7 +202,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, f"{page.name} links to {target}#{anchor}"
 
 
-def test_what_the_pages_take_from_the_code_is_up_to_date():
+def test_generated_parts_of_the_pages_are_up_to_date():
     """Quotes are the source; the tables of keys and commands and the schema are complete."""
     pages = runpy.run_path(str(ROOT / "tools" / "reference.py"))["pages"]()
     assert len(pages) > 10
@@ -210,7 +210,7 @@ def test_what_the_pages_take_from_the_code_is_up_to_date():
         assert page.read_text(encoding="utf-8") == text, "run `make docs`"
 
 
-def test_the_readme_as_an_index_shows_it_has_no_dead_link_or_picture():
+def test_the_readme_on_pypi_has_no_dead_link_or_picture():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     hook = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
     text = "".join((ROOT / fragment["path"]).read_text(encoding="utf-8") for fragment in hook["fragments"])
@@ -221,7 +221,7 @@ def test_the_readme_as_an_index_shows_it_has_no_dead_link_or_picture():
     assert "<!--" not in text
 
 
-def test_the_step_that_the_architecture_page_shows_is_at_most_a_hundred_lines_in_three_files():
+def test_the_step_shown_on_the_architecture_page_has_at_most_100_lines_in_3_files():
     page = ROOT / "docs" / "explanation" / "architecture.md"
     step = page.read_text(encoding="utf-8").partition("## One step")[2].partition("\n## ")[0]
     quotes = re.findall(r"<!-- quote: (\S+) \S+ -->\n```py\n(.*?)```", step, re.DOTALL)
@@ -251,7 +251,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "Trainer" in (tmp_path / "site" / "searchindex.js").read_text(encoding="utf-8")
 
 
-def test_each_program_that_the_pages_name_exists():
+def test_each_program_named_on_a_page_exists():
     texts = [page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "Makefile")]
     modules = {name for text in texts for name in re.findall(r"-m ((?:benchmarks|tools)[.\w]*)", text)}
     assert len(modules) > 10

@@ -20,7 +20,7 @@ SETTINGS = ("run.epochs=4", 'checkpoint.every="10 steps"', "checkpoint.keep=3")
 
 @pytest.fixture(scope="module")
 def runs(_server, tmp_path_factory) -> tuple[Path, Path]:
-    """A run that stopped after step 46, with three checkpoints or more, and one that went on to the end."""
+    """A run that stopped after step 46, with three checkpoints or more, and one that ran to the end."""
     folder = tmp_path_factory.mktemp("runs")
     train = ("train", "digits", "--run")
     for name, limit in (("stopped", ("run.max_steps=46",)), ("undisturbed", ())):
@@ -31,7 +31,7 @@ def runs(_server, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def run(runs, tmp_path) -> Path:
-    """A copy of the run that stopped, to be damaged."""
+    """A copy of the stopped run, to be damaged."""
     return shutil.copytree(runs[0], tmp_path / "run")
 
 
@@ -40,10 +40,10 @@ def going_on(cli, run: Path):
     return cli("resume", run, sets=("run.max_steps=92",))
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, offset: int) -> None:
     """Change one bit of a byte."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     file.write_bytes(content)
 
 
@@ -88,16 +88,16 @@ print(moment)
 
 
 def files(folder: Path) -> dict[Path, bytes | None]:
-    """What is in a folder: the content of each file, and none of each folder."""
+    """The contents of a folder: the bytes of each file, None for each folder."""
     paths = folder.rglob("*")
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def write_and_die(server, tmp_path: Path, before: list[tuple[int, int]], now: tuple[int, int], keep: int) -> set[float]:
-    """Look at each moment of writing a checkpoint (step, value) beside earlier ones; return which values were found.
+    """Examine each moment of writing a checkpoint (step, value) beside earlier ones; return the values found.
 
-    A process that is killed leaves what the disk holds then; so one process copies that at each moment, and others,
-    killed at some of them, show that it is the same.
+    A killed process leaves the disk as it was at that moment. So one process copies the folder at each moment, and
+    others, killed at some of these moments, confirm that they leave the same.
     """
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
@@ -141,7 +141,7 @@ def test_a_kill_while_old_checkpoints_are_deleted_leaves_one_that_loads(server, 
 # ------------------------------------------------------------------------------------------------ 3, 4, 5: damaged
 
 
-def test_a_truncated_checkpoint_is_skipped_with_a_warning_for_the_one_before(cli, run, runs, same_runs):
+def test_a_truncated_checkpoint_is_skipped_with_a_warning(cli, run, runs, same_runs):
     newest = checkpoint.complete(run / "checkpoints")[-1]
     truncate(newest / "model.safetensors")
     done = going_on(cli, run)
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_this_release_states_its_format_and_loads(run):
 
 
 def test_a_kill_while_a_step_is_saved_again_leaves_the_old_or_the_new_checkpoint(server, tmp_path):
-    """As a run does that is resumed and stopped before its first step; there may be no other checkpoint."""
+    """A run that is resumed and stopped before its first step does this; there may be no other checkpoint."""
     assert write_and_die(server, tmp_path, [(3, 3)], (3, 4), keep=1) == {3, 4}
 
 
@@ -258,29 +258,29 @@ def test_a_checkpoint_with_a_truncated_manifest_is_skipped_with_a_warning(cli, r
     same_runs(run, runs[1])
 
 
-def test_a_flipped_bit_of_a_manifest_is_noticed(tmp_path):
-    """What it says of the step, the score and the files is trusted by everything else."""
+def test_a_flipped_bit_in_a_manifest_is_detected(tmp_path):
+    """Other code trusts its step, score and file list."""
     for step in (1, 2):
         checkpoint.write(
             tmp_path, Contents(step, {"w": torch.ones(4)}, {"v": step}, score=step / 4, metrics={"a": 1.0})
         )
     manifest = tmp_path / "step-00000002" / "manifest.json"
     whole = manifest.read_bytes()
-    for place in range(len(whole)):
-        flip(manifest, place)
+    for offset in range(len(whole)):
+        flip(manifest, offset)
         warned = []
         found = checkpoint.newest(tmp_path, warned.append)
         prune(tmp_path, keep=2, keep_best=1)
         assert checkpoint.best(tmp_path).is_dir()
         if found.step == 2:
-            assert (found.score, found.metrics) == (0.5, {"a": 1.0}), whole[place - 10 : place + 10]
+            assert (found.score, found.metrics) == (0.5, {"a": 1.0}), whole[offset - 10 : offset + 10]
         else:
             assert warned
         manifest.write_bytes(whole)
 
 
-def test_a_checkpoint_of_a_later_release_is_not_taken_for_a_damaged_one(cli, one_line, run):
-    """Going on from the checkpoint before would throw away, in the end, what the later release has done."""
+def test_a_checkpoint_of_a_later_release_is_not_treated_as_damaged(cli, one_line, run):
+    """Resuming from the checkpoint before it would eventually discard the later release's work."""
     newest = checkpoint.complete(run / "checkpoints")[-1]
     relabel(newest, FORMAT + 1)
     one_line(cli("resume", run), f"{newest} was written by a later release", "upgrade torchrelay")

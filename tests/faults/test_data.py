@@ -1,4 +1,4 @@
-"""What goes wrong with data, loader workers and memory, and what may change at a resume and what may not."""
+"""Faults of data, loader workers and memory, and changes that a resume accepts or refuses."""
 
 import hashlib
 import json
@@ -113,24 +113,24 @@ SETTINGS = (
 
 @pytest.fixture
 def code(tmp_path) -> Path:
-    """A file of the user's own, with the data and the networks above."""
+    """A user's code file with the data and the networks above."""
     file = tmp_path / "own.py"
     file.write_text(CODE)
     return file
 
 
 def readable(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, each of which can be read to the last checksum."""
+    """The steps of a run's checkpoints, after verifying each."""
     return [checkpoint.read(path).step for path in checkpoint.complete(run / "checkpoints")]
 
 
 def rewrite(saved: Path, name: str, content: bytes) -> None:
-    """Write another file into a checkpoint, with the manifest that it would have."""
+    """Replace a file in a checkpoint, and update its manifest."""
     (saved / name).write_bytes(content)
     manifest = json.loads((saved / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     forged = Manifest.model_validate(manifest)
-    forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
+    forged.checksum = forged.own_checksum()  # as a forger would
     (saved / "manifest.json").write_text(forged.model_dump_json())
 
 
@@ -319,9 +319,9 @@ class Rows(Dataset):
         return self.row(index), self.target(index)
 
 
-def wrong_at(place: int, wrong):
+def wrong_at(position: int, wrong):
     """A class for each sample, and something else for one."""
-    return lambda index: wrong if index == place else index % 3
+    return lambda index: wrong if index == position else index % 3
 
 
 def arrays(values, **how):
@@ -463,7 +463,7 @@ def test_a_label_out_of_range_is_refused_before_it_reaches_a_gpu(quiet, kind):
     data, how, says = FAULTS[kind]
     with pytest.raises(RelayError, match=says):
         tr.Trainer(nn.Linear(6, 3), data(), epochs=1, batch_size=8, terminal=quiet, device="cuda", **how).fit()
-    torch.cuda.synchronize()  # it would fail if a kernel had met the label
+    torch.cuda.synchronize()  # it would fail if a kernel had used the label
 
 
 # ------------------------------------------------------------------------------------------------ 33, 34: workers

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and paths with anything in them."""
+"""Full and read-only disks, and paths with unusual characters."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from torchrelay import checkpoint
 
 @pytest.fixture
 def disk(namespace, tmp_path):
-    """Make a disk of so many KiB; return its folder."""
+    """Mount a disk of `size` KiB; return its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -52,7 +52,7 @@ def test_a_full_disk_is_an_error_with_the_bytes_needed_and_the_run_resumes_once_
 
 @pytest.mark.parametrize("size", [24, 270])
 def test_a_disk_that_fills_up_at_another_moment_is_a_one_line_error(namespace, disk, one_line, tmp_path, size):
-    """While the first checkpoint, TensorBoard's files or what the model costs is written."""
+    """While the first checkpoint, TensorBoard's files or the model summary is written."""
     run = disk(size) / "run"
     done = namespace.server.start("train", "digits", "--run", run, folder=tmp_path, sets=("run.epochs=2",)).done()
     line = one_line(done, "No space left on device")
@@ -78,7 +78,7 @@ def test_tensorboard_events_that_cannot_be_written_do_not_end_a_run(namespace, c
 
 
 def test_a_read_only_run_folder_is_an_error_before_the_first_step(namespace, cli, one_line, tmp_path):
-    """To start or to go on; evaluating and predicting only read."""
+    """When starting or resuming; evaluating and predicting only read."""
     folder = tmp_path / "fixed"
     folder.mkdir()
     assert cli("train", "digits", "--run", folder / "old", sets=("run.max_steps=5",)).returncode == 0
@@ -105,8 +105,8 @@ NAMES = ['zwei Wörter, Ж "quoted" $HOME', "--it's a\nline break"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blanks_unicode_and_newlines_in_paths_work(cli, tmp_path, name):
-    """From training to predicting; the line that says how to go on can be pasted."""
+def test_spaces_unicode_and_newlines_in_paths_work(cli, tmp_path, name):
+    """From training to predicting; the printed resume command can be pasted."""
     data, run = tmp_path / f"data {name}", tmp_path / f"run {name}"
     train, test = tr.data.digits()
     for i in range(120):

@@ -1,4 +1,4 @@
-"""A file of the dataset that is added, removed or edited between a stop and its resume."""
+"""A dataset file that is added, removed or edited between a stop and the resume."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ def write(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def photos(tmp_path):
-    """Sixty images of three classes, without a test part of their own."""
+    """Sixty images of three classes, without a test part."""
     root = tmp_path / "photos"
     for number in range(60):
         write(root / ("cat", "dog", "owl")[number % 3] / f"{number}.png", number)
@@ -69,7 +69,7 @@ def test_a_resume_counts_the_changed_files_if_there_are_many(cli, one_line, phot
     one_line(done, "cat/0.png was removed, cat/12.png was removed, cat/15.png was removed and 37 more changes")
 
 
-def test_a_resume_accepts_data_that_only_moved_or_was_touched(cli, photos, stopped):
+def test_a_resume_accepts_data_that_was_only_moved_or_touched(cli, photos, stopped):
     moved = photos.with_name("elsewhere")
     shutil.move(photos, moved)
     for path in moved.rglob("*.png"):

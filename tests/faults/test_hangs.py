@@ -1,4 +1,4 @@
-"""Processes that wait for one that doesn't come; as a script, this file is the two processes."""
+"""Processes that wait for a hanging one; as a script, this file is the two processes."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ WAITS, HANGS = 2, 60  # seconds
 
 
 class Hang(tr.Callback):
-    """Sleeps for ever, as a lost network drive lets a process sleep."""
+    """Sleeps forever, like a process on a lost network drive."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -31,7 +31,7 @@ class Hang(tr.Callback):
 
 
 def train(rank: int, step: int, folder: Path) -> None:
-    """Train as one of two, of which the second hangs after a step; leave what the first one says of it."""
+    """Train as one of two processes; the second hangs after a step, and the first writes down its error."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def main(step: int, folder: Path) -> None:
     ("step", "patience"),
     [pytest.param(1, 2 * WAITS, id="in the first steps"), pytest.param(20, WAITS, id="later", marks=pytest.mark.slow)],
 )
-def test_a_hanging_rank_is_named_with_the_collective_that_waits_for_it(start, tmp_path, step, patience):
+def test_a_hanging_rank_is_reported_with_the_waiting_collective(start, tmp_path, step, patience):
     done = start(str(step), tmp_path, script=Path(__file__), environment={"GLOO_SOCKET_IFNAME": "lo"}).done()
     assert done.returncode == 0, done.stderr
     stopped, seconds, text = (tmp_path / "rank-0.txt").read_text().split("\n")

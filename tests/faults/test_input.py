@@ -1,4 +1,4 @@
-"""What strangers and slips of the pen hand in: weights that don't fit, files that would run code, mistyped recipes."""
+"""Bad input: weights that don't fit, files that would run code, mistyped recipes."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ resource.setrlimit(resource.RLIMIT_AS, (now + 2**28, now + 2**28))  # 256 MiB mo
 
 
 class Payload:
-    """What a pickle runs when it is read: it makes a file."""
+    """A pickle payload that creates a file when it is read."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -47,7 +47,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy of that run, to be spoilt."""
+    """A copy of that run, to be damaged."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -62,12 +62,12 @@ def change_manifest(saved: Path, change) -> None:
     manifest = json.loads(path.read_text())
     change(manifest)
     forged = Manifest.model_validate(manifest)
-    forged.checksum = forged.own_checksum()  # as somebody would who wants to be believed
+    forged.checksum = forged.own_checksum()  # as a forger would
     path.write_text(forged.model_dump_json())
 
 
 def rewrite(saved: Path, name: str, content: bytes) -> None:
-    """Write another file into a checkpoint, with the manifest that it would have."""
+    """Replace a file in a checkpoint, and update its manifest."""
     (saved / name).write_bytes(content)
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     change_manifest(saved, lambda manifest: manifest["files"].update({name: entry}))
@@ -175,7 +175,7 @@ def test_a_symbolic_link_in_a_checkpoint_is_refused(cli, one_line, run, tmp_path
 
 
 def headed(size: int, header: bytes = b"{}") -> bytes:
-    """A safetensors file that says that its header has so many bytes."""
+    """A safetensors file whose header claims `size` bytes."""
     return struct.pack("<Q", size) + header
 
 
@@ -216,7 +216,7 @@ def test_a_huge_or_deeply_nested_json_is_refused_in_bounded_memory(cli, one_line
         one_line(done, f"{name} has 268,435,456 bytes, more than any checkpoint's")
 
 
-# ------------------------------------------------------------------------------------------------ 38: slips of the pen
+# ------------------------------------------------------------------------------------------------ 38: typing errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several processes of which one is stopped, is killed or fails: started by torchrelay, by torchrun or by neither."""
+"""Several processes of which one is stopped, killed or fails, started by torchrelay, by torchrun or by neither."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def tired(rank, calls, classes=10, channels=1, image_size=8):
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of which there is a whole checkpoint."""
+    """The steps that have a complete checkpoint."""
     return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
@@ -58,7 +58,7 @@ def ranks(launcher) -> list[int]:
 
 
 def ended(pids) -> bool:
-    """Whether all of these processes have ended, and be it only just."""
+    """Whether all of these processes have ended, even if just now."""
     end = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.02)
@@ -67,7 +67,7 @@ def ended(pids) -> bool:
 
 @pytest.fixture(scope="module")
 def undisturbed(_server, tmp_path_factory) -> Path:
-    """A run of those settings in one process, which nobody touched."""
+    """An uninterrupted run of those settings in one process."""
     folder = tmp_path_factory.mktemp("undisturbed")
     done = _server.start("train", "digits", "--run", folder / "run", folder=folder, sets=SETTINGS).done()
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def launch(start, run) -> Callable:
-    """Train with `--devices 2`, and wait until a few checkpoints are there; return it and its processes."""
+    """Train with `--devices 2` until there are a few checkpoints; return the launcher and its processes."""
 
     def launched(*arguments, **options):
         launcher = start("train", "digits", "--devices=2", "--run", run, *arguments, sets=SETTINGS, **options)
@@ -95,7 +95,7 @@ def launch(start, run) -> Callable:
 
 @pytest.fixture
 def pair(start, run) -> Callable:
-    """Train in two processes that nobody looks after, as `srun` may start them; return them."""
+    """Train in two processes without a launcher, as `srun` may start them; return them."""
 
     def started(*arguments, sets=SETTINGS, port: int = 0):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -109,7 +109,7 @@ def pair(start, run) -> Callable:
 
 @pytest.fixture
 def goes_on(cli, run, undisturbed, same_runs) -> Callable[[], None]:
-    """Resume in one process, and compare with a run that nobody touched."""
+    """Resume in one process, and compare with an uninterrupted run."""
 
     def check() -> None:
         done = cli("resume", run)
@@ -125,7 +125,7 @@ STOPPED = r"stopped by (?:SIGTERM|SIGINT|a signal) after step (\d+), saved; resu
 
 
 def check_stopped(done, run: Path, code: int = 75) -> None:
-    """It ended as a run does that a signal stops, with a line."""
+    """Assert that it ended as a run stopped by a signal, with one line."""
     assert done.returncode == code, done.stderr
     found = re.fullmatch(STOPPED.format(run), done.stderr)
     assert found, done.stderr
@@ -141,7 +141,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(pair, r
     first, second = (process.done() for process in both)
     assert time.monotonic() - asked < 10
     check_stopped(first, run)
-    assert (second.returncode, second.stdout, second.stderr) == (75, "", "")  # one speaks for both
+    assert (second.returncode, second.stdout, second.stderr) == (75, "", "")  # only one prints
     goes_on()
 
 
@@ -183,7 +183,7 @@ def test_a_second_signal_to_the_launcher_ends_all_at_once(launch, run, goes_on):
 
 
 def test_ctrl_c_in_a_terminal_stops_all_processes(launch, run, terminal):
-    """Only the launcher has the terminal; rank 0's bar is in it, and one line when all have ended."""
+    """Only the launcher has the terminal; it shows rank 0's bar, and one line after all have ended."""
     person, device = terminal
     os.set_blocking(person, False)
     launcher, found = launch(terminal=device)
@@ -238,7 +238,7 @@ def test_no_process_outlives_a_killed_launcher(launch, goes_on):
 
 @pytest.mark.parametrize("killed", [pytest.param(0, marks=SLOW), 1])
 def test_a_process_whose_peer_is_killed_reports_it(pair, run, goes_on, one_line, killed):
-    """Where nobody looks after them."""
+    """Without a launcher."""
     both = pair()
     both[0].until(lambda: max(steps(run), default=0) >= 6)
     both[killed].send(signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_a_process_whose_peer_is_killed_reports_it(pair, run, goes_on, one_line,
 
 @pytest.fixture
 def torchrun(run) -> Iterator[Callable]:
-    """Train by torchrun until a few checkpoints are there; return it and its processes."""
+    """Train with torchrun until there are a few checkpoints; return it and its processes."""
     agents = []
 
     def started(*options: str) -> tuple[subprocess.Popen, list[int]]:

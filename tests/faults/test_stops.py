@@ -15,7 +15,7 @@ import pytest
 
 from torchrelay import checkpoint
 
-# Images that workers read one by one, with a random transform; a step takes long enough to be met.
+# Images that workers read one by one, with a random transform; a step takes long enough to be interrupted.
 CODE = """
 import torch
 from torch.utils.data import Dataset
@@ -42,13 +42,13 @@ def slow_digits():
 
 
 def lines(run: Path, name: str = "log.txt") -> list[str]:
-    """The lines of a file of a run, none while there is no such file."""
+    """The lines of a file of a run; empty if the file doesn't exist."""
     path = run / name
     return path.read_text().splitlines() if path.exists() else []
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of which there is a whole checkpoint."""
+    """The steps that have a complete checkpoint."""
     return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run / "checkpoints")]
 
 
@@ -69,7 +69,7 @@ SETTINGS = ("run.epochs=6", 'checkpoint.every="3 steps"', NARROW)
 
 @pytest.fixture(scope="module")
 def undisturbed(_server, tmp_path_factory) -> Path:
-    """A run of those settings that nobody touched."""
+    """An uninterrupted run of those settings."""
     folder = tmp_path_factory.mktemp("undisturbed")
     done = _server.start("train", "digits", "--run", folder / "run", folder=folder, sets=SETTINGS).done()
     assert done.returncode == 0, done.stderr
@@ -80,13 +80,13 @@ def undisturbed(_server, tmp_path_factory) -> Path:
 
 
 def killed_often(start, run: Path, kills: int, settings: tuple[str, ...] = SETTINGS) -> None:
-    """Train to the end of a run that is killed at random moments, and resumed each time."""
+    """Kill a run at random moments and resume it each time, until its end."""
     draw = random.Random(1)
     killed = 0
     while killed < kills:
         resuming = (run / "recipe.toml").exists()
         process = start("resume", run) if resuming else start("train", "digits", "--run", run, sets=settings)
-        trains = killed % 3 > 0  # let it come as far as to train and save; the others may hit the start
+        trains = killed % 3 > 0  # let it train and save first; other kills may hit the start
         if trains:
             process.until(lambda: any("resuming after" in line for line in lines(run)[-1:]) or steps(run) == [0])
         time.sleep(draw.uniform(0, 0.05 if trains else 0.15))
@@ -140,7 +140,7 @@ WIDE = ("model.name=mlp", "model.options.widths=[3000,3000]", 'checkpoint.every=
 
 
 def is_writing(run: Path, beyond: int = 0) -> bool:
-    """Whether a checkpoint of more than so many steps is being written."""
+    """Whether a checkpoint after `step` is being written."""
     return any(
         int(path.name[len(".step-") : -len(".partial")]) > beyond for path in run.glob("checkpoints/.step-*.partial")
     )
@@ -183,7 +183,7 @@ def test_a_second_signal_exits_at_once_and_leaves_the_earlier_checkpoint_intact(
 # ------------------------------------------------------------------------------------------------ 12, 13: the lock
 
 
-def test_a_second_process_on_a_run_folder_is_told_which_process_holds_it(start, cli, one_line, tmp_path):
+def test_a_second_process_on_a_run_folder_names_the_process_that_holds_it(start, cli, one_line, tmp_path):
     run = tmp_path / "run"
     first = start("train", "digits", "--run", run, sets=("run.epochs=400", NARROW))
     holder = f"{run} is in use by process {first.pid} on {socket.gethostname()}: wait for it, stop it, or choose"
@@ -194,11 +194,11 @@ def test_a_second_process_on_a_run_folder_is_told_which_process_holds_it(start, 
     assert "test (359 samples)" in cli("evaluate", run).stdout  # reading disturbs nobody
     first.send(signal.SIGCONT)
     first.send(signal.SIGTERM)
-    assert first.done().returncode == 75, "the first one goes on undisturbed"
+    assert first.done().returncode == 75, "the first process continues"
 
 
 def test_a_lock_left_by_a_killed_process_is_recovered(start, cli, code, tmp_path):
-    """Its workers, which outlive it for a moment, hold no lock either."""
+    """Its workers, which outlive it briefly, don't hold the lock either."""
     run = tmp_path / "run"
     process = start("train", "digits", "--code", code, "--run", run, sets=(*WORKERS, SETTINGS[1], "run.max_steps=30"))
     process.until(lambda: max(steps(run), default=0) >= 6)
@@ -216,7 +216,7 @@ def test_a_lock_left_by_a_killed_process_is_recovered(start, cli, code, tmp_path
 
 
 def listening(pid: int) -> list[str]:
-    """What a process listens on, of all kinds of sockets of the network."""
+    """The network sockets on which a process listens."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(OSError):  # closed since
@@ -232,13 +232,13 @@ def listening(pid: int) -> list[str]:
     return found
 
 
-def test_a_listening_socket_would_be_seen():
+def test_an_open_listening_socket_is_detected():
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert listening(os.getpid()) == [f"tcp 0100007F:{server.getsockname()[1]:04X}"]
 
 
 def test_a_run_on_one_device_opens_no_listening_socket(start, code, tmp_path):
-    """Neither the process nor its workers, looked at from its start to its end."""
+    """Neither the process nor its workers, observed from start to end."""
     run = tmp_path / "run"
     process = start("train", "digits", "--code", code, "--run", run, sets=(*WORKERS, "run.max_steps=12"))
     looks, workers = 0, set()
@@ -257,7 +257,7 @@ def test_a_run_on_one_device_opens_no_listening_socket(start, code, tmp_path):
 
 
 def test_a_single_process_needs_no_rendezvous(cli, tmp_path):
-    """So that a port that is taken concerns nobody, not even one that the surroundings ask for."""
+    """A taken port doesn't matter, not even one that the environment names."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         asked = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         done = cli("train", "digits", "--run", "run", sets=("run.max_steps=3", NARROW), environment=asked)
@@ -272,14 +272,14 @@ def test_a_single_process_needs_no_rendezvous(cli, tmp_path):
 
 
 def command_of(text: str) -> list[str]:
-    """The arguments of the command that goes on, as a shell would read the line."""
+    """The arguments of the printed resume command, parsed as a shell would."""
     found = re.search(r"stopped by SIGINT after step \d+, saved; resume with: torchrelay (.*)", text)
     assert found is not None, text
     return shlex.split(found[1])
 
 
 def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(start, cli, code, tmp_path, same_runs):
-    """As a terminal does it: the whole group gets the signal, workers included."""
+    """As from a terminal: the whole process group gets the signal, including workers."""
     settings = (*WORKERS, "run.max_steps=24", "checkpoint.keep=1", "checkpoint.keep_best=0")
     name = "my first run"
     command = ("train", "digits", "--code", code, "--run", name)
@@ -301,7 +301,7 @@ def test_ctrl_c_saves_a_checkpoint_and_prints_the_command_that_resumes(start, cl
 
 
 def test_the_printed_resume_command_can_be_pasted_for_any_folder_name(start, tmp_path):
-    """A line break in it is written as a shell reads it."""
+    """A line break in the name is quoted for the shell."""
     name = "it's a\nrun"
     process = start("train", "digits", "--run", name, sets=("run.epochs=400", NARROW))
     process.until(lambda: any("epoch   1" in line for line in lines(tmp_path / name)))
@@ -314,7 +314,7 @@ def test_the_printed_resume_command_can_be_pasted_for_any_folder_name(start, tmp
 
 
 def test_ctrl_c_in_a_terminal_with_a_progress_bar_saves_a_checkpoint(start, tmp_path, terminal):
-    """A person presses the keys; the terminal makes a signal of them."""
+    """The key is written to the terminal, which sends the signal."""
     person, device = terminal
     run = tmp_path / "run"
     process = start("train", "digits", "--run", "run", sets=("run.epochs=100", NARROW), terminal=device, plots=True)

@@ -1,4 +1,4 @@
-"""Building by name: where a name is found, what it is given, and what a wrong one says."""
+"""Building models by name: where a name is found, its arguments, and errors."""
 
 import os
 import subprocess
@@ -46,14 +46,12 @@ def count(model: nn.Module) -> int:
         ("convnext_atto", 2, 64),  # torchvision has no such model, timm has
     ],
 )
-def test_a_model_of_the_libraries_takes_the_datas_classes_channels_and_size(
-    name: str, channels: int, size: int
-) -> None:
+def test_a_library_model_gets_the_classes_channels_and_size_of_the_data(name: str, channels: int, size: int) -> None:
     model = build(ModelSettings(name=name), classes=7, channels=channels, image_size=size, log=LINES.append)
     assert model.eval()(torch.randn(2, channels, size, size)).shape == (2, 7)
 
 
-def test_as_built_a_torchvision_model_is_the_librarys_own_to_the_bit() -> None:
+def test_a_built_torchvision_model_is_bit_equal_to_the_librarys() -> None:
     from torchvision.models import resnet18
 
     torch.manual_seed(3)
@@ -78,12 +76,12 @@ def test_options_reach_the_librarys_class() -> None:
 
 @pytest.mark.parametrize("options", [{"no_such": 1}, {"weights": "DEFAULT"}, {"num_classes": 3}])
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
-def test_an_option_that_a_library_does_not_take_is_a_usage_error(name: str, options: dict[str, object]) -> None:
+def test_an_unknown_library_option_is_a_usage_error(name: str, options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         build(ModelSettings(name=name, options=options), classes=10, log=LINES.append)
 
 
-def test_an_image_size_that_a_transformer_cannot_divide_is_a_usage_error() -> None:
+def test_an_image_size_that_the_patch_size_does_not_divide_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"vit_b_16.*patch"):
         build(ModelSettings(name="vit_b_16"), classes=10, image_size=30, log=LINES.append)
 
@@ -124,7 +122,7 @@ def test_names_lists_every_family() -> None:
         ("timm/hf-hub:x/y", "no model"),
     ],
 )
-def test_a_wrong_name_is_a_usage_error_with_the_nearest(wrong: str, right: str) -> None:
+def test_a_wrong_model_name_suggests_the_nearest(wrong: str, right: str) -> None:
     with pytest.raises(UsageError, match=right) as caught:
         build(ModelSettings(name=wrong), classes=10, log=LINES.append)
     assert wrong.removeprefix("timm/") in str(caught.value)
@@ -182,7 +180,7 @@ class resnet18(nn.Module):
 """
 
 
-def test_a_class_of_the_users_file_gets_the_keywords_that_it_takes() -> None:
+def test_a_user_class_gets_the_keywords_it_accepts() -> None:
     code = module_from(CODE)
     plain = build(ModelSettings(name="Net"), classes=5, channels=2, code=code, log=LINES.append)
     assert plain.given == (5, 2, 4)
@@ -193,13 +191,13 @@ def test_a_class_of_the_users_file_gets_the_keywords_that_it_takes() -> None:
     assert some.given == {"depth": 2}
 
 
-def test_a_function_of_the_users_file_may_call_the_classes_by_the_usual_name() -> None:
+def test_a_user_function_may_take_num_classes() -> None:
     model = build(ModelSettings(name="usual"), classes=6, code=module_from(CODE), log=LINES.append)
     assert isinstance(model, nn.Linear)
     assert model.out_features == 6
 
 
-def test_the_users_file_comes_before_the_libraries() -> None:
+def test_the_user_file_takes_precedence_over_the_libraries() -> None:
     model = build(ModelSettings(name="resnet18"), classes=6, code=module_from(CODE), log=LINES.append)
     assert count(model) == 0
 
@@ -218,18 +216,18 @@ def test_a_recipe_cannot_reach_a_function_that_the_users_file_merely_imports() -
         ({"name": "Net", "pretrained": True}, "no weights of its own"),
     ],
 )
-def test_a_users_model_that_does_not_fit_says_why(settings: dict[str, object], words: str) -> None:
+def test_an_unsuitable_user_model_reports_why(settings: dict[str, object], words: str) -> None:
     with pytest.raises(RelayError, match=words):
         build(ModelSettings.model_validate(settings), classes=6, code=module_from(CODE), log=LINES.append)
 
 
-def test_an_error_inside_the_users_own_class_is_shown_as_it_is() -> None:
+def test_an_error_inside_a_user_class_is_not_wrapped() -> None:
     code = module_from("from torch import nn\nclass Net(nn.Module):\n    def __init__(self): raise TypeError('mine')")
     with pytest.raises(TypeError, match="mine"):
         build(ModelSettings(name="Net"), classes=6, code=code, log=LINES.append)
 
 
-def test_a_model_that_starts_from_data_is_known_by_its_method() -> None:
+def test_a_model_initialized_from_data_is_recognized_by_its_method() -> None:
     fast = build(ModelSettings(name="fast-cnn"), classes=6, log=LINES.append)
     assert isinstance(fast, InitFromData)
     assert not isinstance(nn.Identity(), InitFromData)
@@ -242,7 +240,7 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, value in model.named_parameters() if value.requires_grad}
 
 
-def test_freeze_holds_what_matches_and_lets_go_what_is_excepted() -> None:
+def test_freeze_freezes_matching_parameters_except_negated_ones() -> None:
     lines: list[str] = []
     settings = ModelSettings(name="mlp", freeze=["*", "!head.*"])
     model = build(settings, classes=3, channels=4, log=lines.append)
@@ -250,7 +248,7 @@ def test_freeze_holds_what_matches_and_lets_go_what_is_excepted() -> None:
     assert lines == [f"4 of 6 parameters are frozen ({4 * 256 + 256 + 256 * 256 + 256:,} numbers)"]
 
 
-def test_freeze_takes_patterns_in_their_order() -> None:
+def test_freeze_applies_patterns_in_order() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     freeze(model, ["!0.*", "*.bias"])
     assert trainable(model) == {"0.weight", "1.weight"}
@@ -269,7 +267,7 @@ def test_a_pattern_that_matches_nothing_or_freezes_all_is_a_usage_error() -> Non
 
 @pytest.fixture
 def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of PyTorch's, and no way to the network: a proxy where nobody listens."""
+    """An empty PyTorch cache without a network: the proxy's port is closed."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "_opener", None)  # urllib keeps the first one it made, and its proxies
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -292,7 +290,7 @@ def put_in_cache(torch_home: Path, name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "head"), [("squeezenet1_1", "classifier.1"), ("shufflenet_v2_x0_5", "fc")])
-def test_the_librarys_weights_are_loaded_and_get_a_new_head(torch_home: Path, name: str, head: str) -> None:
+def test_library_weights_are_loaded_with_a_new_head(torch_home: Path, name: str, head: str) -> None:
     saved = put_in_cache(torch_home, name)
     lines: list[str] = []
     model = build(ModelSettings(name=name, pretrained=True), classes=10, log=lines.append)
@@ -308,7 +306,7 @@ def test_the_librarys_weights_are_loaded_and_get_a_new_head(torch_home: Path, na
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 
 
-def test_the_librarys_head_stays_if_its_class_count_is_right_and_is_renewed_on_request(torch_home: Path) -> None:
+def test_the_librarys_head_is_kept_for_equal_classes_and_replaced_on_request(torch_home: Path) -> None:
     saved = put_in_cache(torch_home, "squeezenet1_1")
     kept = build(ModelSettings(name="squeezenet1_1", pretrained="IMAGENET1K_V1"), classes=1000, log=LINES.append)
     assert torch.equal(kept.state_dict()["classifier.1.weight"], saved["classifier.1.weight"])
@@ -316,13 +314,13 @@ def test_the_librarys_head_stays_if_its_class_count_is_right_and_is_renewed_on_r
     assert not torch.equal(renewed.state_dict()["classifier.1.weight"], saved["classifier.1.weight"])
 
 
-def test_grey_images_meet_the_librarys_weights_with_the_same_answer(torch_home: Path) -> None:
+def test_gray_images_give_the_same_output_with_library_weights(torch_home: Path) -> None:
     put_in_cache(torch_home, "squeezenet1_1")
     settings = ModelSettings(name="squeezenet1_1", pretrained=True)
-    colour = build(settings, classes=1000, log=LINES.append).eval()
-    grey = build(settings, classes=1000, channels=1, log=LINES.append).eval()
+    color = build(settings, classes=1000, log=LINES.append).eval()
+    gray = build(settings, classes=1000, channels=1, log=LINES.append).eval()
     images = torch.randn(2, 1, 64, 64)
-    torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)))
+    torch.testing.assert_close(gray(images), color(images.expand(-1, 3, -1, -1)))
 
 
 def test_a_file_of_code_in_the_librarys_cache_is_refused_and_does_not_run(torch_home: Path) -> None:
@@ -350,17 +348,17 @@ def test_without_network_the_error_says_where_to_put_the_file(torch_home: Path) 
     assert not list(torch_home.rglob("*.p*"))  # no half-fetched file is left
 
 
-def test_a_wrong_name_of_weights_lists_those_there_are() -> None:
+def test_a_wrong_weights_name_lists_the_available_ones() -> None:
     with pytest.raises(UsageError, match=r"IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT; did you mean 'IMAGENET1K_V2'"):
         build(ModelSettings(name="resnet50", pretrained="IMAGENET_V2"), classes=10, log=LINES.append)
 
 
-def test_timm_names_its_weights_in_the_models_name() -> None:
+def test_timm_weights_are_selected_by_the_model_name() -> None:
     with pytest.raises(UsageError, match=r"timm/resnet18\.a1_in1k"):
         build(ModelSettings(name="timm/resnet18", pretrained="a1_in1k"), classes=10, log=LINES.append)
 
 
-def test_timms_weights_are_loaded_and_get_a_new_head(tmp_path: Path) -> None:
+def test_timm_weights_are_loaded_with_a_new_head(tmp_path: Path) -> None:
     saved = build(ModelSettings(name="timm/resnet10t"), classes=1000, log=LINES.append).state_dict()
     torch.save(saved, tmp_path / "w.pth")
     lines: list[str] = []
@@ -374,7 +372,7 @@ def test_timms_weights_are_loaded_and_get_a_new_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # a process of its own, which imports timm and the hub's client
-def test_timm_without_network_is_one_line_with_a_remedy(tmp_path: Path) -> None:
+def test_timm_without_a_network_gives_one_line_with_the_remedy(tmp_path: Path) -> None:
     program = (
         "from torchrelay.models import ModelSettings, build\n"
         "build(ModelSettings(name='timm/resnet18', pretrained=True), classes=10, log=print)"

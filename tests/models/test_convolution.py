@@ -1,4 +1,4 @@
-"""The convolution whose weights get their gradient as a product: the same numbers, and only where it pays."""
+"""The convolution that computes its weight gradient as a matrix product: the same numbers, only where it is faster."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torchrelay.models.convolution import Conv2d, weight_gradient
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of weights whose gradient was a product; this CPU is taken for one with AMX."""
+    """The weight shapes whose gradient was a matrix product, pretending that this CPU has AMX."""
     found = []
 
     def noted(maps, gradient, shape, padding):
@@ -28,7 +28,7 @@ def products(monkeypatch):
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (5, 1)])
 @pytest.mark.parametrize("padding", [(0, 0), (1, 1), (0, 2)])
 @pytest.mark.parametrize("size", [(5, 5), (6, 7)])
-def test_the_gradient_is_pytorchs(kernel, padding, size):
+def test_the_gradient_equals_pytorchs(kernel, padding, size):
     maps = torch.randn(3, 4, *size, dtype=torch.float64)
     weight = torch.randn(6, 4, *kernel, dtype=torch.float64, requires_grad=True)
     out = nn.functional.conv2d(maps, weight, padding=padding)
@@ -40,7 +40,7 @@ def test_the_gradient_is_pytorchs(kernel, padding, size):
 
 
 def passes(layer: nn.Conv2d, maps: torch.Tensor, dtype: torch.dtype | None = torch.bfloat16) -> list[torch.Tensor]:
-    """Return what a layer gives, and the gradients of its maps and parameters."""
+    """Return a layer's output and the gradients of its input and parameters."""
     maps = maps.clone().requires_grad_()
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         out = layer(maps)
@@ -49,7 +49,7 @@ def passes(layer: nn.Conv2d, maps: torch.Tensor, dtype: torch.dtype | None = tor
 
 
 def both(maps: torch.Tensor, dtype: torch.dtype | None = torch.bfloat16, **options) -> None:
-    """Compare PyTorch's convolution and ours, of the same weights."""
+    """Compare PyTorch's convolution with ours for the same weights."""
     options = {"kernel_size": 3, "padding": 1, "bias": False} | options
     layers = [kind(maps.shape[1], 8, **options).to(memory_format=torch.channels_last) for kind in (nn.Conv2d, Conv2d)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -58,7 +58,7 @@ def both(maps: torch.Tensor, dtype: torch.dtype | None = torch.bfloat16, **optio
     assert torch.equal(theirs[1], ours[1])
     for expected, found in zip(theirs[2:], ours[2:], strict=True):
         assert found.dtype == expected.dtype
-        assert found.stride() == expected.stride()  # optimizers go through the memory as it lies
+        assert found.stride() == expected.stride()  # optimizers iterate in memory order
         assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
@@ -67,7 +67,7 @@ def maps(channels: int = 128, size: int = 7) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_small_maps_of_many_channels_get_a_product(size, products):
+def test_small_feature_maps_with_many_channels_use_a_matrix_product(size, products):
     both(maps(size=size))
     assert products == [(8, 128, 3, 3)]
 
@@ -89,7 +89,7 @@ def test_small_maps_of_many_channels_get_a_product(size, products):
     ],
     ids=lambda value: str(value)[:12] if isinstance(value, dict) else None,
 )
-def test_all_else_is_left_to_pytorch(given, dtype, options, products):
+def test_other_convolutions_use_pytorch(given, dtype, options, products):
     both(given, dtype, **options)
     assert not products
 
@@ -109,7 +109,7 @@ def test_a_frozen_weight_and_an_evaluation_need_no_product(products):
     assert not products
 
 
-def test_the_fast_network_trains_with_it_and_goes_on_exactly(products, quiet, tmp_path):
+def test_the_fast_network_trains_with_it_and_resumes_exactly(products, quiet, tmp_path):
     images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, steps in (("whole", None), ("resumed", 1), ("resumed", None)):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The moving average against the formula, and that swapping it in and out leaves no trace."""
+"""The moving average follows the formula, and swapping it in and out changes nothing."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_the_warm_up_forgets_the_initial_weights() -> None:
     assert abs(ema.state_dict()["weight"].item() - 1.0) < 0.01  # without the warm-up it would stand at 95
 
 
-def test_swap_evaluates_the_average_and_gives_everything_back_to_the_bit() -> None:
+def test_swap_evaluates_the_average_and_restores_the_weights_exactly() -> None:
     model = small()
     ema = EMA(model, decay=0.9)
     train_a_little(model, 1)
@@ -76,7 +76,7 @@ def test_swap_evaluates_the_average_and_gives_everything_back_to_the_bit() -> No
     assert equal(model.state_dict(), mine)
 
 
-def test_an_average_that_is_saved_and_loaded_goes_on_to_the_same_bits() -> None:
+def test_a_saved_and_loaded_average_continues_to_the_same_bits() -> None:
     model, twin = small(), small()
     straight, resumed = EMA(model, 0.99), EMA(twin, 0.99)
     for step in range(6):
@@ -92,7 +92,7 @@ def test_an_average_that_is_saved_and_loaded_goes_on_to_the_same_bits() -> None:
     assert equal(straight.state_dict(), resumed.state_dict())
 
 
-def test_the_average_loads_into_a_model_and_is_not_the_models_own_memory() -> None:
+def test_the_average_is_copied_into_a_model() -> None:
     model = small()
     ema = EMA(model, 0.9)
     before = copy_of(ema.state_dict())
@@ -114,7 +114,7 @@ def test_tied_weights_keep_both_names() -> None:
     assert torch.equal(state["a.weight"], state["b.weight"])
 
 
-def test_another_models_averages_are_refused_and_nothing_is_set() -> None:
+def test_averages_of_another_model_are_refused_without_changes() -> None:
     ema = EMA(small(), 0.9)
     before = copy_of(ema.state_dict())
     wrong = {name: value + 1 for name, value in before.items()}

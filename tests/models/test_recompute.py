@@ -29,7 +29,7 @@ def trained(patterns: list[str], replicas: int = 1) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("replicas", [1, 4])
-def test_the_weights_are_those_without_it(replicas):
+def test_recomputing_does_not_change_the_weights(replicas):
     for one, other in zip(trained([], replicas), trained(["blocks.*"], replicas), strict=True):
         assert torch.equal(one, other)
 

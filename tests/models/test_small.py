@@ -1,4 +1,4 @@
-"""Our own networks: shapes, what each promises, and that the little one learns the digits."""
+"""Our own networks: shapes, their properties, and that the small one learns the digits."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def count(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", ["mlp", "small-cnn", "resnet18-small", "fast-cnn"])
 @pytest.mark.parametrize(("channels", "size"), [(1, 32), (3, 32), (4, 48)])
-def test_an_image_network_takes_any_channels_and_sizes(name: str, channels: int, size: int) -> None:
+def test_an_image_network_accepts_any_channels_and_sizes(name: str, channels: int, size: int) -> None:
     model = make(name, classes=7, channels=channels, image_size=size)
     logits = model(torch.randn(2, channels, size, size))
     assert logits.shape == (2, 7)
@@ -30,7 +30,7 @@ def test_an_image_network_takes_any_channels_and_sizes(name: str, channels: int,
 
 
 @pytest.mark.parametrize("name", list(NETWORKS))
-def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(name: str) -> None:
+def test_the_initial_weights_depend_on_the_seed(name: str) -> None:
     states = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_initial_weights_and_another_seed_others(na
     assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items())
 
 
-def test_the_perceptron_takes_features_and_flattens_images() -> None:
+def test_the_mlp_accepts_features_and_flattens_images() -> None:
     assert make("mlp", channels=13, image_size=None)(torch.randn(5, 13)).shape == (5, 10)
     model = make("mlp", channels=1, image_size=8, widths=[16])
     assert model(torch.randn(5, 1, 8, 8)).shape == (5, 10)
@@ -57,7 +57,7 @@ def test_resnet18_small_keeps_the_images_resolution_in_its_first_stage() -> None
 
 
 @pytest.mark.parametrize(("name", "size"), [("small-cnn", 3), ("fast-cnn", 8)])
-def test_images_that_would_vanish_are_refused_with_the_least_size(name: str, size: int) -> None:
+def test_too_small_images_are_refused_with_the_minimum_size(name: str, size: int) -> None:
     with pytest.raises(UsageError, match=f"at least {size + 1} pixels, not {size}"):
         make(name, image_size=size)
     make(name, image_size=size + 1).eval()(torch.randn(1, 3, size + 1, size + 1))
@@ -77,7 +77,7 @@ def test_a_wrong_option_is_a_usage_error_that_names_it(name: str, options: dict[
         make(name, **options)
 
 
-def test_our_own_networks_have_no_weights_to_fetch() -> None:
+def test_our_networks_have_no_pretrained_weights() -> None:
     with pytest.raises(UsageError, match="no weights of its own"):
         build(ModelSettings(name="small-cnn", pretrained=True), classes=10, log=print)
 
@@ -91,8 +91,8 @@ def test_the_small_cnn_learns_the_digits_in_seconds() -> None:
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     targets = torch.tensor(digits.target)
     torch.manual_seed(1)
-    places = torch.randperm(len(images))
-    train, test = places[:1437], places[1437:]
+    order = torch.randperm(len(images))
+    train, test = order[:1437], order[1437:]
     images = (images - images[train].mean()) / images[train].std()
     model = make("small-cnn", channels=1, image_size=8)
     assert 50_000 < count(model) < 100_000
@@ -114,13 +114,13 @@ def test_the_small_cnn_learns_the_digits_in_seconds() -> None:
 
 
 def photographs(samples: int) -> torch.Tensor:
-    """Return images (samples, 3, 16, 16) whose neighbouring pixels and channels go together, as photographs' do."""
+    """Return images (samples, 3, 16, 16) with correlated neighboring pixels and channels, like photographs."""
     coarse = F.interpolate(torch.randn(samples, 1, 4, 4), size=16, mode="bicubic")
     return coarse + 0.3 * torch.randn(samples, 3, 16, 16)
 
 
 def patch_answers(model: FastCNN, images: torch.Tensor) -> torch.Tensor:
-    """Return (patches, directions): what the first half of the whitening filters answers."""
+    """Return (patches, directions): the output of the first half of the whitening filters."""
     half = model.whiten.weight[: len(model.whiten.weight) // 2]
     return F.conv2d(images, half).permute(0, 2, 3, 1).flatten(0, 2)
 
@@ -137,7 +137,7 @@ def test_after_init_from_the_whitened_patches_have_covariance_one() -> None:
     assert (before - torch.eye(12)).abs().max() > 0.1
 
 
-def test_each_whitening_filter_stands_beside_its_negative_and_is_not_trained() -> None:
+def test_each_whitening_filter_has_its_negative_and_is_not_trained() -> None:
     torch.manual_seed(0)
     model = make("fast-cnn", channels=1)
     assert isinstance(model, FastCNN)
@@ -150,7 +150,7 @@ def test_each_whitening_filter_stands_beside_its_negative_and_is_not_trained() -
     assert model.whiten.bias.requires_grad
 
 
-def test_init_from_draws_nothing_and_gives_the_same_filters_for_the_same_images() -> None:
+def test_init_from_is_deterministic() -> None:
     torch.manual_seed(0)
     images = photographs(300)
     one, two = make("fast-cnn"), make("fast-cnn")
@@ -162,7 +162,7 @@ def test_init_from_draws_nothing_and_gives_the_same_filters_for_the_same_images(
     assert torch.equal(one.get_parameter("whiten.weight"), two.get_parameter("whiten.weight"))
 
 
-def test_the_fast_networks_convolutions_hand_their_input_through_at_first() -> None:
+def test_the_fast_networks_convolutions_start_as_the_identity() -> None:
     conv = make("fast-cnn").get_submodule("groups.0.conv2")
     images = torch.randn(1, 64, 5, 5)
     torch.testing.assert_close(conv(images), images)
@@ -171,7 +171,7 @@ def test_the_fast_networks_convolutions_hand_their_input_through_at_first() -> N
 # ------------------------------------------------------------------------------------------------ char-lm
 
 
-def test_the_language_model_sees_no_token_that_is_yet_to_come() -> None:
+def test_the_language_model_sees_no_future_token() -> None:
     torch.manual_seed(0)
     model = make("char-lm", classes=11).eval()
     tokens = torch.randint(11, (2, 20))
@@ -197,7 +197,7 @@ def test_the_language_model_learns_a_rule() -> None:
     assert loss.item() < 0.1
 
 
-def test_a_text_longer_than_the_context_is_refused_with_the_setting() -> None:
+def test_a_text_longer_than_the_context_names_the_setting() -> None:
     model = make("char-lm", classes=5, context=8)
     with pytest.raises(RelayError, match=r"at most 8 characters, not 9: set model\.options\.context"):
         model(torch.zeros(1, 9, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""The counts against hand-made ones, and that counting leaves no trace."""
+"""The counts equal hand-computed ones, and counting has no side effects."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchrelay.models import ModelSettings, build, summarize
 
 
-def test_the_counts_of_a_tiny_model_are_those_made_by_hand() -> None:
+def test_the_counts_of_a_tiny_model_equal_hand_computed_ones() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 5))
     model[4].bias.requires_grad_(False)
     counts = summarize(model, torch.zeros(3, 1, 4, 4))
@@ -38,7 +38,7 @@ def test_a_model_without_children_is_one_row() -> None:
 
 
 class Restless(nn.Module):
-    """Changes a buffer and draws at every pass, in evaluation too; answers with a tuple; leaves a layer out."""
+    """Changes a buffer and draws random numbers in every pass; returns a tuple; skips a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Restless(nn.Module):
         return out, hidden
 
 
-def test_counting_leaves_buffers_modes_hooks_and_the_random_state_as_they_were() -> None:
+def test_counting_restores_buffers_modes_hooks_and_the_random_state() -> None:
     model = Restless().train()
     model.used[1].eval()  # a frozen norm in a training model
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -72,7 +72,7 @@ def test_counting_leaves_buffers_modes_hooks_and_the_random_state_as_they_were()
     }
 
 
-def test_printed_it_is_a_table_with_a_total() -> None:
+def test_a_summary_prints_as_a_table_with_a_total() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU())
     text = str(summarize(model, torch.zeros(64, 1000)))
     lines = text.splitlines()

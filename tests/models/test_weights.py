@@ -15,7 +15,7 @@ from torchrelay.models import ModelSettings, build, load_weights
 
 
 class Net(nn.Module):
-    """Two layers and a norm; small enough to write its differences down."""
+    """Two layers and a norm, small enough to list its differences."""
 
     def __init__(self, classes: int = 3, width: int = 4) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def save(state: dict[str, Tensor], path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "w.pth", "blank and ü.pth"])
-def test_weights_of_every_kind_of_file_arrive_to_the_bit(tmp_path: Path, name: str) -> None:
+def test_weights_from_every_file_format_are_bit_equal(tmp_path: Path, name: str) -> None:
     source, target, lines = Net(), Net(), []
     load_weights(target, save(copy_of(source), tmp_path / name), log=lines.append)
     assert equal(target.state_dict(), source.state_dict())
@@ -60,7 +60,7 @@ def test_weights_of_every_kind_of_file_arrive_to_the_bit(tmp_path: Path, name: s
         lambda state: {key.replace("body.", "body._orig_mod."): value for key, value in state.items()},
     ],
 )
-def test_the_wrappings_of_other_programs_are_taken_off(
+def test_prefixes_of_other_frameworks_are_stripped(
     tmp_path: Path, wrap: Callable[[dict[str, Tensor]], dict[str, object]]
 ) -> None:
     source, target = Net(), Net()
@@ -69,7 +69,7 @@ def test_the_wrappings_of_other_programs_are_taken_off(
     assert equal(target.state_dict(), source.state_dict())
 
 
-def test_a_model_whose_own_part_is_called_module_keeps_its_names(tmp_path: Path) -> None:
+def test_a_submodule_named_module_keeps_its_name(tmp_path: Path) -> None:
     source, target = nn.ModuleDict({"module": nn.Linear(2, 2)}), nn.ModuleDict({"module": nn.Linear(2, 2)})
     load_weights(target, save(copy_of(source), tmp_path / "w.pt"))
     assert equal(target.state_dict(), source.state_dict())
@@ -110,13 +110,13 @@ def test_a_mismatch_lists_keys_and_shapes_and_leaves_the_model_untouched(tmp_pat
     assert equal(target.state_dict(), before)
 
 
-def test_a_long_list_of_differences_is_cut_and_counted(tmp_path: Path) -> None:
+def test_a_long_list_of_differences_is_shortened(tmp_path: Path) -> None:
     target = nn.ModuleList(nn.Linear(1, 1) for _ in range(10))
     with pytest.raises(RelayError, match=r"20 missing \(0\.weight 1×1, .* and 12 more\); 1 unexpected \(x 2\)"):
         load_weights(target, save({"x": torch.zeros(2)}, tmp_path / "w.pt"))
 
 
-def test_a_head_of_other_classes_wants_the_word_new_head(tmp_path: Path) -> None:
+def test_a_head_with_other_classes_requires_new_head(tmp_path: Path) -> None:
     source, target = Net(classes=1000), Net(classes=3)
     path, before, lines = save(copy_of(source), tmp_path / "w.pt"), copy_of(target), []
     with pytest.raises(RelayError, match=r"trained for 1000 classes, and the model has 3: set model\.new_head=true"):
@@ -128,12 +128,12 @@ def test_a_head_of_other_classes_wants_the_word_new_head(tmp_path: Path) -> None
     assert lines == [f"loaded 7 tensors from {path}; the head 'fc' is new"]
 
 
-def test_a_new_head_excuses_no_other_difference(tmp_path: Path) -> None:
+def test_new_head_allows_no_other_difference(tmp_path: Path) -> None:
     with pytest.raises(RelayError, match=r"body\.weight 5×2 for the model's 4×2.*another model's"):
         load_weights(Net(), save(copy_of(Net(width=5, classes=9)), tmp_path / "w.pt"), new_head=True)
 
 
-def test_a_recipe_reaches_all_of_it(tmp_path: Path) -> None:
+def test_a_recipe_loads_weights_with_and_without_a_new_head(tmp_path: Path) -> None:
     source = build(ModelSettings(name="small-cnn"), classes=10, channels=1, image_size=8, log=print)
     path = save(copy_of(source), tmp_path / "w.safetensors")
     settings = ModelSettings(name="small-cnn", pretrained=str(path))
@@ -147,7 +147,7 @@ def test_a_recipe_reaches_all_of_it(tmp_path: Path) -> None:
     assert fewer["head.weight"].shape == (4, 64)
 
 
-def test_a_file_for_a_librarys_model_is_loaded_by_the_same_rules(tmp_path: Path) -> None:
+def test_a_weights_file_for_a_library_model_follows_the_same_rules(tmp_path: Path) -> None:
     source = build(ModelSettings(name="squeezenet1_1"), classes=1000, log=print)
     path = save(copy_of(source), tmp_path / "w.pth")
     settings = ModelSettings(name="squeezenet1_1", pretrained=str(path))
@@ -192,7 +192,7 @@ def test_a_malicious_pickle_is_refused_and_its_payload_does_not_run(tmp_path: Pa
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
-def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, suffix: str, damage: str) -> None:
+def test_a_damaged_file_is_reported_in_one_line(tmp_path: Path, suffix: str, damage: str) -> None:
     path = save(copy_of(Net()), tmp_path / f"w{suffix}")
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": bytes(range(1, 200))}[damage])
@@ -201,7 +201,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, suffix: str, damage
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_file_of_weights_says_what_would_be(tmp_path: Path) -> None:
+def test_a_file_without_weights_is_refused_with_the_accepted_formats(tmp_path: Path) -> None:
     with pytest.raises(RelayError, match="no file of weights at"):
         load_weights(Net(), tmp_path / "absent.pt")
     (tmp_path / "w.onnx").write_bytes(b"")
@@ -215,7 +215,7 @@ def test_what_is_no_file_of_weights_says_what_would_be(tmp_path: Path) -> None:
         load_weights(Net(), tmp_path / "mixed.pt")
 
 
-def test_a_checkpoints_folder_is_answered_with_the_file_in_it(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_suggests_the_file_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000010"
     folder.mkdir()
     save(copy_of(Net()), folder / "model.safetensors")

@@ -18,7 +18,7 @@ def rates(model: nn.Module, optimizer: torch.optim.Optimizer, option: str = "lr"
     return {names[id(p)]: group[option] for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_a_group_has_the_learning_rate_and_decay_that_it_says():
+def test_a_group_has_its_learning_rate_and_weight_decay():
     model = a_model()
     head = Group(match=["2.*"], lr=0.5, weight_decay=0.0)
     optimizer = SGD(lr=0.1, weight_decay=0.01, groups=[head])(model)
@@ -30,7 +30,7 @@ def test_a_group_has_the_learning_rate_and_decay_that_it_says():
     assert [len(group["params"]) for group in optimizer.param_groups] == [6, 2]
 
 
-def test_a_scale_multiplies_the_rate_that_a_parameter_would_have():
+def test_a_scale_multiplies_the_learning_rate():
     model = a_model()
     groups = [Group(match=["0.*"], lr_scale=0.1), Group(match=["2.*"], lr_scale=0)]
     found = rates(model, AdamW(lr=0.02, groups=groups)(model))
@@ -63,13 +63,13 @@ def test_a_frozen_group_is_not_trained_and_needs_no_gradient():
     assert set(rates(model, optimizer)) == {"2.weight", "2.bias"}
 
 
-def test_what_the_model_froze_stays_out():
+def test_frozen_parameters_are_excluded():
     model = a_model()
     model[0].requires_grad_(False)
     assert set(rates(model, SGD()(model))) == {"2.weight", "2.bias"}
 
 
-def test_a_group_does_not_make_norms_and_biases_decay():
+def test_norms_and_biases_in_a_group_do_not_decay():
     model = a_model()
     group = Group(match=["2.*"], weight_decay=0.3)
     found = rates(model, SGD(weight_decay=0.1, decay_norms_and_biases=False, groups=[group])(model), "weight_decay")
@@ -100,7 +100,7 @@ def test_shared_weights_are_trained_once():
         ([Group(match=["*"], freeze=True)], "no parameter is left to train"),
     ],
 )
-def test_a_pattern_that_means_nothing_is_an_error(groups, says):
+def test_a_useless_pattern_is_an_error(groups, says):
     with pytest.raises(UsageError, match=says):
         SGD(groups=groups)(a_model())
 

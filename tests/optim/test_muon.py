@@ -1,4 +1,4 @@
-"""Muon: what its orthogonalization does, which parameters get it, and that the others are trained as torch does."""
+"""Muon: its orthogonalization, the parameters that get it, and the others, trained as torch does."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def by_rule(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, set
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 144), (144, 16), (1, 9), (9, 1), (64, 576)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_singular_values_come_near_one_and_singular_vectors_stay(shape, dtype):
+def test_singular_values_approach_one_and_singular_vectors_are_kept(shape, dtype):
     given = matrix(*shape)
     found = orthogonalize(given, 5, dtype)
     values = torch.linalg.svdvals(found)
@@ -61,7 +61,7 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape, dtype):
     assert found.shape == given.shape
 
 
-def test_more_iterations_lift_small_singular_values():
+def test_more_iterations_raise_small_singular_values():
     u, _, v = torch.linalg.svd(matrix(16, 16))
     given = u @ torch.diag(torch.logspace(0, -3, 16)) @ v
     least = [float(torch.linalg.svdvals(orthogonalize(given, n)).min()) for n in (1, 3, 5, 8)]
@@ -99,7 +99,7 @@ def test_a_step_moves_a_convolution_along_its_orthogonalized_momentum(nesterov):
     assert torch.allclose(model[3].weight, expected, atol=1e-6)
 
 
-def test_a_tall_matrix_moves_more_so_that_its_output_moves_alike():
+def test_the_update_of_a_tall_matrix_is_scaled_up():
     model = nn.Sequential(nn.Linear(4, 64, bias=False), nn.Linear(64, 2, bias=False))
     before = model[0].weight.detach().clone()
     optimizer = Muon(lr=0.1, momentum=0.0, weight_decay=0.0, dtype="float32")(model)
@@ -108,7 +108,7 @@ def test_a_tall_matrix_moves_more_so_that_its_output_moves_alike():
     assert torch.allclose(before - model[0].weight, 0.1 * 4.0 * orthogonalize(gradient, 5), atol=1e-6)
 
 
-def test_normalised_weights_have_the_norm_of_their_rows_root_before_the_update():
+def test_normalized_weights_have_the_expected_norm_before_the_update():
     model = a_model()
     optimizer = Muon(lr=1e-9, normalize_weights=True, weight_decay=0.5)(model)
     fill_gradients(model)
@@ -124,7 +124,7 @@ def test_normalised_weights_have_the_norm_of_their_rows_root_before_the_update()
         ("adamw", AdamW(lr=0.07, weight_decay=0.01, betas=(0.85, 0.95))),
     ],
 )
-def test_the_rest_is_trained_as_torch_does_bit_for_bit(other, plain):
+def test_other_parameters_are_trained_bit_equal_to_torch(other, plain):
     ours, theirs = a_model(), a_model()
     settings = Muon(other=other, other_lr=0.07, other_momentum=0.85, weight_decay=0.01)
     for model, optimizer in ((ours, settings(ours)), (theirs, plain(theirs))):
@@ -136,7 +136,7 @@ def test_the_rest_is_trained_as_torch_does_bit_for_bit(other, plain):
         assert torch.equal(value, theirs.get_parameter(name)) == (name in rest), name
 
 
-def test_parameters_without_a_gradient_are_left_alone():
+def test_parameters_without_a_gradient_do_not_change():
     model = a_model()
     optimizer = Muon(other="sgd", weight_decay=0.1)(model)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -154,7 +154,7 @@ def test_a_closure_is_evaluated_with_gradients():
 # ------------------------------------------------------------------------------------------------ which parameters
 
 
-def test_convolutions_and_inner_layers_are_orthogonalized_and_the_head_is_not():
+def test_convolutions_and_hidden_layers_but_not_the_head_are_orthogonalized():
     model = a_model()
     optimizer = Muon()(model)
     assert isinstance(optimizer, MuonOptimizer)
@@ -170,7 +170,7 @@ def test_further_matrices_can_be_excluded():
     assert by_rule(model, Muon(exclude=["0.*"])(model))["muon"] == {"3.weight"}
 
 
-def test_a_pattern_of_matrices_that_matches_nothing_is_an_error():
+def test_an_exclude_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(UsageError, match=r"exclude: '33\.\*' matches no parameter; did you mean '3\.\*'"):
         Muon(exclude=["33.*"])(a_model())
 
@@ -187,7 +187,7 @@ def test_embeddings_tables_and_tokens_are_not_orthogonalized():
     }
 
 
-def test_a_model_without_inner_matrices_is_refused():
+def test_a_model_without_hidden_matrices_is_refused():
     with pytest.raises(UsageError, match="finds no matrix to train besides the head: use 'sgd' or 'adamw'"):
         Muon()(nn.Linear(4, 2))
 

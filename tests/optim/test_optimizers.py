@@ -1,4 +1,4 @@
-"""Optimizer settings: the same bits as plain torch optimizers, and errors that a person can mend."""
+"""Optimizer settings: the same bits as plain torch optimizers, and clear errors."""
 
 import json
 from itertools import pairwise
@@ -81,7 +81,7 @@ def with_values(settings):
         (Other(name="RMSprop", options={"alpha": 0.9}), lambda p: torch.optim.RMSprop(p, alpha=0.9)),
     ],
 )
-def test_the_weights_are_those_of_the_plain_torch_optimizer_bit_for_bit(settings, plain):
+def test_the_weights_are_bit_equal_to_those_of_the_torch_optimizer(settings, plain):
     ours, theirs = a_model(), a_model()
     train(ours, settings(ours), range(6))
     train(theirs, plain(theirs.parameters()), range(6))
@@ -97,7 +97,7 @@ def test_parameters_of_equal_options_are_one_group_in_the_models_order(settings)
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=with_values)
-def test_all_change_every_weight_and_twice_the_same_way(settings):
+def test_every_optimizer_is_deterministic_and_changes_every_weight(settings):
     first, second = a_model(), a_model()
     before = weights(first)
     for model in (first, second):
@@ -111,7 +111,7 @@ def test_all_change_every_weight_and_twice_the_same_way(settings):
 
 
 def on_disk(state: dict) -> dict:
-    """Send an optimizer's state through what a checkpoint is made of: JSON and safetensors."""
+    """Send an optimizer's state through JSON and safetensors, as in a checkpoint."""
     skeleton, tensors = pack(state)
     contiguous = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t) for name, t in tensors.items()}
     return unpack(json.loads(json.dumps(skeleton)), load(save(contiguous)))
@@ -119,7 +119,7 @@ def on_disk(state: dict) -> dict:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("settings", EVERY, ids=with_values)
-def test_five_steps_saved_restored_and_five_more_are_ten_byte_for_byte(settings, channels_last):
+def test_five_steps_a_restore_and_five_more_equal_ten_steps(settings, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     through, stopped, resumed = (a_model().to(memory_format=layout) for _ in range(3))
     train(through, settings(through), range(10))
@@ -151,7 +151,7 @@ def test_norms_and_biases_can_be_kept_from_decaying(settings):
     assert {name for name, decay in spared.items() if decay == 0.0} == {"1.weight", "1.bias", "4.bias"}
 
 
-def test_what_does_not_decay_keeps_its_value_without_a_gradient():
+def test_parameters_without_decay_keep_their_value_at_zero_gradient():
     model = a_model()
     optimizer = SGD(lr=0.1, weight_decay=0.5, decay_norms_and_biases=False)(model)
     for parameter in model.parameters():
@@ -177,7 +177,7 @@ def test_what_does_not_decay_keeps_its_value_without_a_gradient():
         *(({"name": name.lower()}, Other, name) for name in TORCH_NAMES),
     ],
 )
-def test_a_table_becomes_the_settings_that_its_name_says(table, kind, name):
+def test_a_table_becomes_the_settings_of_its_name(table, kind, name):
     found = parser.validate_python(table)
     assert type(found) is kind
     assert found.name == name
@@ -185,7 +185,7 @@ def test_a_table_becomes_the_settings_that_its_name_says(table, kind, name):
     assert parser.validate_python(found) is found
 
 
-def test_every_optimizer_of_torch_can_be_had_or_is_refused_with_a_reason():
+def test_every_torch_optimizer_is_supported_or_refused_with_a_reason():
     classes = {name: found for name, found in vars(torch.optim).items() if isinstance(found, type)}
     names = {name for name, found in classes.items() if issubclass(found, torch.optim.Optimizer)} - {"Optimizer"}
     for name in names - {"SparseAdam"}:
@@ -227,7 +227,7 @@ def test_every_optimizer_of_torch_can_be_had_or_is_refused_with_a_reason():
         ({"lern_rate": 0.1}, "Extra inputs"),
     ],
 )
-def test_what_is_wrong_is_named(table, says):
+def test_an_invalid_optimizer_is_reported(table, says):
     with pytest.raises(ValidationError) as caught:
         parser.validate_python(table)
     assert says in str(caught.value)
@@ -245,27 +245,27 @@ def test_what_is_wrong_is_named(table, says):
         ("schedule.warmup=5", "schedule.warmup: 5 has no unit: write '5 epochs' or '5 steps'"),
     ],
 )
-def test_a_wrong_word_on_the_command_line_is_answered_in_one_line(override, says):
+def test_a_wrong_setting_on_the_command_line_gives_one_line(override, says):
     with pytest.raises(UsageError) as caught:
         recipe.load("digits", [override])
     assert says in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_option_of_a_torch_class_may_stand_beside_its_learning_rate():
+def test_a_torch_class_takes_its_options_beside_the_learning_rate():
     flat = parser.validate_python({"name": "rmsprop", "lr": 0.1, "momentum": 0.5, "alpha": 0.9})
     nested = Other(name="RMSprop", lr=0.1, options={"momentum": 0.5, "alpha": 0.9})
     assert flat == nested
     assert flat(a_model()).param_groups[0]["momentum"] == 0.5
 
 
-def test_another_optimizer_has_the_learning_rate_that_torch_gives_it():
+def test_another_optimizer_has_torchs_default_learning_rate():
     assert Other(name="adadelta").lr == 1.0
     assert Other(name="rmsprop").lr == 0.01
     assert Other(name="adam").lr == 1e-3
 
 
-def test_what_has_settings_of_its_own_is_no_other():
+def test_other_refuses_optimizers_with_their_own_settings():
     with pytest.raises(UsageError, match="has settings of its own: use optim"):
         Other(name="AdamW")
 
@@ -275,7 +275,7 @@ def test_settings_cannot_be_changed_after_they_were_checked():
         SGD().lr = 3.0
 
 
-def test_a_recipe_keeps_its_optimizer_through_toml():
+def test_an_optimizer_round_trips_through_toml():
     import tomllib
 
     for settings in EVERY:
@@ -283,6 +283,6 @@ def test_a_recipe_keeps_its_optimizer_through_toml():
         assert again.optimizer == settings
 
 
-def test_public_names_are_sorted_and_there():
+def test_public_names_are_sorted_and_exist():
     assert all(hasattr(optim, name) for name in optim.__all__)
     assert all(a.lower() <= b.lower() or a.isupper() for a, b in pairwise(optim.__all__))

@@ -1,4 +1,4 @@
-"""Schedules: PyTorch's own rates, pure functions of the step, and a plateau whose state goes on."""
+"""Schedules: PyTorch's rates as pure functions of the step, and a plateau that resumes."""
 
 import json
 import math
@@ -35,10 +35,10 @@ def rates(settings, lr: float = LR) -> list[float]:
 
 
 def by_torch(scheduler, every: int = 1) -> list[float]:
-    """Return the rates of a torch scheduler that is stepped each so many steps."""
+    """Return the rates of a torch scheduler that is stepped every `interval` steps."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=LR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing is trained, which PyTorch warns of
+        warnings.simplefilter("ignore")  # PyTorch warns, since nothing is trained
         stepped = scheduler(optimizer)
         found = []
         for step in range(1, TOTAL + 1):
@@ -107,12 +107,12 @@ def kind(settings):
         (Constant(), lambda o: lr_scheduler.ConstantLR(o, 1.0), 1, 0.0),
     ],
 )
-def test_the_rates_are_those_of_torchs_scheduler(ours, theirs, every, tolerance):
+def test_the_rates_equal_those_of_torchs_scheduler(ours, theirs, every, tolerance):
     assert rates(ours) == pytest.approx(by_torch(theirs, every), abs=tolerance, rel=0)
 
 
 @pytest.mark.parametrize("patience", [0, 1, 3])
-def test_a_plateau_falls_when_torchs_does(patience):
+def test_a_plateau_decays_when_torchs_does(patience):
     scores = [
         0.1,
         0.3,
@@ -152,7 +152,7 @@ def test_a_plateau_falls_when_torchs_does(patience):
 # ------------------------------------------------------------------------------------------------ shapes
 
 
-def test_a_schedule_ends_where_it_says():
+def test_a_schedule_ends_at_its_final_rate():
     assert rates(Cosine(final_lr=0.01))[-1] == pytest.approx(0.01, abs=1e-4)
     assert rates(Linear())[-1] == pytest.approx(LR / TOTAL)
     assert rates(OneCycle())[-1] == pytest.approx(LR / 25 / 1e4)
@@ -162,7 +162,7 @@ def test_a_schedule_ends_where_it_says():
 
 
 @pytest.mark.parametrize("settings", STATELESS, ids=kind)
-def test_a_warm_up_rises_in_a_line_to_where_the_schedule_begins(settings):
+def test_a_warm_up_rises_linearly_to_the_start_of_the_schedule(settings):
     warm = rates(settings.model_copy(update={"warmup": type(Constant().warmup)("20 steps")}))
     first = rates(settings)[0]
     assert warm[:20] == pytest.approx([first * (0.01 + 0.99 * step / 20) for step in range(20)])
@@ -170,7 +170,7 @@ def test_a_warm_up_rises_in_a_line_to_where_the_schedule_begins(settings):
 
 
 @pytest.mark.parametrize("settings", [Cosine(final_lr=0.01), Linear(final_fraction=0.1), OneCycle()], ids=kind)
-def test_what_spans_the_run_spans_the_rest_after_a_warm_up(settings):
+def test_after_a_warm_up_a_schedule_spans_the_rest_of_the_run(settings):
     warm = type(settings)(**settings.model_dump(exclude={"warmup"}), warmup="20 steps").bind(STEPS_PER_EPOCH, TOTAL)
     short = settings.bind(STEPS_PER_EPOCH, TOTAL - 20)
     for step in range(TOTAL - 20):
@@ -183,14 +183,14 @@ def test_milestones_count_from_the_runs_start():
     assert marked.at(50, LR) == pytest.approx(LR / 10)
 
 
-def test_a_share_of_the_run_is_a_warm_up_as_well():
+def test_a_warm_up_may_be_a_share_of_the_run():
     assert rates(Linear(warmup="10%")) == rates(Linear(warmup="3 epochs")) == rates(Linear(warmup="21 steps"))
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=kind)
 @pytest.mark.parametrize(("steps_per_epoch", "total"), [(1, 1), (1, 2), (3, 3), (5, 20)])
 @pytest.mark.parametrize("warmup", ["0 steps", "1 step", "100 steps"])
-def test_the_shortest_runs_have_rates_too(settings, steps_per_epoch, total, warmup):
+def test_schedules_work_for_the_shortest_runs(settings, steps_per_epoch, total, warmup):
     schedule = type(settings)(**settings.model_dump(exclude={"warmup"}), warmup=warmup).bind(steps_per_epoch, total)
     for step in range(total):
         assert 0.0 <= schedule.at(step, LR) <= LR * (1 + 1e-12)
@@ -206,11 +206,11 @@ def test_a_warm_up_leaves_at_least_one_step_at_the_full_rate(settings, total):
 
 
 @pytest.mark.parametrize("settings", [*EVERY, Cosine(final_lr=0.1), Plateau(min_lr=0.1)], ids=kind)
-def test_what_is_held_fixed_stays_so(settings):
+def test_a_rate_of_zero_stays_zero(settings):
     assert set(rates(settings, 0.0)) == {0.0}
 
 
-def test_epochs_of_a_cosine_change_where_epochs_do_after_a_warm_up_too():
+def test_a_per_epoch_cosine_changes_at_epoch_boundaries_after_a_warm_up():
     found = rates(Cosine(per="epoch", warmup="10 steps", final_lr=0.01))
     changes = {step for step in range(11, TOTAL) if found[step] != found[step - 1]}
     assert changes == set(range(14, TOTAL, STEPS_PER_EPOCH))
@@ -222,7 +222,7 @@ def test_epochs_of_a_cosine_change_where_epochs_do_after_a_warm_up_too():
 
 
 @pytest.mark.parametrize("settings", STATELESS, ids=kind)
-def test_a_rate_depends_on_nothing_but_the_step(settings):
+def test_a_rate_depends_only_on_the_step(settings):
     schedule = settings.bind(STEPS_PER_EPOCH, TOTAL)
     backwards = [schedule.at(step, LR) for step in reversed(range(TOTAL))]
     schedule.update(0.5)
@@ -232,13 +232,13 @@ def test_a_rate_depends_on_nothing_but_the_step(settings):
 
 
 @pytest.mark.parametrize("settings", [s for s in EVERY if s.name != "cosine"], ids=kind)
-def test_one_factor_multiplies_all_rates(settings):
+def test_a_schedules_factor_multiplies_all_rates(settings):
     for one, ten in zip(rates(settings, 0.1), rates(settings, 1.0), strict=True):
         assert 10 * one == pytest.approx(ten)
 
 
 @pytest.mark.parametrize("settings", [*EVERY, Cosine(warmup="50%")], ids=kind)
-def test_a_rate_costs_next_to_nothing(settings):
+def test_computing_a_rate_is_fast(settings):
     schedule = settings.bind(100, 3000)
     costs = []
     for _ in range(5):
@@ -252,7 +252,7 @@ def test_a_rate_costs_next_to_nothing(settings):
 # ------------------------------------------------------------------------------------------------ the plateau's state
 
 
-def test_a_plateau_goes_on_from_a_checkpoint():
+def test_a_plateau_resumes_from_a_checkpoint():
     settings = Plateau(patience=1, factor=0.5)
     scores = [0.5, 0.4, 0.3, 0.6, 0.1, 0.1, 0.1, 0.7, 0.1, 0.1]
     for stop in range(len(scores)):
@@ -282,7 +282,7 @@ def test_a_plateau_never_raises_a_rate_that_was_low_from_the_start():
 
 
 @pytest.mark.parametrize("settings", EVERY, ids=kind)
-def test_a_table_becomes_the_schedule_that_its_name_says(settings):
+def test_a_table_becomes_the_schedule_of_its_name(settings):
     table = parser.dump_python(settings, mode="json")
     assert parser.validate_python(table) == settings
     assert parser.validate_python({**table, "name": table["name"].upper()}) == settings
@@ -290,11 +290,11 @@ def test_a_table_becomes_the_schedule_that_its_name_says(settings):
 
 
 @pytest.mark.parametrize("name", ["OneCycle", "one_cycle", "ONE_CYCLE", "onecycle"])
-def test_a_name_may_be_written_like_its_class(name):
+def test_a_schedule_name_may_be_spelled_like_its_class(name):
     assert parser.validate_python({"name": name}) == OneCycle()
 
 
-def test_a_plateau_starts_afresh_where_the_run_had_another_schedule():
+def test_a_plateau_starts_fresh_after_another_schedule():
     schedule = Plateau().bind(STEPS_PER_EPOCH, TOTAL)
     schedule.load_state_dict(Cosine().bind(STEPS_PER_EPOCH, TOTAL).state_dict())
     assert schedule.at(0, LR) == LR
@@ -319,7 +319,7 @@ def test_without_a_name_the_rate_is_constant():
         ({"name": "plateau", "factor": 1.5}, "less than 1"),
     ],
 )
-def test_a_wrong_schedule_is_named(table, says):
+def test_an_invalid_schedule_is_reported(table, says):
     with pytest.raises(ValidationError) as caught:
         parser.validate_python(table)
     assert says in str(caught.value)

@@ -1,4 +1,4 @@
-"""Recipes: what ships, what is written down, and what is said of a wrong one."""
+"""Recipes: shipped ones, printing, overrides, and errors."""
 
 import json
 import tomllib
@@ -30,13 +30,13 @@ def said_of(capsys, *overrides: str, name: str = "digits") -> str:
 
 
 @pytest.mark.parametrize("name", shipped.headers())
-def test_a_shipped_recipe_survives_being_written_down(name):
+def test_a_shipped_recipe_round_trips_through_toml(name):
     loaded = recipe.load(name)
     assert recipe.parse(tomllib.loads(loaded.to_toml()), name) == loaded
 
 
 @pytest.mark.parametrize("name", shipped.headers())
-def test_a_shipped_recipe_is_headed_by_what_it_does_and_its_command(name):
+def test_a_shipped_recipe_starts_with_its_purpose_and_command(name):
     lines = shipped.path(name).read_text().splitlines()
     assert lines[0].startswith("# ")
     assert lines[0].endswith(".")
@@ -63,8 +63,8 @@ def settings_classes() -> list[type[Settings]]:
 
 
 @pytest.mark.parametrize("settings", settings_classes(), ids=lambda settings: settings.__name__)
-def test_each_key_has_a_meaning(settings):
-    """`name` of a tagged table is its tag, and explains itself."""
+def test_each_key_has_a_description(settings):
+    """`name`, the tag of a table, needs no description."""
     meanings = settings.meanings()
     assert settings.model_fields.keys() - meanings.keys() <= {"name"}, f"of {settings.__name__} have no docstring"
     for meaning in meanings.values():
@@ -72,7 +72,7 @@ def test_each_key_has_a_meaning(settings):
         assert meaning.endswith((".", ".)"))
 
 
-def test_meanings_are_inherited_and_a_class_without_source_has_none():
+def test_descriptions_are_inherited_and_need_the_source():
     class Warmer(tr.optim.Cosine):
         warmth: int = 3
         """How warm."""
@@ -83,7 +83,7 @@ def test_meanings_are_inherited_and_a_class_without_source_has_none():
     assert typed_in.meanings() == tr.optim.Cosine.meanings()
 
 
-def test_a_recipe_is_printed_with_the_meaning_and_the_default_of_each_key():
+def test_a_printed_recipe_has_the_description_and_default_of_each_key():
     lines = recipe.load("digits", ["optimizer.lr=0.3"]).to_toml().splitlines()
     assert "[optimizer]" in lines
     (rate,) = [line for line in lines if line.startswith("lr = ")]
@@ -96,7 +96,7 @@ def test_a_recipe_is_printed_with_the_meaning_and_the_default_of_each_key():
             assert "#" in line
 
 
-def test_the_schema_is_one_by_which_an_editor_completes():
+def test_the_schema_supports_completion_in_editors():
     schema = json.loads(recipe.schema())
     assert set(schema["properties"]) == set(recipe.Recipe.model_fields)
     assert schema["additionalProperties"] is False
@@ -108,7 +108,7 @@ def test_the_schema_is_one_by_which_an_editor_completes():
     assert transforms
 
 
-def test_the_schema_in_the_docs_is_this_one():
+def test_the_schema_in_the_docs_is_up_to_date():
     """`make docs` writes it."""
     assert (Path(__file__).parents[2] / "docs" / "reference" / "recipe.schema.json").read_text() == recipe.schema()
 
@@ -158,21 +158,21 @@ def test_the_python_name_is_the_same_class():
         ("run.seed=9223372036854775807", "run", "seed", 2**63 - 1),
     ],
 )
-def test_an_override_takes_the_type_that_the_key_wants(override, section, key, value):
+def test_an_override_takes_the_type_of_its_key(override, section, key, value):
     assert getattr(getattr(recipe.load("digits", [override]), section), key) == value
 
 
-def test_the_last_of_equal_overrides_counts():
+def test_the_last_override_of_a_key_wins():
     assert recipe.load("digits", ["run.epochs=3", "run.epochs=4"]).run.epochs == 4
 
 
-def test_another_optimizer_starts_from_its_own_defaults_whatever_the_order():
+def test_another_optimizer_starts_from_its_own_defaults_in_any_order():
     for overrides in (["optimizer.lr=0.5", "optimizer.name=adamw"], ["optimizer.name=adamw", "optimizer.lr=0.5"]):
         assert recipe.load("digits", overrides).optimizer == tr.optim.AdamW(lr=0.5)
     assert recipe.load("digits", ["optimizer.name=sgd"]) == recipe.load("digits")
 
 
-def test_a_recipe_of_ones_own_is_a_file(tmp_path):
+def test_a_recipe_file_is_loaded(tmp_path):
     file = tmp_path / "my own.toml"
     file.write_text('[run]\nepochs = 2\n[data]\naugment = ["flip"]\n')
     loaded = recipe.load(str(file), ["run.seed=5"])
@@ -206,7 +206,7 @@ def test_an_old_key_of_an_optimizer_and_an_old_transform_are_accepted():
         assert recipe.load("digits", ['data.augment=["colour_jitter"]']).data.augment == [ColorJitter()]
 
 
-def test_an_old_name_is_accepted_from_python_and_warned_of_once_in_a_call():
+def test_an_old_name_works_in_python_and_warns_once_per_call():
     with pytest.warns(FutureWarning, match=r"data\.normalise has been renamed") as seen:
         assert DataSettings(normalise=False) == DataSettings(normalize=False)
     assert len(seen) == 1
@@ -214,7 +214,7 @@ def test_an_old_name_is_accepted_from_python_and_warned_of_once_in_a_call():
         tr.RunSettings(normalise=False)
 
 
-def test_a_recipe_with_old_names_is_no_change_to_a_run():
+def test_a_recipe_with_old_names_does_not_change_a_run():
     new = recipe.load("digits", ['data.augment=[{name="color_jitter", hue=0.2}]', "data.normalize=false"])
     record = new.model_dump(mode="json", exclude_none=True)
     old = json.loads(json.dumps(record).replace('"normalize"', '"normalise"').replace("color_jitter", "colour_jitter"))
@@ -282,11 +282,11 @@ def test_a_recipe_with_old_names_is_no_change_to_a_run():
         ("data.augment=[flip]", "[flip] isn't a TOML value: put its strings in double quotes"),
     ],
 )  # fmt: skip
-def test_a_wrong_override_is_answered_in_one_plain_line(override, says, capsys):
+def test_a_wrong_override_gives_one_line(override, says, capsys):
     assert says in said_of(capsys, override)
 
 
-def test_several_faults_are_counted(capsys):
+def test_several_errors_are_counted(capsys):
     assert said_of(capsys, "run.epochs=0", "run.sed=3").endswith("did you mean 'seed'? (and 1 more)")
 
 
@@ -302,7 +302,7 @@ def test_several_faults_are_counted(capsys):
         (b"[optimizer]\nlr = 0.1\n[optimiser]\nlr = 0.1", "unknown key 'optimiser'; did you mean 'optimizer'?"),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_wrong(content, says, tmp_path, capsys):
+def test_an_invalid_file_is_reported_with_the_cause(content, says, tmp_path, capsys):
     file = tmp_path / "wrong.toml"
     file.write_bytes(content)
     text = said_of(capsys, name=str(file))
@@ -316,7 +316,7 @@ def test_only_a_shipped_name_or_a_file_is_a_recipe(name, capsys, tmp_path, monke
     assert f"there is no recipe '{name}'" in said_of(capsys, name=name)
 
 
-def test_a_file_may_have_the_environment_that_a_run_wrote_down(tmp_path):
+def test_a_recipe_file_may_contain_a_recorded_environment(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('[run]\nepochs = 2\n[environment]\ntorch = "9.9"\n')
     assert recipe.load(str(file)).run.epochs == 2

@@ -1,4 +1,4 @@
-"""The shipped recipes as they stand: each trains on two devices, and says on how many it can continue."""
+"""Each unchanged shipped recipe trains on two devices, and logs on how many it can continue."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ DATA = {
 }
 
 
-def test_the_data_of_each_recipe_is_here():
+def test_each_recipe_has_test_data():
     assert DATA.keys() == shipped.headers().keys()
 
 
@@ -44,7 +44,7 @@ QUICK = ("digits", "image-folder")
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(DATA.keys() - QUICK))]
 )
-def test_a_shipped_recipe_trains_on_two_devices_as_it_stands(cli, tmp_path, name):
+def test_an_unchanged_shipped_recipe_trains_on_two_devices(cli, tmp_path, name):
     (tmp_path / "tiny.py").write_text(CODE)
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
     write_idx(tmp_path, samples=24)

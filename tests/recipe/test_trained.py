@@ -1,4 +1,4 @@
-"""A run's folder gives back its model: the predictions are those of the trainer."""
+"""A model loaded from a run folder predicts like its trainer."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def linear() -> nn.Module:
     return nn.Linear(4, 3)
 
 
-def test_a_recipes_run_needs_its_folder_alone(tmp_path, quiet, digits):
+def test_a_recipe_run_loads_from_its_folder_alone(tmp_path, quiet, digits):
     run = tmp_path / "run"
     trainer = build_trainer(recipe.load("digits", ["run.epochs=1", "model.ema=0.9"]), run, terminal=quiet)
     trainer.fit()
@@ -75,12 +75,12 @@ def test_a_run_from_python_needs_its_model(tmp_path, quiet, changes):
             tr.load(tmp_path / "run", model=linear())
 
 
-def test_what_is_no_run_is_named(tmp_path):
+def test_a_folder_without_a_run_is_reported(tmp_path):
     with pytest.raises(UsageError, match="isn't a run: it has no recipe"):
         tr.load(tmp_path)
 
 
-def test_a_run_from_python_evaluates_on_other_images_by_the_names_of_their_classes(tmp_path, quiet):
+def test_a_run_from_python_evaluates_other_images_by_class_name(tmp_path, quiet):
     for name, gray in (("black", 0), ("white", 255), ("other", 127)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(4):

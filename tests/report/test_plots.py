@@ -1,4 +1,4 @@
-"""Tables and plots: what they say, that nothing overlaps or is cut off, and that they are the same each time."""
+"""Tables and plots: contents, no overlapping or clipped text, and reproducible bytes."""
 
 import io
 import json
@@ -97,7 +97,7 @@ def drawn(figure: Figure) -> np.ndarray[Any, Any]:
 
 
 def shown_texts(figure: Figure) -> list[Text]:
-    """Return the texts that are seen, once the figure is drawn: matplotlib keeps more ticks than it shows."""
+    """Return the visible texts after drawing: matplotlib keeps more ticks than it shows."""
     figure.draw_without_rendering()
     seen: list[Text] = [*figure.texts]
     for axes in figure.axes:
@@ -121,7 +121,7 @@ def shown_texts(figure: Figure) -> list[Text]:
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def test_a_line_that_a_kill_left_half_written_is_left_out(tmp_path: Path) -> None:
+def test_a_half_written_last_line_is_skipped(tmp_path: Path) -> None:
     lines = lines_of(2)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for cut in (1, 2, 20, len(json.dumps(lines[-1]))):
@@ -129,18 +129,18 @@ def test_a_line_that_a_kill_left_half_written_is_left_out(tmp_path: Path) -> Non
         assert read_metrics(tmp_path) == (lines if cut == 1 else lines[:-1])
 
 
-def test_a_character_cut_in_its_middle_is_no_error(tmp_path: Path) -> None:
+def test_a_truncated_utf8_character_is_not_an_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + '{"note": "größe'.encode()[:-4])
     assert read_metrics(tmp_path) == [{"step": 1}]
 
 
-def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
+def test_damage_before_the_last_line_is_reported(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(RelayError, match=r"line 2 of .*metrics\.jsonl is damaged"):
         read_metrics(tmp_path)
 
 
-def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_metrics_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RelayError, match=r"has no metrics\.jsonl: give the folder of a run"):
         read_metrics(tmp_path)
 
@@ -154,11 +154,11 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
         ("nothing", Headline("loss", percent=False, higher_is_better=False)),
     ],
 )
-def test_the_headline_metric_is_guessed_from_the_metrics(name: str, expected: Headline) -> None:
+def test_the_headline_metric_is_inferred_from_the_metrics(name: str, expected: Headline) -> None:
     assert headline_of(RUNS[name]) == expected
 
 
-def test_the_best_goes_by_the_validation_part_and_is_the_first_of_several() -> None:
+def test_the_best_epoch_is_the_first_best_on_the_validation_part() -> None:
     lines = [
         {"step": 1, "epoch": 1, "split": "validation", "accuracy": None},
         {"step": 1, "epoch": 1, "split": "test", "accuracy": 0.9},
@@ -177,7 +177,7 @@ def test_the_best_goes_by_the_validation_part_and_is_the_first_of_several() -> N
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def test_the_table_has_a_row_an_epoch_and_a_star_at_the_best() -> None:
+def test_the_table_has_a_row_per_epoch_and_marks_the_best() -> None:
     assert metrics_table(lines_of(3)) == (
         "   epoch  train accuracy  test accuracy  train loss  test loss     lr  samples/s    time\n"
         "       1          40.00%         48.00%      2.0000     2.0000  0.075      1,128  44.3 s\n"
@@ -186,7 +186,7 @@ def test_the_table_has_a_row_an_epoch_and_a_star_at_the_best() -> None:
     )
 
 
-def test_the_table_leaves_out_what_was_not_measured_and_says_what_is_no_number() -> None:
+def test_the_table_omits_unmeasured_columns_and_shows_nan() -> None:
     lines = [
         {"step": 9, "epoch": 1, "split": "train", "loss": None},
         {"step": 18, "epoch": 2, "split": "train", "loss": 0.5},
@@ -210,7 +210,7 @@ def panels(figure: Figure) -> dict[str, Axes]:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
-def test_the_curves_say_what_was_reached_and_where() -> None:
+def test_the_curves_show_the_best_value_and_its_epoch() -> None:
     figure = draw_curves(lines_of(30), "first")
     said = texts(figure)
     assert "first" in said
@@ -218,7 +218,7 @@ def test_the_curves_say_what_was_reached_and_where() -> None:
     assert {"train 98.00%", "test 86.67%", "best 88.44%", "train 0.0667", "test 1.0333", "learning rate"} <= set(said)
 
 
-def test_the_legend_covers_no_curve_where_there_is_room() -> None:
+def test_the_legend_covers_no_curve_if_there_is_room() -> None:
     figure = draw_curves(lines_of(30), "first")
     figure.draw_without_rendering()
     for name in ("accuracy", "loss"):
@@ -231,7 +231,7 @@ def test_the_legend_covers_no_curve_where_there_is_room() -> None:
             assert not any(box.contains(x, y) for x, y in points), (name, line.get_label())
 
 
-def test_the_curves_are_the_metrics() -> None:
+def test_the_curves_show_the_metrics() -> None:
     panel = panels(draw_curves(lines_of(30), "first"))["accuracy"]
     train, test, ring = panel.lines
     assert train.get_xydata() == pytest.approx(np.array([(e, 1 - 0.6 / e) for e in range(1, 31)]))
@@ -239,7 +239,7 @@ def test_the_curves_are_the_metrics() -> None:
     assert ring.get_xydata() == pytest.approx(np.array([(29, 0.8844)]))
 
 
-def test_an_epoch_cut_short_stands_where_it_ended() -> None:
+def test_a_partial_epoch_is_drawn_where_it_ended() -> None:
     lines = lines_of(3)
     cut = [line for line in lines if line["step"] <= 120]
     cut.append({"step": 120, "epoch": 3, "split": "train", "loss": 1.0, "accuracy": 0.5, "lr": 0.0})
@@ -247,7 +247,7 @@ def test_an_epoch_cut_short_stands_where_it_ended() -> None:
     assert list(train.get_xdata()) == [1, 2, 2.4]
 
 
-def test_what_is_no_number_is_a_gap_and_is_said() -> None:
+def test_nan_is_a_gap_with_a_note() -> None:
     figure = draw_curves(RUNS["diverging"], "diverging")
     panel = panels(figure)["loss"]
     losses = panel.lines[1].get_ydata()
@@ -273,7 +273,7 @@ def test_a_constant_learning_rate_has_no_strip() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_no_text_of_the_curves_is_cut_off_or_overlaps_another(name: str) -> None:
+def test_no_text_of_the_curves_is_clipped_or_overlaps(name: str) -> None:
     figure = draw_curves(RUNS[name], 20 * "long name ")
     seen = [(text.get_text(), text.get_window_extent()) for text in shown_texts(figure)]
     assert len(seen) > 4
@@ -302,13 +302,13 @@ def test_the_same_metrics_give_the_same_bytes(tmp_path: Path, name: str) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
-def test_dollars_and_underscores_in_a_runs_name_are_themselves(tmp_path: Path) -> None:
+def test_dollars_and_underscores_in_a_runs_name_are_literal(tmp_path: Path) -> None:
     folder = written(tmp_path / "lr_$0.1$_", lines_of(2))
     curves(folder)
     assert "lr_$0.1$_" in texts(draw_curves(lines_of(2), folder.name))
 
 
-def test_plots_leave_matplotlib_as_it_was_and_need_no_display(tmp_path: Path) -> None:
+def test_plots_restore_matplotlib_and_need_no_display(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", lines_of(2))
     script = f"""
 import sys
@@ -336,7 +336,7 @@ def cells(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].texts]
 
 
-def test_the_confusion_matrix_has_counts_as_numbers_and_shares_as_colours() -> None:
+def test_the_confusion_matrix_shows_counts_and_colors_shares() -> None:
     figure = confusion_matrix(torch.tensor([[90, 10], [0, 1900]]), ["cat", "dog"])
     assert cells(figure) == ["90", "10", "0", "1,900"]
     assert figure.axes[0].images[0].get_array().tolist() == [[0.9, 0.1], [0, 1]]  # type: ignore[union-attr]
@@ -353,7 +353,7 @@ def test_a_class_without_samples_is_blank_and_wrong_names_are_replaced_by_number
 
 
 @pytest.mark.parametrize(("classes", "counted"), [(20, True), (21, False), (100, False), (1000, False)])
-def test_above_twenty_classes_there_is_no_room_for_numbers(classes: int, counted: bool) -> None:
+def test_above_twenty_classes_the_confusion_matrix_has_no_numbers(classes: int, counted: bool) -> None:
     figure = confusion_matrix(torch.eye(classes).long())
     assert len(cells(figure)) == (classes**2 if counted else 0)
     assert len(figure.axes[0].get_yticks()) <= 50
@@ -363,7 +363,7 @@ def test_above_twenty_classes_there_is_no_room_for_numbers(classes: int, counted
     ("classes", "name"),
     [(2, "{}"), (10, "class{}"), (20, "a class with a very long name, number {}"), (100, "class_{}"), (500, "{}")],
 )
-def test_no_text_of_the_confusion_matrix_is_cut_off(classes: int, name: str) -> None:
+def test_no_text_of_the_confusion_matrix_is_clipped(classes: int, name: str) -> None:
     matrix = torch.full((classes, classes), 12_345)
     figure = confusion_matrix(matrix, [name.format(index) for index in range(classes)])
     for text in shown_texts(figure):
@@ -372,14 +372,14 @@ def test_no_text_of_the_confusion_matrix_is_cut_off(classes: int, name: str) -> 
         assert page.y0 <= box.y0 < box.y1 <= page.y1, text
 
 
-def test_numbers_can_be_read_on_their_colours() -> None:
+def test_numbers_are_readable_on_their_colors() -> None:
     figure = confusion_matrix(torch.tensor([[100, 0], [50, 50]]))
     assert [text.get_color() for text in figure.axes[0].texts] == ["white", "#c4c4c4", "white", "white"]
     picture = drawn(figure)
     assert (picture == drawn(confusion_matrix(torch.tensor([[100, 0], [50, 50]])))).all()
 
 
-def test_names_in_letters_that_the_font_lacks_are_drawn_without_a_word(tmp_path, recwarn):
+def test_names_with_missing_glyphs_are_drawn_without_warnings(tmp_path, recwarn):
     save(confusion_matrix(torch.eye(2, dtype=torch.int64) * 5, ("七", "🐈")), tmp_path / "names.png")
     assert (tmp_path / "names.png").stat().st_size > 1000
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -1,4 +1,4 @@
-"""The run's folder: its name, its lock, its lines, and what is said where it can't be written."""
+"""The run folder: its name, its lock, its files, and errors when it can't be written."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def run(tmp_path, quiet):
 # ------------------------------------------------------------------------------------------------ names
 
 
-def test_a_folder_that_is_free_keeps_its_name(tmp_path):
+def test_a_free_folder_keeps_its_name(tmp_path):
     assert free_folder("digits", tmp_path) == tmp_path / "digits"
     for expected in ("digits", "digits-2", "digits-3"):
         folder = free_folder("digits", tmp_path)
@@ -48,7 +48,7 @@ def test_a_folder_that_is_free_keeps_its_name(tmp_path):
     assert free_folder("digits", tmp_path).name == "digits-2"
 
 
-def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
+def test_a_folder_with_a_run_is_not_reused(run, quiet):
     run.write_recipe({"run": {"epochs": 1}})
     run.record({"step": 1, "epoch": 1, "split": "step"})
     run.close()
@@ -59,7 +59,7 @@ def test_a_folder_that_holds_a_run_is_not_used_again(run, quiet):
     opened(run.path, quiet, resume=True).close()
 
 
-def test_a_folder_of_somebodys_files_is_refused_and_left_as_it_is(tmp_path, quiet):
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path, quiet):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "0.png").write_bytes(b"a photograph")
     with pytest.raises(UsageError, match="isn't empty and holds no run, but cat: choose a new or an empty folder"):
@@ -67,14 +67,14 @@ def test_a_folder_of_somebodys_files_is_refused_and_left_as_it_is(tmp_path, quie
     assert [path.name for path in tmp_path.iterdir()] == ["cat"]
 
 
-def test_an_empty_folder_and_one_of_a_start_that_failed_are_taken(tmp_path, quiet):
+def test_an_empty_folder_and_one_of_a_failed_start_are_used(tmp_path, quiet):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".DS_Store").write_text("of a file manager")
     opened(tmp_path / "empty", quiet).close()
     opened(tmp_path / "empty", quiet).close()
 
 
-def test_all_that_a_run_writes_is_known_as_its_own(digits, quiet, tmp_path):
+def test_all_files_of_a_run_are_recognized(digits, quiet, tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     tr.Trainer(model, *digits, epochs=1, run=tmp_path / "run", terminal=quiet).fit()
     (tmp_path / "run" / "recipe.toml").unlink()
@@ -107,7 +107,7 @@ time.sleep(300)
 
 
 def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet):
-    """Even where a forked child of the holder lives on."""
+    """Even if a forked child of the holder survives."""
     folder = tmp_path / "run"
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -130,7 +130,7 @@ def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet
         holder.stdout.close()
 
 
-def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path, quiet, monkeypatch):
+def test_a_file_system_without_locks_is_a_clear_error(tmp_path, quiet, monkeypatch):
     def refuse(file, flags):
         raise LockException("No locks available")
 
@@ -142,7 +142,7 @@ def test_a_file_system_without_locks_is_an_error_that_says_so(tmp_path, quiet, m
 # ------------------------------------------------------------------------------------------------ its files
 
 
-def test_a_line_of_metrics_is_json_that_any_reader_takes(run):
+def test_a_line_of_metrics_is_standard_json(run):
     run.record({"step": 1, "split": "train", "loss": math.nan, "accuracy": math.inf, "name": "Zähler"})
     (line,) = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line, parse_constant=pytest.fail) == {
@@ -150,7 +150,7 @@ def test_a_line_of_metrics_is_json_that_any_reader_takes(run):
     }  # fmt: skip
 
 
-def test_a_line_of_the_log_has_its_time(run):
+def test_a_log_line_has_a_timestamp(run):
     run.say("hello")
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d hello\n", (run.path / "log.txt").read_text())
 
@@ -162,7 +162,7 @@ def test_the_recipe_is_written_whole_and_read_again(run):
     assert not list(run.path.glob("*.partial"))
 
 
-def test_metrics_are_cut_back_to_a_checkpoint(run):
+def test_metrics_are_truncated_to_a_checkpoint(run):
     run.record({"step": 1, "split": "train", "loss": 1.0})
     lines = run.metrics_lines
     run.record({"step": 2, "split": "train", "loss": 0.5})
@@ -197,8 +197,8 @@ def train(digits, quiet, folder: Path, epochs: int = 3) -> tr.Trainer:
     return tr.Trainer(model, *digits, epochs=epochs, batch_size=100, run=folder, terminal=quiet)
 
 
-def test_a_torn_line_of_metrics_is_no_hindrance(digits, quiet, tmp_path, same_runs):
-    """As kill -9 in the middle of a write leaves it."""
+def test_a_half_written_line_of_metrics_is_dropped_at_a_resume(digits, quiet, tmp_path, same_runs):
+    """As after kill -9 in the middle of a write."""
 
     class Stumble(tr.Callback):
         def on_step(self, trainer, batch, loss) -> None:

@@ -1,4 +1,4 @@
-"""Pictures drawn beside the training, by a process of their own that leaves nothing behind."""
+"""Plots drawn during training, by a separate process that cleans up."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_both_pictures_are_drawn_from_the_files_of_the_folder(folder: Path) -> None:
+def test_both_plots_are_drawn_from_the_run_folder(folder: Path) -> None:
     found = {"accuracy_by_class": {"cat": 0.75, "dog": 1.0}, "confusion_matrix": [[3, 1], [0, 2]]}
     (folder / "evaluation.json").write_text(json.dumps(found))
     said: list[str] = []
@@ -43,7 +43,7 @@ def test_both_pictures_are_drawn_from_the_files_of_the_folder(folder: Path) -> N
             assert min(picture.size) >= 300
 
 
-def test_an_error_is_said_and_is_no_error_of_the_run(folder: Path) -> None:
+def test_a_plotting_error_is_logged_and_does_not_fail_the_run(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("{ damaged\n{}\n")
     said: list[str] = []
     drawing = PlotProcess(folder, said.append)
@@ -55,9 +55,7 @@ def test_an_error_is_said_and_is_no_error_of_the_run(folder: Path) -> None:
     assert "\n" not in text
 
 
-def test_without_an_interpreter_nothing_is_drawn_and_that_is_said(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_an_interpreter_plots_are_skipped_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(folder / "no-python"))
     said: list[str] = []
     drawing = PlotProcess(folder, said.append)
@@ -68,7 +66,7 @@ def test_without_an_interpreter_nothing_is_drawn_and_that_is_said(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a drawing ends by itself, a second later")
-def test_nothing_draws_on_when_the_training_is_killed(folder: Path) -> None:
+def test_the_plot_process_ends_when_the_training_is_killed(folder: Path) -> None:
     os.mkfifo(folder / "evaluation.json")  # whoever reads it waits for ever
     script = f"""
 import sys, time
@@ -110,7 +108,7 @@ print("matplotlib" in sys.modules)
     assert (tmp_path / "run" / "curves.png").exists()
 
 
-def test_a_drawing_gives_way_to_the_training(folder: Path) -> None:
+def test_the_plot_process_has_a_low_priority(folder: Path) -> None:
     said: list[str] = []
     drawing = PlotProcess(folder, said.append)
     drawing.start(HEADLINE)

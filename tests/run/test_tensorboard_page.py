@@ -1,4 +1,4 @@
-"""A person opens TensorBoard on a run: a real server, a real browser, and what can be seen in it."""
+"""TensorBoard on a run: a real server, a real browser, and what it shows."""
 
 import io
 import json
@@ -42,7 +42,7 @@ return found;
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write what a short training on scikit-learn's digits would write."""
+    """Write the events of a short training on scikit-learn's digits."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -88,7 +88,7 @@ def address(run: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Start headless Chromium with a profile of its own."""
+    """Start headless Chromium with a new profile."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -136,7 +136,7 @@ def open_page(browser: Any, address: str, name: str) -> Callable[[str], list[Any
 
 
 def seen(browser: Any) -> str:
-    """Return what can be read in the page, for the message of a failure."""
+    """Return the page's text, for failure messages."""
     return f"not on the page, which says: {browser.find_element('tag name', 'body').text}"
 
 
@@ -145,20 +145,20 @@ def pixels(png: bytes) -> Pixels:
 
 
 def keep(browser: Any, path: Path) -> None:
-    """Keep a screenshot for people, and see to it that something is in it."""
+    """Save a screenshot, and assert that it isn't blank."""
     assert browser.save_screenshot(str(path))
     assert len(np.unique(pixels(path.read_bytes()).reshape(-1, 3), axis=0)) > 50
 
 
 def curve(chart: Any) -> Pixels:
-    """Return the (column, row) places of a chart's coloured pixels: its curve, as axes and grid are grey."""
+    """Return the (column, row) of a chart's colored pixels, which are its curve: axes and grid are gray."""
     picture = pixels(chart.screenshot_as_png)
     rows, columns = np.nonzero(picture.max(axis=2) - picture.min(axis=2) > 25)
     return np.stack([columns, rows], axis=1)
 
 
 def is_drawn(chart: Any) -> bool:
-    """Say whether a curve goes through most of a chart's columns."""
+    """Return whether a curve covers most of a chart's columns."""
     return len(np.unique(curve(chart)[:, 0])) > 0.6 * int(chart.size["width"])
 
 
@@ -200,7 +200,7 @@ def test_the_first_batch_and_the_confusion_matrix_are_shown(browser: Any, addres
     keep(browser, tmp_path / "images.png")
 
 
-def test_the_settings_stand_in_a_table_beside_what_they_led_to(browser: Any, address: str, tmp_path: Path) -> None:
+def test_the_hparams_table_shows_settings_and_results(browser: Any, address: str, tmp_path: Path) -> None:
     find = open_page(browser, address, "hparams")
 
     def cells() -> list[str]:

@@ -1,4 +1,4 @@
-"""What people see: lines, the bar, errors; on a real pseudo-terminal and through a real pipe."""
+"""Terminal output: lines, the progress bar, errors; on a real pseudo-terminal and through a real pipe."""
 
 import fcntl
 import functools
@@ -64,7 +64,7 @@ TRAINING = """
 
 @functools.cache
 def run_in_terminal(script: str, columns: int, *arguments: str, **variables: str) -> str:
-    """Run Python code on a pseudo-terminal of so many columns and return all that it wrote there."""
+    """Run Python code on a pseudo-terminal of `columns` columns, and return its output."""
     outer, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in {"COLUMNS", "LINES", "NO_COLOR"}}
@@ -91,7 +91,7 @@ def run_in_pipe(script: str, *arguments: str, **variables: str) -> subprocess.Co
 # ------------------------------------------------------------------------------------------------ lines
 
 
-def test_the_epoch_line_is_the_references() -> None:
+def test_the_epoch_line_has_the_documented_format() -> None:
     splits = {"train": {"accuracy": 0.4242, "loss": 1.5921}, "test": {"accuracy": 0.5148, "loss": 1.3312}}
     assert epoch_line(1, 30, splits, rate=1128.4, seconds=44.31) == (
         "epoch  1: train accuracy 42.42%   test accuracy 51.48%   loss 1.5921 / 1.3312   1,128 images/s   44.3 s"
@@ -108,21 +108,21 @@ def test_epoch_lines_stay_in_their_columns_below_ten_percent() -> None:
     assert few.index("test") == many.index("test")
 
 
-def test_a_metric_that_is_no_share_is_written_as_a_number() -> None:
+def test_a_metric_that_is_not_a_share_is_a_plain_number() -> None:
     line = epoch_line(
         2, 5, {"train": {"mean_squared_error": 0.51, "loss": 0.51}}, headline="mean_squared_error", percent=False
     )
     assert line == "epoch 2: train mean squared error 0.5100   loss 0.5100"
 
 
-def test_a_loss_that_is_the_headline_stands_there_once() -> None:
+def test_a_headline_loss_is_shown_once() -> None:
     line = epoch_line(
         2, 5, {"train": {"loss": 3.25}, "test": {"loss": 3.5}}, headline="loss", percent=False, unit="texts", rate=9
     )
     assert line == "epoch 2: train loss 3.2500   test loss 3.5000   9 texts/s"
 
 
-def test_a_split_without_the_headline_is_left_out() -> None:
+def test_a_split_without_the_headline_metric_is_omitted() -> None:
     line = epoch_line(1, 1, {"train": {"loss": 1.0}, "validation": {"f1": 0.5, "loss": 2.0}}, headline="f1")
     assert line == "epoch 1: validation f1 50.00%   loss 1.0000 / 2.0000"
 
@@ -131,7 +131,7 @@ def test_a_split_without_the_headline_is_left_out() -> None:
     ("value", "text"),
     [(0.0, "0.0000"), (1.5921, "1.5921"), (0.00012345, "0.0001234"), (123456.0, "1.235e+05"), (float("nan"), "nan")],
 )
-def test_numbers_keep_four_digits_that_count(value: float, text: str) -> None:
+def test_numbers_keep_four_significant_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
@@ -140,15 +140,15 @@ def test_numbers_keep_four_digits_that_count(value: float, text: str) -> None:
     [(44.31, "44.3 s", "0:44"), (59.96, "1 min 00 s", "1:00"), (725, "12 min 05 s", "12:05"),
      (3599.7, "1 h 00 min", "1:00:00"), (42_600, "11 h 50 min", "11:50:00"), (190_000, "52 h 46 min", "2 d 04:46")],
 )  # fmt: skip
-def test_durations_read_like_durations(seconds: float, long: str, short: str) -> None:
+def test_durations_have_readable_units(seconds: float, long: str, short: str) -> None:
     assert (duration(seconds), clock_time(seconds)) == (long, short)
 
 
-def test_a_diverged_metric_is_shown_as_such() -> None:
+def test_a_diverged_metric_is_shown() -> None:
     assert metric(float("nan"), percent=True).strip() == "nan%"
 
 
-def test_through_a_pipe_lines_are_plain_whole_and_at_once() -> None:
+def test_lines_through_a_pipe_are_plain_and_flushed() -> None:
     done = run_in_pipe(TRAINING)
     assert done.stdout.splitlines() == [
         "starting [data] " + 10 * "long text ",
@@ -161,7 +161,7 @@ def test_through_a_pipe_lines_are_plain_whole_and_at_once() -> None:
     assert done.stderr == "error: no such key [model]: [bold]x[/bold]\n"
 
 
-def test_a_line_is_written_out_when_it_is_said() -> None:
+def test_a_line_is_flushed_immediately() -> None:
     with subprocess.Popen(
         [
             sys.executable,
@@ -176,7 +176,7 @@ def test_a_line_is_written_out_when_it_is_said() -> None:
         process.kill()
 
 
-def test_quiet_says_nothing_but_errors() -> None:
+def test_quiet_prints_only_errors() -> None:
     done = run_in_pipe(TRAINING, "quiet")
     assert done.stdout == "printed by a user\n"
     assert done.stderr.startswith("error: ")
@@ -185,13 +185,13 @@ def test_quiet_says_nothing_but_errors() -> None:
     assert lines == ["printed by a user", "error: no such key [model]: [bold]x[/bold]"]
 
 
-def test_what_a_stream_cannot_encode_does_no_harm() -> None:
+def test_characters_that_a_stream_cannot_encode_are_replaced() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Terminal(stream=stream).say("größe … 3")
     assert stream.buffer.getvalue() == b"gr??e ? 3\n"  # type: ignore[attr-defined]
 
 
-def test_a_training_goes_on_when_nobody_reads_any_more(tmp_path: Path) -> None:
+def test_a_training_continues_after_its_output_is_closed(tmp_path: Path) -> None:
     script = f"""
         import time
         from pathlib import Path
@@ -219,7 +219,7 @@ def test_a_training_goes_on_when_nobody_reads_any_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
-def test_on_a_terminal_no_frame_of_the_bar_is_wider_than_it(columns: int) -> None:
+def test_no_frame_of_the_bar_is_wider_than_the_terminal(columns: int) -> None:
     shown = run_in_terminal(TRAINING, columns)
     frames = [ANSI.sub("", part) for part in re.split(r"[\r\n]+", shown)]
     bars = [frame for frame in frames if "━" in frame]
@@ -229,7 +229,7 @@ def test_on_a_terminal_no_frame_of_the_bar_is_wider_than_it(columns: int) -> Non
     assert any("evaluating" in frame for frame in frames)
 
 
-def test_the_bar_goes_and_the_lines_stay() -> None:
+def test_the_bar_is_erased_and_the_lines_stay() -> None:
     shown = run_in_terminal(TRAINING, 80)
     assert shown.count("\x1b[2K") > 3  # erased between frames
     assert shown.rindex("━") < shown.index("over")
@@ -250,13 +250,13 @@ def test_errors_are_red_and_square_brackets_are_text() -> None:
     assert "starting [data]" in shown
 
 
-def test_no_color_is_respected() -> None:
+def test_no_color_disables_colors() -> None:
     shown = run_in_terminal(TRAINING, 80, NO_COLOR="1")
     assert not re.search(r"\x1b\[(\d+;)*[39]\d(;\d+)*m", shown)
     assert re.search(r"epoch  \d/30 ╸? +\d%", shown)  # the part to do is told from the part done by its shape
 
 
-def test_a_terminal_that_can_do_nothing_gets_plain_lines() -> None:
+def test_a_dumb_terminal_gets_plain_lines() -> None:
     assert "\x1b" not in run_in_terminal(TRAINING, 80, TERM="dumb")
 
 
@@ -278,7 +278,7 @@ def test_a_worker_forked_under_the_bar_can_print() -> None:
     assert shown.count("from a worker") == 20
 
 
-def test_the_bar_reads_five_times_a_second_and_is_told_nothing() -> None:
+def test_the_bar_polls_five_times_a_second() -> None:
     script = TRAINING.replace('terminal.say("over")', 'terminal.say(f"reads: {state.reads}")')
     found = re.search(r"reads: (\d+)", run_in_terminal(script, 80))
     assert found is not None
@@ -287,7 +287,7 @@ def test_the_bar_reads_five_times_a_second_and_is_told_nothing() -> None:
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -306,7 +306,7 @@ def frame(bar: Bar, width: int, encoding: str = "utf-8") -> str:
 
 
 def bar_after(steps: int, seconds_a_step: float, **more: object) -> Bar:
-    """Return a bar that has watched so many steps of 256 samples, of 3900."""
+    """Return a bar after `steps` of 3900 steps of 256 samples."""
     clock, state = Clock(), {"step": 0}
     bar = Bar(lambda: Counters(2, 10, state["step"], 3900, 256 * state["step"], **more), clock=clock)  # type: ignore[arg-type]
     for _ in range(steps):
@@ -326,7 +326,7 @@ def test_the_bar_shows_all_facts_in_one_line_of_80_columns() -> None:
     assert len(wide) == 120
 
 
-def test_narrow_terminals_lose_what_matters_least() -> None:
+def test_narrow_terminals_omit_the_least_important_facts() -> None:
     bar = bar_after(390, 0.25, loss=1.59214)
     assert frame(bar, 60).split()[-5:] == ["╸", "390/3,900", "1,024", "images/s", "1:38<14:38"]
     assert frame(bar, 40).split()[-1] == "1:38<14:38"
@@ -344,7 +344,7 @@ def test_a_long_run_has_all_its_facts_in_80_columns_too() -> None:
     assert "107 images/s  loss 0.0123  0:04<3:53:56" in shown
 
 
-def test_an_evaluation_is_named_and_does_not_spoil_the_rate() -> None:
+def test_the_bar_names_an_evaluation_and_keeps_the_rate() -> None:
     clock = Clock()
     state = {"step": 0, "phase": ""}
     bar = Bar(lambda: Counters(1, 1, state["step"], 100, 10 * state["step"], phase=state["phase"]), clock=clock)  # type: ignore[arg-type, operator]
@@ -366,7 +366,7 @@ def test_steps_longer_than_the_window_still_have_a_rate() -> None:
     assert "26 images/s" in frame(bar_after(5, 10.0), 80)
 
 
-def test_the_first_step_which_may_compile_is_left_out_of_the_time_left() -> None:
+def test_the_remaining_time_ignores_the_first_step() -> None:
     clock, state = Clock(), {"step": 0}
     bar = Bar(lambda: Counters(1, 1, state["step"], 10, 0), clock=clock)
     clock.now += 600
@@ -378,7 +378,7 @@ def test_the_first_step_which_may_compile_is_left_out_of_the_time_left() -> None
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_that_does_not_know_the_bar_gets_another(encoding: str) -> None:
+def test_a_terminal_without_unicode_gets_an_ascii_bar(encoding: str) -> None:
     shown = frame(bar_after(390, 0.25), 120, encoding)
     assert "----" in shown
     assert shown.isascii()

@@ -22,7 +22,7 @@ from torchrelay.run.trackers import TensorBoard
 
 
 def lines_of(epochs: int, steps: int = 40, every: int = 10) -> list[dict[str, Any]]:
-    """Return the metrics of a run as metrics.jsonl has them."""
+    """Return the metrics of a run as in metrics.jsonl."""
     lines: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
         inside = {"epoch": epoch, "split": "step"}
@@ -70,7 +70,7 @@ def test_train_and_test_share_a_group_of_charts(tmp_path: Path) -> None:
     assert found["accuracy/train"] == [(40, 0.5), (80, pytest.approx(2 / 3))]
 
 
-def test_a_chart_has_one_point_a_step_though_two_lines_tell_of_it(tmp_path: Path) -> None:
+def test_a_chart_has_one_point_per_step(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for line in lines_of(epochs=2):
         board.write(line)
@@ -85,7 +85,7 @@ def test_points_carry_the_time_of_their_line(tmp_path: Path) -> None:
     assert [point.wall_time for point in read(tmp_path).Scalars("loss/test")] == [1.7e9 + 1]
 
 
-def test_a_diverged_loss_is_a_point_whether_it_comes_from_the_run_or_from_the_file(tmp_path: Path) -> None:
+def test_a_diverged_loss_is_a_point_from_the_run_and_from_the_file(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for step, loss in enumerate((math.inf, math.nan, None)):
         board.write({"step": step, "epoch": 1, "split": "test", "loss": loss, "note": "no number", "by_class": [1.0]})
@@ -107,7 +107,7 @@ def test_a_line_is_one_event(tmp_path: Path) -> None:
     assert len(list(RawEventFileLoader(str(file)).Load())) == 1 + len(lines_of(epochs=1))
 
 
-def test_after_a_resume_no_point_is_doubled_and_none_is_missing(tmp_path: Path) -> None:
+def test_after_a_resume_no_point_is_duplicate_or_missing(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     board = TensorBoard(whole)
     for line in lines_of(epochs=4):
@@ -157,7 +157,7 @@ print([name for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib",
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_a_batch_is_shown_as_the_images_it_came_from(tmp_path: Path) -> None:
+def test_a_normalized_batch_is_shown_as_its_original_images(tmp_path: Path) -> None:
     original = torch.randint(0, 256, (70, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     mean, std = torch.tensor([0.49, 0.48, 0.44]), torch.tensor([0.2, 0.19, 0.21])
     normalized = (original / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -203,17 +203,17 @@ def test_the_missing_images_of_a_last_row_are_white() -> None:
     assert (grid[134:262, 2:130] == 0).all()
 
 
-def test_images_that_are_no_numbers_are_black() -> None:
+def test_images_with_nan_are_black() -> None:
     assert (image_grid(torch.full((1, 1, 200, 200), math.nan))[2:-2, 2:-2] == 0).all()
 
 
 @pytest.mark.parametrize("inputs", [torch.zeros(8, 64), torch.zeros(8, 12, dtype=torch.int64), [torch.zeros(2)], {}])
-def test_inputs_that_are_no_images_are_left_out(tmp_path: Path, inputs: Any) -> None:
+def test_inputs_that_are_not_images_are_skipped(tmp_path: Path, inputs: Any) -> None:
     TensorBoard(tmp_path).images("first batch", inputs, None, None, step=0)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_figure_and_a_png_file_look_the_same(tmp_path: Path) -> None:
+def test_a_figure_and_a_png_file_give_the_same_image(tmp_path: Path) -> None:
     figure = Figure(figsize=(2, 1))
     figure.add_subplot().plot([1, 2, 3])
     figure.savefig(tmp_path / "figure.png", dpi=100)
@@ -226,7 +226,7 @@ def test_a_figure_and_a_png_file_look_the_same(tmp_path: Path) -> None:
 
 
 def test_a_png_file_is_shown_byte_for_byte(tmp_path: Path) -> None:
-    """Taken apart and put together again, it would take many times its memory."""
+    """Decoding and encoding it again would take many times its memory."""
     Image.new("L", (40, 30), 200).save(tmp_path / "grey.png")
     board = TensorBoard(tmp_path / "tensorboard")
     board.figure("grey", tmp_path / "grey.png", step=3)
@@ -245,7 +245,7 @@ def hyperparameters(folder: Path) -> dict[str, Any]:
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
 
 
-def test_settings_stand_in_the_runs_own_folder_with_what_they_led_to(tmp_path: Path) -> None:
+def test_hparams_and_results_are_written_to_the_run_folder(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for line in lines_of(epochs=2):
         board.write(line)
@@ -264,7 +264,7 @@ def test_settings_stand_in_the_runs_own_folder_with_what_they_led_to(tmp_path: P
     assert all(path.is_file() for path in tmp_path.iterdir())
 
 
-def test_a_run_that_ends_again_after_a_resume_shows_its_new_settings_only(tmp_path: Path) -> None:
+def test_a_resumed_run_shows_only_its_new_settings(tmp_path: Path) -> None:
     for epochs in (2, 4):
         board = TensorBoard(tmp_path)
         board.rewrite(lines_of(epochs))
@@ -275,7 +275,7 @@ def test_a_run_that_ends_again_after_a_resume_shows_its_new_settings_only(tmp_pa
     assert files(tmp_path) == [".hparams", ".scalars"]
 
 
-def test_the_metrics_of_a_file_are_the_charts(tmp_path: Path) -> None:
+def test_metrics_from_a_file_give_the_same_charts(tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines_of(epochs=2))
     board = TensorBoard(tmp_path)
     board.rewrite(map(json.loads, text.splitlines()))

@@ -1,4 +1,4 @@
-"""Boxes: torchvision's models as they are, and what is measured of them."""
+"""Detection: unchanged torchvision models, and their metrics."""
 
 import importlib.util
 from typing import Any
@@ -34,7 +34,7 @@ class Rectangles(Dataset):
 
 
 class Mean(nn.Module):
-    """A detector in little: it has layers of both modes, and its losses are means over the images."""
+    """A minimal detector with mode-dependent layers; its losses are means over the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def trainer(model: nn.Module, quiet: Any, **arguments: Any) -> tr.Trainer:
     return tr.Trainer(model, data(6), data(5), task=Detection(), terminal=quiet, **arguments)
 
 
-def test_the_losses_are_means_over_all_images_by_their_names(quiet):
+def test_the_losses_are_reported_by_name_as_means_over_images(quiet):
     torch.manual_seed(0)
     model = Mean()
     found = trainer(model, quiet, optimizer=tr.optim.SGD(lr=0.0)).fit()
@@ -95,7 +95,7 @@ def test_a_model_that_returns_no_losses_is_refused(quiet):
         trainer(Boxes(1, 1), quiet).fit()
 
 
-def test_without_the_extra_the_loss_selects_the_best_and_one_line_says_so(tmp_path, monkeypatch):
+def test_without_the_extra_the_loss_selects_the_best_checkpoint_with_a_hint(tmp_path, monkeypatch):
     present = importlib.util.find_spec
     missing = ("pycocotools", "faster_coco_eval")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else present(name))
@@ -105,7 +105,7 @@ def test_without_the_extra_the_loss_selects_the_best_and_one_line_says_so(tmp_pa
     assert log.count("hint: only losses are measured") == 1
 
 
-def test_a_box_found_and_one_missed_are_half_of_the_precision():
+def test_one_found_and_one_missed_box_give_half_the_precision():
     pytest.importorskip("pycocotools")
     metric = MeanAveragePrecision()
     box, other = torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.tensor([[20.0, 20.0, 29.0, 29.0]])
@@ -117,7 +117,7 @@ def test_a_box_found_and_one_missed_are_half_of_the_precision():
     assert float(found["map"]) == pytest.approx(0.5, abs=0.01)
 
 
-def test_faster_rcnn_of_torchvision_trains_as_it_is(quiet):
+def test_torchvisions_faster_rcnn_trains_unchanged(quiet):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.BatchNorm2d(16), nn.ReLU())
     backbone.out_channels = 16

@@ -1,4 +1,4 @@
-"""One class per pixel: against PyTorch's own loss and torchmetrics, and learned for real."""
+"""Segmentation: equal to PyTorch's loss and torchmetrics, and it learns."""
 
 import pytest
 import torch
@@ -26,18 +26,18 @@ def masks() -> torch.Tensor:
     return masks
 
 
-def test_the_loss_of_parts_is_the_mean_over_the_pixels_that_count(logits, masks):
+def test_the_loss_is_the_mean_over_pixels_that_are_not_ignored(logits, masks):
     task = Segmentation(4)
     parts = [task.loss(*part) for part in zip(logits.split(4), masks.split(4), strict=True)]
     expected = F.cross_entropy(logits, masks, ignore_index=IGNORED)
     torch.testing.assert_close(torch.stack(parts).sum() / task.weight(masks), expected)
 
 
-def test_masks_may_be_bytes(logits, masks):
+def test_masks_may_be_uint8(logits, masks):
     assert torch.equal(Segmentation(4).loss(logits, masks.byte()), Segmentation(4).loss(logits, masks))
 
 
-def test_a_dict_of_outputs_has_a_loss_each_and_the_first_is_predicted(logits, masks):
+def test_each_output_of_a_dict_has_a_loss_and_the_first_is_predicted(logits, masks):
     task = Segmentation(4, aux_weight=0.25)
     found = task.loss({"out": logits, "aux": -logits}, masks)
     assert torch.equal(found["out"], task.loss(logits, masks))
@@ -45,7 +45,7 @@ def test_a_dict_of_outputs_has_a_loss_each_and_the_first_is_predicted(logits, ma
     assert torch.equal(task.predict({"out": logits, "aux": -logits}), logits.argmax(1))
 
 
-def test_pixel_accuracy_counts_the_pixels_that_count(logits, masks):
+def test_pixel_accuracy_skips_ignored_pixels(logits, masks):
     task = Segmentation(4)
     right = sum(int(p == t) for p, t in zip(logits.argmax(1).flatten(), masks.flatten(), strict=True) if t != IGNORED)
     assert task.measure(logits, masks) == {"pixel_accuracy": right}
@@ -66,7 +66,7 @@ def test_iou_agrees_with_torchmetrics(logits, masks):
     assert metrics["confusion_matrix"].compute().sum() == (masks != IGNORED).sum()
 
 
-def test_a_class_out_of_range_is_named_before_the_first_step(quiet):
+def test_a_class_out_of_range_is_reported_before_the_first_step(quiet):
     masks = torch.zeros(4, 8, 8, dtype=torch.int64)
     masks[2, 1, 1] = 7
     with pytest.raises(RelayError, match=r"sample 2 has label 7: the 3 classes are 0 to 2"):
@@ -78,14 +78,14 @@ def test_outputs_of_another_size_are_refused(logits, masks):
         Segmentation(4).loss(logits[..., :3], masks)
 
 
-def test_a_recipe_names_it_and_the_data_says_how_many_classes():
+def test_a_recipe_selects_segmentation_with_the_classes_of_the_data():
     data = tr.data.arrays(torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4).long(), ("sky", "sea"))
     task = build_task(tr.LossSettings(name="segmentation"), data)
     assert isinstance(task, Segmentation)
     assert task.classes == 2
 
 
-def test_a_convolution_learns_to_tell_bright_from_dark_pixels(quiet):
+def test_a_convolution_learns_to_separate_bright_from_dark_pixels(quiet):
     images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     data = tr.data.arrays(images, (images[:, 0] > 0.5).long(), ("dark", "bright"))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Tasks: what a batch means, against PyTorch's own losses, and learnt for real."""
+"""Tasks: equal to PyTorch's losses, and they learn."""
 
 import math
 from collections import Counter
@@ -26,7 +26,7 @@ def targets() -> torch.Tensor:
 
 
 def mean_loss(task: tr.Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss as the trainer has it: the sum over the parts, divided by the weight of the whole."""
+    """The trainer's loss: the sum over the parts, divided by the total weight."""
     parts = [task.loss(o, t) for o, t in zip(outputs.split(16), targets.split(16), strict=True)]
     return torch.stack(parts).sum() / task.weight(targets)
 
@@ -50,13 +50,13 @@ def test_mixed_targets_are_probabilities(logits, targets, smoothing):
     torch.testing.assert_close(found, F.cross_entropy(logits, mixed, label_smoothing=smoothing))
 
 
-def test_mixed_targets_that_are_pure_weigh_as_the_classes_they_name(logits, targets):
+def test_one_hot_targets_have_the_weights_of_their_classes(logits, targets):
     task = tr.Classification(class_weights=torch.linspace(0.5, 2.0, 7))
     pure = F.one_hot(targets, 7).float()
     torch.testing.assert_close(mean_loss(task, logits, pure), mean_loss(task, logits, targets))
 
 
-def test_accuracy_counts_who_is_right_and_takes_the_larger_part_of_a_mixture(logits, targets):
+def test_accuracy_uses_the_larger_part_of_a_mixed_target(logits, targets):
     right = (logits.argmax(1) == targets).sum()
     mixed = 0.7 * F.one_hot(targets, 7).float() + 0.3 * F.one_hot(targets.roll(1), 7).float()
     for given in (targets, mixed):
@@ -82,17 +82,17 @@ def test_classification_metrics_agree_with_torchmetrics(logits, targets, form):
         torch.testing.assert_close(metric.compute().nan_to_num(0), beside[name].compute(), check_dtype=False)
 
 
-def test_five_classes_have_no_top5():
+def test_five_classes_have_no_top5_accuracy():
     assert set(tr.Classification(classes=5).metrics()) == {"accuracy_by_class", "confusion_matrix"}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_an_impossible_smoothing_is_refused(share):
+def test_an_invalid_label_smoothing_is_refused(share):
     with pytest.raises(UsageError, match="choose a share from 0 up to, not including, 1"):
         tr.Classification(label_smoothing=share)
 
 
-def test_balanced_weights_make_every_class_count_alike():
+def test_balanced_weights_give_every_class_the_same_weight():
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
     weights = balanced_weights(targets, 4)
     sums = [float(weights[targets][targets == c].sum()) for c in range(3)]
@@ -100,8 +100,8 @@ def test_balanced_weights_make_every_class_count_alike():
     assert torch.isfinite(weights).all()  # a class that the data doesn't have
 
 
-def test_weighted_classes_change_what_is_learnt(quiet):
-    """One feature that says nothing: the network can only learn how often it pays to say a class."""
+def test_class_weights_change_the_learned_probabilities(quiet):
+    """With one constant feature, the network can only learn the class frequencies."""
     x, y = torch.ones(200, 1), (torch.arange(200) % 10 == 0).long()  # a tenth is of class 1
     said = {}
     for name, weights in (("plain", None), ("balanced", balanced_weights(y, 2))):
@@ -165,7 +165,7 @@ def test_multilabel_is_the_mean_binary_cross_entropy(positive_weights):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.int64, torch.bool])
-def test_multilabel_metrics_are_those_of_torchmetrics_to_the_bit(kind):
+def test_multilabel_metrics_are_bit_equal_to_torchmetrics(kind):
     generator = torch.Generator().manual_seed(1)
     probabilities, targets = torch.rand(70, 5, generator=generator), torch.rand(70, 5, generator=generator) < 0.3
     targets[:, 2], targets[:, 3], probabilities[:, 3] = False, False, 0.1  # never present; nor predicted
@@ -182,7 +182,7 @@ def test_multilabel_metrics_are_those_of_torchmetrics_to_the_bit(kind):
         assert torch.equal(found, expected), name
 
 
-def test_several_labels_are_learnt(quiet, tmp_path):
+def test_multilabel_classification_learns(quiet, tmp_path):
     x, y = multilabel_data()
     torch.manual_seed(0)
     trainer = tr.Trainer(
@@ -205,7 +205,7 @@ def test_several_labels_are_learnt(quiet, tmp_path):
     assert found["f1"] == pytest.approx(float(2 * true_positives / (said.sum() + y[500:].sum())), abs=1e-6)
 
 
-def test_the_names_of_labels_say_how_many_there_are(quiet):
+def test_label_names_give_the_number_of_labels(quiet):
     x, y = multilabel_data()
     data = tr.data.arrays(x, y, classes=("sweet", "sour", "salty"))
     trainer = tr.Trainer(nn.Linear(5, 3), data, data, task=tr.MultiLabel(), epochs=1, terminal=quiet)
@@ -214,7 +214,7 @@ def test_the_names_of_labels_say_how_many_there_are(quiet):
     assert set(trainer.last_evaluation.to_json(trainer.classes)["f1_by_label"]) == {"sweet", "sour", "salty"}
 
 
-def test_multilabel_without_a_number_of_labels_says_so():
+def test_multilabel_without_a_number_of_labels_is_refused():
     with pytest.raises(RelayError, match=r"give MultiLabel\(labels=...\)"):
         tr.MultiLabel().metrics()
 
@@ -258,7 +258,7 @@ def test_regression_of_another_shape_is_refused():
         tr.Regression().loss(torch.zeros(4, 3), torch.zeros(4))
 
 
-def test_several_numbers_count_one_by_one():
+def test_several_regression_targets_are_averaged():
     outputs, targets = torch.arange(6.0).view(3, 2), torch.ones(3, 2)
     torch.testing.assert_close(mean_loss(tr.Regression(), outputs, targets), F.mse_loss(outputs, targets))
     assert tr.Regression().count(targets) == 6
@@ -268,7 +268,7 @@ def test_several_numbers_count_one_by_one():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_next_token_leaves_out_what_is_padding(smoothing):
+def test_next_token_ignores_padding(smoothing):
     generator = torch.Generator().manual_seed(0)
     logits, tokens = torch.randn(6, 5, 9, generator=generator), torch.randint(9, (6, 5), generator=generator)
     tokens[1, 2:] = tokens[4] = -100
@@ -279,7 +279,7 @@ def test_next_token_leaves_out_what_is_padding(smoothing):
     assert int(task.measure(F.one_hot(tokens.clamp(min=0), 9), tokens)["accuracy"]) == 22
 
 
-def test_a_character_model_learns_more_than_how_often_each_character_is(quiet, tmp_path):
+def test_a_character_model_beats_character_frequencies(quiet, tmp_path):
     text = "the relay goes on: one runner stops, another runs, the flame stays alight. " * 60
     (tmp_path / "text.txt").write_text(text)
     train, test = tr.data.text(tmp_path / "text.txt", length=32)
@@ -307,7 +307,7 @@ def test_a_character_model_learns_more_than_how_often_each_character_is(quiet, t
 
 
 class Ranked(tr.Task):
-    """Which of two is larger: a task in eight lines, whose weight is a number of pairs."""
+    """Which of two is larger: a task in eight lines that weighs by pairs."""
 
     headline = "agreement"
     higher_is_better = True
@@ -330,7 +330,7 @@ class Score(nn.Module):
         return self.layer(pairs)[..., 0]
 
 
-def test_a_task_of_ones_own_is_trained_and_chooses_the_best(quiet, tmp_path):
+def test_a_custom_task_trains_and_selects_the_best_checkpoint(quiet, tmp_path):
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randn(400, 2, 4, generator=generator)
     truth = torch.sign(pairs[:, 0, 1] - pairs[:, 1, 1])
@@ -351,6 +351,6 @@ def test_a_task_of_ones_own_is_trained_and_chooses_the_best(quiet, tmp_path):
     assert trainer.predict(pairs[:5]).shape == (5, 2)
 
 
-def test_a_task_without_a_loss_says_what_to_define(digits, quiet):
+def test_a_task_without_a_loss_names_the_method_to_define(digits, quiet):
     with pytest.raises(UsageError, match=r"Task has no loss: define loss\(outputs, targets\)"):
         tr.Trainer(nn.Linear(64, 10), digits[0], task=tr.Task(), terminal=quiet)

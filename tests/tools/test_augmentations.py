@@ -1,4 +1,4 @@
-"""The picture of all transforms: it is written, and every row shows a change."""
+"""The picture of all transforms: every row shows a change."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ ROWS = 11
 
 @pytest.fixture(scope="module")
 def bands(tmp_path_factory) -> list[np.ndarray]:
-    """Return the images' part of each row of the written picture."""
+    """Return the image area of each row of the picture."""
     path = tmp_path_factory.mktemp("picture") / "folder" / "augmentations.png"
     augmentations.main(["--out", str(path)])
     tile, gap, left = augmentations.TILE, augmentations.GAP, augmentations.LEFT

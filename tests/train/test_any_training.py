@@ -1,4 +1,4 @@
-"""Batches, losses and optimizers of every kind, exact on 1, 2 and 4 processes; as a script, this is the processes."""
+"""Batches, losses and optimizers of every kind, exact on 1, 2 and 4 processes; as a script, this is one of them."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def dicts() -> dict[str, Any]:
 
 
 def padded() -> dict[str, Any]:
-    """A sample is padded to the longest of its replica, whichever process computes that."""
+    """A sample is padded to the longest of its replica, regardless of the process."""
 
     class Mean(nn.Module):
         def __init__(self) -> None:
@@ -100,7 +100,7 @@ def padded() -> dict[str, Any]:
 
 
 class Boxes(tr.Task):
-    """A detector in little: lists of images of different sizes, and of dicts with their boxes."""
+    """A minimal detector: lists of images of different sizes, and of dicts with their boxes."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         return model(batch.inputs)
@@ -152,7 +152,7 @@ def vae() -> dict[str, Any]:
 
 
 class Adversarial(tr.Task):
-    """Two updates with an optimizer each; the critic's loss takes gradients with respect to its inputs."""
+    """Two updates, each with its optimizer; the critic's loss takes gradients with respect to its inputs."""
 
     updates = ("critic", "generator")
 
@@ -198,7 +198,7 @@ def distillation() -> dict[str, Any]:
 
 
 class SAM(torch.optim.SGD):
-    """Sharpness-aware minimization (Foret et al., ICLR 2021): a gradient at the weights, another one uphill of them."""
+    """Sharpness-aware minimization (Foret et al., ICLR 2021): one gradient at the weights and one uphill of them."""
 
     needs_closure = True
 
@@ -232,7 +232,7 @@ def lbfgs() -> dict[str, Any]:
 
 
 def criterion() -> dict[str, Any]:
-    """What a PyTorch user has: a loss that ignores some labels and weighs the others, and an optimizer."""
+    """A PyTorch loss that ignores some labels and weighs the others, and a PyTorch optimizer."""
     labels = torch.where(torch.arange(SAMPLES) % 5 == 0, -100, LABELS)
     model, arrays = nn.Linear(4, 3), (numbers(SAMPLES, 4), labels)
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]))
@@ -311,7 +311,7 @@ def test_predictions_of_several_processes_are_those_of_one(runs, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(runs, same_runs, name, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bytes(runs, same_runs, name, tmp_path):
     class Stop(tr.Callback):
         def on_step(self, trainer: Any, batch: Any, loss: Tensor) -> None:
             if trainer.step == 2:
@@ -331,7 +331,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(runs, same_runs, name,
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_replicas_gradients_add_up_to_those_of_one(name):
+def test_the_gradients_of_replicas_add_up_to_those_of_one_replica(name):
     if name in ("padded", "gan", "vae", "sam", "lbfgs", "tuples", "dicts"):
         pytest.skip("its outputs depend on the replicas: padding, random numbers, BatchNorm's statistics")
     several = build(name, epochs=1)
@@ -345,7 +345,7 @@ def test_the_replicas_gradients_add_up_to_those_of_one(name):
 # ------------------------------------------------------------------------------------------ against hand-written loops
 
 
-def test_lbfgs_trains_as_in_a_hand_written_loop():
+def test_lbfgs_trains_like_a_hand_written_loop():
     inputs, targets = numbers(40, 4), LABELS[:40]
     torch.manual_seed(0)
     by_hand = nn.Linear(4, 3)
@@ -373,7 +373,7 @@ def test_lbfgs_trains_as_in_a_hand_written_loop():
     torch.testing.assert_close(trainer.model.weight, by_hand.weight)
 
 
-def test_only_its_own_optimizer_moves_a_part():
+def test_each_update_changes_only_its_own_submodule():
     trainer = build("gan", epochs=1)
     before = {name: value.clone() for name, value in trainer.model.critic.named_parameters()}
     for group in trainer.train_step.updates[0].optimizer.param_groups:
@@ -392,7 +392,7 @@ def lines(run: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in found if line["split"] == split]
 
 
-def test_the_parts_of_a_loss_add_up_to_it_in_every_line(runs):
+def test_the_parts_of_a_loss_add_up_in_every_line(runs):
     run = runs / "1" / "vae"
     for split in ("train", "test"):
         for line in lines(run, split):
@@ -426,7 +426,7 @@ def test_callbacks_log_numbers_images_texts_and_histograms(tmp_path):
     assert "words/text_summary" in found["tensors"]
 
 
-def test_logging_outside_of_a_training_says_so():
+def test_logging_outside_of_training_is_an_error():
     with pytest.raises(UsageError, match=r"tr.log\('x'\) is for tasks and callbacks, and nothing is being trained"):
         tr.log("x", 1.0)
 
@@ -443,7 +443,7 @@ def test_logging_outside_of_a_training_says_so():
         (lambda outputs, targets: {"a": 1.0}, "is float: return a sum"),
     ],
 )
-def test_a_loss_of_another_shape_is_named_with_what_was_expected(returned, says):
+def test_a_loss_of_another_shape_is_reported_with_the_expected_one(returned, says):
     class Wrong(tr.Task):
         def loss(self, outputs: Any, targets: Any) -> Any:
             return returned(outputs, targets)
@@ -454,12 +454,12 @@ def test_a_loss_of_another_shape_is_named_with_what_was_expected(returned, says)
         trainer.fit()
 
 
-def test_a_task_without_a_loss_says_what_to_define():
+def test_a_task_without_a_loss_names_the_method_to_define():
     with pytest.raises(UsageError, match=r"Task has no loss: define loss\(outputs, targets\), summed over the samples"):
         build("distillation", task=tr.Task())
 
 
-def test_optimizers_that_are_not_the_tasks_updates_are_refused():
+def test_optimizers_that_do_not_match_the_updates_are_refused():
     with pytest.raises(UsageError, match="Adversarial has the updates critic, generator: give an optimizer for each"):
         build("gan", optimizer=tr.optim.SGD())
     with pytest.raises(UsageError, match="Linear has no submodule 'critic', which Adversarial updates"):

@@ -1,4 +1,4 @@
-"""Going back from a sum with the gradient of its mean."""
+"""Backward from a sum with the gradient of its mean."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torchrelay.train.step import backward_from_mean, mean_loss
 
 @pytest.mark.parametrize("weight", [3.0, 7.0, torch.tensor(3.0), 1000.0])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
+def test_backward_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
     both = []
     for share in (True, False):
         torch.manual_seed(0)
@@ -24,12 +24,12 @@ def test_going_back_from_the_sum_gives_the_bits_of_the_mean(weight, shape):
     assert torch.equal(*both)
 
 
-def test_going_back_from_what_needs_no_gradient_is_refused():
+def test_backward_from_a_tensor_without_gradient_is_refused():
     with pytest.raises(RuntimeError, match="does not require grad"):
         backward_from_mean(torch.tensor(1.0), 3.0)
 
 
-def test_the_gradient_goes_through_the_scale_first():
+def test_the_gradient_passes_through_the_scale_first():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     backward_from_mean((3 * x).sum(), 2.0, lambda first: 1024 * first)
     assert x.grad is not None

@@ -1,4 +1,4 @@
-"""Callbacks: when each hook is called, what a checkpoint keeps of them, and those that ship."""
+"""Callbacks: when each hook is called, their state in checkpoints, and the shipped ones."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def build(digits, quiet, run=None, **changes) -> tr.Trainer:
 
 
 class Recorder(tr.Callback):
-    """Writes down each call, and keeps a count in the checkpoint."""
+    """Records each call, and keeps a count in the checkpoint."""
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
@@ -65,13 +65,13 @@ def epoch_of(number: int, splits=("test",)) -> list[tuple]:
     return [*steps, *[("evaluate", split) for split in splits], ("epoch", number)]
 
 
-def test_the_five_hooks_are_called_in_their_order(digits, quiet):
+def test_the_five_hooks_are_called_in_order(digits, quiet):
     recorder = Recorder()
     build(digits, quiet, epochs=2, callbacks=[recorder]).fit()
     assert recorder.calls == [("start", 0), *epoch_of(1), *epoch_of(2), ("end", 8)]
 
 
-def test_each_part_is_evaluated_and_the_last_epoch_always(digits, quiet):
+def test_each_part_is_evaluated_at_the_interval_and_after_the_last_epoch(digits, quiet):
     recorder = Recorder()
     settings = tr.RunSettings(evaluate_every=2)
     changes = {"epochs": 3, "settings": settings, "validation": digits[1], "callbacks": [recorder]}
@@ -94,8 +94,8 @@ def test_several_callbacks_are_called_in_the_order_they_are_given(digits, quiet)
     assert order == ["first", "second"]
 
 
-def test_a_callback_goes_on_from_the_checkpoint(digits, quiet, tmp_path):
-    """Training ends by an exception after 6 steps; the epoch's checkpoint is of step 4."""
+def test_a_callback_resumes_from_the_checkpoint(digits, quiet, tmp_path):
+    """An exception ends training after 6 steps; the epoch's checkpoint is at step 4."""
 
     class Stumble(tr.Callback):
         def on_step(self, trainer, batch, loss) -> None:
@@ -113,7 +113,7 @@ def test_a_callback_goes_on_from_the_checkpoint(digits, quiet, tmp_path):
     assert second.steps == 12
 
 
-def test_what_a_checkpoint_cannot_hold_is_named(digits, quiet, tmp_path):
+def test_state_that_a_checkpoint_cannot_hold_is_reported(digits, quiet, tmp_path):
     class Wrong(tr.Callback):
         def state_dict(self):
             return {"thing": object()}
@@ -126,7 +126,7 @@ def test_what_a_checkpoint_cannot_hold_is_named(digits, quiet, tmp_path):
 
 
 class Script(tr.Callback):
-    """Replaces the metrics by a script's, one value an evaluation of a split."""
+    """Replaces the metrics by scripted values, one per evaluation of a split."""
 
     def __init__(self, values: dict[str, list[float]], name: str = "accuracy") -> None:
         self.values, self.name = values, name
@@ -136,7 +136,7 @@ class Script(tr.Callback):
 
 
 def stopped_after(digits, quiet, values, stopping, name="accuracy", **changes) -> int:
-    """How many epochs a run lasts whose evaluations give these values."""
+    """The number of epochs of a run whose evaluations give these values."""
     script = Script(values, name)
     trainer = build(digits, quiet, epochs=8, callbacks=[script, stopping], **changes)
     trainer.fit()
@@ -152,7 +152,7 @@ def test_early_stopping_waits_for_its_patience(digits, quiet):
     assert stopped_after(digits, quiet, {"test": values.copy()}, tr.EarlyStopping(2, least=0.15)) == 4
 
 
-def test_the_patience_of_the_run_settings_acts_from_python(digits, quiet):
+def test_the_patience_in_run_settings_works_from_python(digits, quiet):
     nothing_learned = tr.optim.SGD(lr=0.0, weight_decay=0.0)
     trainer = build(digits, quiet, epochs=8, optimizer=nothing_learned, settings=tr.RunSettings(patience=2))
     trainer.fit()
@@ -160,28 +160,28 @@ def test_the_patience_of_the_run_settings_acts_from_python(digits, quiet):
     assert trainer.progress.epochs_done == 3
 
 
-def test_early_stopping_goes_by_the_validation_part(digits, quiet):
+def test_early_stopping_uses_the_validation_part(digits, quiet):
     values = {"validation": [0.5, 0.4, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5], "test": [0.9 - i / 10 for i in range(8)]}
     assert stopped_after(digits, quiet, values, tr.EarlyStopping(2), validation=digits[1]) == 5
 
 
 @pytest.mark.parametrize("name", ["loss", "mean_absolute_error"])
-def test_a_loss_or_an_error_is_better_lower(digits, quiet, name):
+def test_a_lower_loss_or_error_is_better(digits, quiet, name):
     values = {"test": [0.9, 0.8, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9]}
     assert stopped_after(digits, quiet, values, tr.EarlyStopping(2, metric=name), name) == 5
 
 
-def test_early_stopping_on_an_unknown_metric_lists_those_there_are(digits, quiet):
+def test_early_stopping_on_an_unknown_metric_lists_the_available_ones(digits, quiet):
     with pytest.raises(UsageError, match="watches 'acuracy', but an evaluation has only loss, accuracy"):
         build(digits, quiet, callbacks=[tr.EarlyStopping(1, metric="acuracy")]).fit()
 
 
-def test_early_stopping_needs_some_patience():
+def test_early_stopping_needs_positive_patience():
     with pytest.raises(UsageError, match="patience is 0: choose 1 or more"):
         tr.EarlyStopping(0)
 
 
-def test_a_stopped_run_is_done_saved_and_stays_stopped(digits, quiet, tmp_path):
+def test_a_run_stopped_early_is_saved_and_stays_stopped(digits, quiet, tmp_path):
     def trainer() -> tr.Trainer:
         optimizer = tr.optim.SGD(lr=0.0)  # nothing can improve
         return build(digits, quiet, tmp_path / "run", optimizer=optimizer, callbacks=[tr.EarlyStopping(2)])
@@ -199,7 +199,7 @@ def test_a_stopped_run_is_done_saved_and_stays_stopped(digits, quiet, tmp_path):
 # ------------------------------------------------------------------------------------------------ what ships
 
 
-def test_the_step_log_means_the_losses_since_its_last_line(digits, quiet, tmp_path):
+def test_the_step_log_averages_the_losses_since_its_last_line(digits, quiet, tmp_path):
     losses = []
 
     class Note(tr.Callback):
@@ -217,27 +217,27 @@ def test_the_step_log_means_the_losses_since_its_last_line(digits, quiet, tmp_pa
         assert line["samples_per_second"] > 0
 
 
-def test_the_first_step_of_a_run_logs_at_most_what_it_was_asked(digits, quiet, tmp_path):
+def test_a_run_shorter_than_log_every_writes_no_step_line(digits, quiet, tmp_path):
     build(digits, quiet, tmp_path / "run", epochs=1).fit()
     assert '"split": "step"' not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.plots
-def test_the_pictures_of_a_run_show_something(digits, quiet, tmp_path):
+def test_the_plots_of_a_run_are_not_blank(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run).fit()
     for name in ("curves.png", "confusion.png"):
         with Image.open(run / name) as image:
             assert min(image.size) >= 300
-            colours = image.convert("RGB").getcolors(maxcolors=2**24)
-        background = max(count for count, _ in colours)
-        assert len(colours) > 50
+            colors = image.convert("RGB").getcolors(maxcolors=2**24)
+        background = max(count for count, _ in colors)
+        assert len(colors) > 50
         assert background < 0.97 * image.size[0] * image.size[1]
     assert "parameters" in (run / "model.txt").read_text()
     assert list((run / "tensorboard").iterdir())
 
 
-def test_the_last_evaluation_is_written_down(digits, quiet, tmp_path):
+def test_the_last_evaluation_is_written_to_a_file(digits, quiet, tmp_path):
     trainer = build(digits, quiet, tmp_path / "run")
     found = trainer.fit()
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -247,9 +247,9 @@ def test_the_last_evaluation_is_written_down(digits, quiet, tmp_path):
     assert sum(map(sum, written["confusion_matrix"])) == 359
 
 
-def test_a_model_that_cannot_be_summarised_trains_all_the_same(quiet, tmp_path):
+def test_a_model_that_cannot_be_summarized_still_trains(quiet, tmp_path):
     class Fussy(nn.Module):
-        """Refuses a batch of one, which a summary asks for."""
+        """Refuses a batch of one sample, which a summary uses."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -268,7 +268,7 @@ def test_a_model_that_cannot_be_summarised_trains_all_the_same(quiet, tmp_path):
 
 
 class Lines:
-    """A tracker of one's own."""
+    """A custom tracker."""
 
     def __init__(self) -> None:
         self.lines: list[dict] = []
@@ -281,7 +281,7 @@ class Lines:
         self.closed = True
 
 
-def test_a_tracker_of_ones_own_gets_every_line(digits, quiet, tmp_path):
+def test_a_custom_tracker_gets_every_line(digits, quiet, tmp_path):
     tracker = Lines()
 
     class Attach(tr.Callback):
@@ -304,7 +304,7 @@ def lines_of(run, split: str) -> list[dict]:
     return [line for line in found if line["split"] == split]
 
 
-def test_a_run_may_count_in_steps(digits, quiet, tmp_path):
+def test_a_run_may_be_measured_in_steps(digits, quiet, tmp_path):
     settings = tr.RunSettings(steps=10, evaluate_every="3 steps", log_every=5)
     trainer = build(digits, quiet, tmp_path, epochs=None, settings=settings, schedule=tr.optim.Cosine())
     trainer.fit()
@@ -316,7 +316,7 @@ def test_a_run_may_count_in_steps(digits, quiet, tmp_path):
     assert "stopped" not in (tmp_path / "log.txt").read_text()
 
 
-def test_an_evaluation_inside_an_epoch_keeps_the_best(digits, quiet, tmp_path):
+def test_an_evaluation_inside_an_epoch_saves_the_best(digits, quiet, tmp_path):
     settings = tr.RunSettings(steps=6, evaluate_every="2 steps")
     trainer = build(digits, quiet, tmp_path, epochs=None, settings=settings)
     trainer.fit()
@@ -345,7 +345,7 @@ def test_a_run_killed_in_an_evaluation_inside_an_epoch_repeats_it(digits, quiet,
         assert (one["step"], one["loss"]) == (other["step"], other["loss"])
 
 
-def test_an_evaluation_of_some_batches_takes_the_same_samples_each_time(digits, quiet):
+def test_a_partial_evaluation_uses_the_same_samples_each_time(digits, quiet):
     settings = tr.RunSettings(evaluate_batches=2)
     trainer = build(digits, quiet, settings=settings, batch_size=50)
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -355,7 +355,7 @@ def test_an_evaluation_of_some_batches_takes_the_same_samples_each_time(digits, 
     assert sorted(indices) != list(range(100)), "they are drawn"
 
 
-def test_an_evaluation_may_be_due_by_the_clock(digits, quiet, tmp_path):
+def test_an_evaluation_may_be_scheduled_by_wall_clock_time(digits, quiet, tmp_path):
     settings = tr.RunSettings(evaluate_every="0.01 s", epochs=1)
     build(digits, quiet, tmp_path, epochs=1, batch_size=100, settings=settings).fit()
     assert len(lines_of(tmp_path, "test")) >= 2
@@ -393,7 +393,7 @@ def test_the_clock_may_say_when_a_line_is_written_and_decides_nothing_else(digit
 @pytest.mark.parametrize(
     ("setting", "says"), [({"evaluate_every": 0}, "0 is no interval"), ({"log_every": "0 steps"}, "is no interval")]
 )
-def test_an_interval_of_nothing_is_refused(setting, says):
+def test_an_interval_of_zero_is_refused(setting, says):
     with pytest.raises(UsageError, match=says):
         tr.RunSettings(**setting)
 
@@ -401,7 +401,7 @@ def test_an_interval_of_nothing_is_refused(setting, says):
 # ------------------------------------------------------------------------------------------------ hooks
 
 
-def test_hooks_around_a_step_are_called_in_their_order(digits, quiet):
+def test_hooks_around_a_step_are_called_in_order(digits, quiet):
     calls = []
 
     class Hooks(tr.Callback):
@@ -427,7 +427,7 @@ def test_hooks_around_a_step_are_called_in_their_order(digits, quiet):
 @pytest.mark.parametrize(
     "hook", ["on_start", "on_batch", "on_gradients", "on_step", "on_evaluate", "on_epoch", "on_end"]
 )
-def test_a_callback_that_fails_is_named_with_the_step(digits, quiet, hook):
+def test_a_failing_callback_is_reported_with_the_step(digits, quiet, hook):
     def fails(*_) -> None:
         raise KeyError("row")
 
@@ -436,7 +436,7 @@ def test_a_callback_that_fails_is_named_with_the_step(digits, quiet, hook):
         build(digits, quiet, epochs=1, callbacks=[callback]).fit()
 
 
-def test_a_group_is_trained_in_its_part_of_the_run(digits, quiet, tmp_path, same_runs):
+def test_a_group_is_trained_during_its_part_of_the_run(digits, quiet, tmp_path, same_runs):
     groups = [
         tr.optim.Group(match=["1.bias"], freeze="2 epochs"),
         tr.optim.Group(match=["1.weight"], train_for="9 steps"),
@@ -479,7 +479,7 @@ class Sums(tr.Task):
         return nn.functional.cross_entropy(outputs, targets, reduction="sum")
 
 
-def test_a_headline_that_is_not_measured_is_named_before_the_first_step(digits, quiet):
+def test_an_unmeasured_headline_is_reported_before_the_first_step(digits, quiet):
     class Odd(Sums):
         headline = "score"
 
@@ -489,7 +489,7 @@ def test_a_headline_that_is_not_measured_is_named_before_the_first_step(digits, 
     assert trainer.step == 0
 
 
-def test_a_metric_that_fails_does_so_before_the_first_step(digits, quiet):
+def test_a_failing_metric_is_reported_before_the_first_step(digits, quiet):
     class Odd(Sums):
         def measure(self, outputs, targets):
             raise KeyError("no")
@@ -500,7 +500,7 @@ def test_a_metric_that_fails_does_so_before_the_first_step(digits, quiet):
     assert trainer.step == 0
 
 
-def test_a_run_that_failed_in_its_first_step_may_begin_again_in_its_folder(digits, quiet, tmp_path):
+def test_a_run_that_failed_in_its_first_step_may_start_again_in_its_folder(digits, quiet, tmp_path):
     class Fails(tr.Callback):
         def on_batch(self, trainer, batch) -> None:
             raise KeyError("no")
@@ -513,7 +513,7 @@ def test_a_run_that_failed_in_its_first_step_may_begin_again_in_its_folder(digit
         build(digits, quiet, tmp_path, epochs=1).fit()
 
 
-def test_a_run_may_be_resumed_if_there_is_one(digits, quiet, tmp_path):
+def test_resume_auto_starts_or_resumes_a_run(digits, quiet, tmp_path):
     first = build(digits, quiet, tmp_path, epochs=1)
     first.fit(resume="auto")
     second = build(digits, quiet, tmp_path, epochs=2)
@@ -527,7 +527,7 @@ def test_a_run_keeps_its_replicas_when_it_is_resumed_from_python(digits, quiet, 
     assert build(digits, quiet, tmp_path, epochs=2).batches.replicas == 4
 
 
-def test_test_data_may_be_several_by_name(digits, quiet, tmp_path):
+def test_test_data_may_be_several_named_datasets(digits, quiet, tmp_path):
     train, test = digits
     few = test.take(torch.arange(20))
     trainer = tr.Trainer(
@@ -545,7 +545,7 @@ def test_test_data_may_be_several_by_name(digits, quiet, tmp_path):
     assert trainer.evaluate("few").samples == 20
 
 
-def test_what_a_callback_adds_to_an_evaluation_is_recorded(digits, quiet, tmp_path):
+def test_metrics_that_a_callback_adds_are_recorded(digits, quiet, tmp_path):
     class Adds(tr.Callback):
         def on_evaluate(self, trainer, split, values) -> None:
             values["twice"] = 2 * values["loss"]
@@ -610,7 +610,7 @@ def test_what_is_unfrozen_and_has_no_optimizer_is_named(digits, quiet):
     assert fit(lambda model: torch.optim.SGD(model.parameters(), lr=0.1)) > 0
 
 
-def test_the_clock_may_not_decide_what_is_computed(digits, quiet):
+def test_wall_clock_durations_are_refused_where_they_change_results(digits, quiet):
     by_clock = {"evaluate_every": "10 min"}
     with pytest.raises(UsageError, match="the clock would decide what is computed: give epochs or steps"):
         build(digits, quiet, settings=tr.RunSettings(patience=2, **by_clock))
@@ -618,7 +618,7 @@ def test_the_clock_may_not_decide_what_is_computed(digits, quiet):
         build(digits, quiet, settings=tr.RunSettings(**by_clock), schedule=tr.optim.Plateau())
 
 
-def test_what_a_callback_logged_since_the_last_line_survives_a_stop(digits, quiet, tmp_path):
+def test_values_logged_since_the_last_line_survive_a_stop(digits, quiet, tmp_path):
     class Logs(tr.Callback):
         def on_step(self, trainer, batch, loss) -> None:
             tr.log("twice", 2 * trainer.step)

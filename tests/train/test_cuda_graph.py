@@ -1,4 +1,4 @@
-"""A step that is recorded and replayed: the same step, and what can't be recorded is refused."""
+"""A step captured as a CUDA graph and replayed: the same step, and what can't be captured is refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 
 class Net(nn.Sequential):
-    """Has what a step must treat well: statistics, randomness, a matrix to orthogonalise."""
+    """A network with running statistics, randomness and a matrix to orthogonalize."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -61,7 +61,7 @@ def weights(made: tr.Trainer) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused", "muon"])  # AdamW has its rates on the device on a GPU alone
-def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
+def test_the_captured_step_equals_the_eager_step(digits, quiet, optimizer):
     plain, other = (trainer(digits, quiet, optimizer, name="cpu") for _ in "12")
     move_rates_to_device(other.optimizer, torch.device("cpu"))
     for made in (plain, other):
@@ -79,7 +79,7 @@ def test_what_is_recorded_is_the_step(digits, quiet, optimizer):
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Fails where a tensor's value is asked for: that waits for a GPU, and can't be recorded."""
+    """Fails when a tensor's value is read: that would synchronize with the GPU, and can't be captured."""
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
@@ -87,7 +87,7 @@ class NothingIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "fused", "muon"])
-def test_what_is_recorded_reads_no_value(digits, quiet, optimizer):
+def test_the_captured_step_does_not_read_tensor_values(digits, quiet, optimizer):
     made = trainer(digits, quiet, optimizer, name="cpu")
     batch = next(made.batches.epoch(0))
     for taken in range(2):  # the first one makes the optimizer's state
@@ -99,7 +99,7 @@ def test_what_is_recorded_reads_no_value(digits, quiet, optimizer):
         torch.zeros(1).add_(torch.ones(1), alpha=torch.ones(()))
 
 
-def test_a_rate_on_the_device_is_written_in_place():
+def test_a_learning_rate_on_the_device_is_updated_in_place():
     weight = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     move_rates_to_device(optimizer, torch.device("cpu"))
@@ -125,7 +125,7 @@ def test_a_rate_on_the_device_is_written_in_place():
         ("cuda", {}, "muon-adamw", 1, "set optimizer.other=sgd"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(device, settings, optimizer, replicas, says):
+def test_steps_that_cannot_be_captured_are_refused(device, settings, optimizer, replicas, says):
     made = (OPTIMIZERS | {"muon-adamw": tr.optim.Muon()})[optimizer](Net())
     assert isinstance(made, MuonOptimizer) == optimizer.startswith("muon")
     with pytest.raises(UsageError, match=says):
@@ -134,11 +134,11 @@ def test_what_cannot_be_recorded_is_refused(device, settings, optimizer, replica
         )
 
 
-def test_nothing_is_recorded_unasked(digits, quiet):
+def test_no_graph_is_captured_by_default(digits, quiet):
     assert trainer(digits, quiet, name="cpu").train_step._graph is None
 
 
-def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
+def test_the_command_line_refuses_a_graph_in_one_line(capsys, tmp_path):
     settings = ("--set", "device.graph=true", "--set", "device.name=cpu", "--run", str(tmp_path / "run"))
     assert main(["train", "digits", *settings]) == 2
     said = capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_the_command_line_says_it_in_one_line(capsys, tmp_path):
 @needs_cuda
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_replayed_steps_give_the_bytes_of_steps_taken_one_by_one(digits, quiet, optimizer, precision, monkeypatch):
+def test_replayed_steps_give_the_bytes_of_eager_steps(digits, quiet, optimizer, precision, monkeypatch):
     settings = {"name": "cuda", "graph": True, "precision": precision}
     replayed = trainer(digits, quiet, optimizer, **settings)
     replayed.fit()
@@ -183,7 +183,7 @@ class StopAt(Callback):
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_replayed_run_goes_on_to_the_same_bytes(digits, quiet, tmp_path, in_place):
+def test_a_replayed_run_resumes_to_the_same_bytes(digits, quiet, tmp_path, in_place):
     settings = {"name": "cuda", "graph": True}
     through = trainer(digits, quiet, run=tmp_path / "through", **settings)
     through.fit()

@@ -1,4 +1,4 @@
-"""Evaluation: every sample once, sums that don't depend on when somebody looks."""
+"""Evaluation: every sample once, and sums that don't depend on when they are read."""
 
 import json
 
@@ -38,7 +38,7 @@ def batches(source, size, device) -> Batches:
 
 
 class Seen(nn.Module):
-    """A linear network that notes how it is run."""
+    """A linear network that records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ def by_hand(model: Seen, source) -> torch.Tensor:
         return model.layer(source.inputs.flatten(1).float() / 255)
 
 
-def test_a_batch_that_counts_nothing_leaves_the_loss_a_number(digits, device):
-    places = digits[1].targets.argsort(stable=True)  # the first batch holds one class alone
-    source, model = digits[1].take(places), Seen()
+def test_a_batch_of_zero_weight_keeps_the_loss_finite(digits, device):
+    positions = digits[1].targets.argsort(stable=True)  # the first batch holds one class alone
+    source, model = digits[1].take(positions), Seen()
     weights = torch.tensor([0.0, *[1.0] * 9])
     found = evaluate(model, batches(source, 10, device), Classification(class_weights=weights), device)
     expected = nn.functional.cross_entropy(by_hand(model, source).double(), source.targets, weights.double())
@@ -69,7 +69,7 @@ def test_a_batch_that_counts_nothing_leaves_the_loss_a_number(digits, device):
 
 
 @pytest.mark.parametrize("size", [1, 100, 359, 1000])
-def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
+def test_every_sample_counts_once_for_any_batch_size(digits, device, size):
     model, source = Seen(), digits[1]
     model.train()
     found = evaluate(model, batches(source, size, device), Classification(classes=10), device)
@@ -81,14 +81,14 @@ def test_every_sample_counts_once_whatever_the_batch(digits, device, size):
     assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_evaluation_leaves_an_evaluating_model_evaluating(digits, device):
+def test_an_evaluation_keeps_a_model_in_eval_mode(digits, device):
     model = Seen().eval()
     evaluate(model, batches(digits[1], 100, device), Classification(), device)
     predict(model, batches(digits[1], 100, device), Classification(), device)
     assert not model.training
 
 
-def test_class_weights_weigh_an_evaluation_too(digits, device):
+def test_class_weights_apply_to_an_evaluation(digits, device):
     model, source, weights = Seen(), digits[1], torch.linspace(0.5, 2, 10)
     task = Classification(class_weights=weights)
     found = evaluate(model, batches(source, 100, device), task, device)
@@ -96,13 +96,13 @@ def test_class_weights_weigh_an_evaluation_too(digits, device):
     assert found.values["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_predictions_stand_in_the_order_of_the_data(digits, device):
+def test_predictions_are_in_the_order_of_the_data(digits, device):
     model, source = Seen(), digits[1]
     found = predict(model, batches(source, 50, device), Classification(), device)
     torch.testing.assert_close(found, by_hand(model, source).softmax(1))
 
 
-def test_an_evaluation_is_what_the_run_wrote_down(digits, quiet, tmp_path):
+def test_an_evaluation_repeats_the_recorded_metrics(digits, quiet, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     trainer = tr.Trainer(model, *digits, epochs=2, run=tmp_path / "run", terminal=quiet)
@@ -112,7 +112,7 @@ def test_an_evaluation_is_what_the_run_wrote_down(digits, quiet, tmp_path):
     assert [line for line in lines if line["split"] == "test"][-1].items() >= again.values.items()
 
 
-def test_an_evaluation_of_what_was_not_given_is_refused(digits, quiet):
+def test_an_evaluation_of_a_missing_part_is_refused(digits, quiet):
     trainer = tr.Trainer(nn.Linear(1, 1), digits[0], terminal=quiet)
     with pytest.raises(UsageError, match=r"there is no test data to evaluate on: give Trainer\(..., test=...\)"):
         trainer.evaluate()
@@ -122,7 +122,7 @@ def test_an_evaluation_of_what_was_not_given_is_refused(digits, quiet):
 
 
 def some_sums(fetch_after: tuple[int, ...] = (), save_after: int | None = None) -> dict[str, float]:
-    """The means of some batches, looked at now and then, and saved and loaded in between."""
+    """The means of some batches, read, saved and loaded in between."""
     sums = RunningSums()
     generator = torch.Generator().manual_seed(0)
     for i in range(20):
@@ -137,14 +137,14 @@ def some_sums(fetch_after: tuple[int, ...] = (), save_after: int | None = None) 
     return sums.means()
 
 
-def test_looking_or_saving_in_between_changes_no_bit():
+def test_reading_or_saving_sums_changes_no_bit():
     undisturbed = some_sums()
     assert some_sums(fetch_after=(0, 3, 4, 19)) == undisturbed
-    for place in range(20):
-        assert some_sums(save_after=place) == undisturbed
+    for position in range(20):
+        assert some_sums(save_after=position) == undisturbed
 
 
-def test_sums_of_a_long_epoch_hold_no_more_than_some_steps():
+def test_sums_of_a_long_epoch_hold_few_steps():
     sums = RunningSums()
     for _ in range(5000):
         sums.add_measures({"accuracy": torch.tensor(1)}, 2)
@@ -162,11 +162,11 @@ def test_means_are_weighted():
     assert sums.means() == {"loss": 2.0, "accuracy": 0.5}
 
 
-def test_nothing_has_a_mean_of_zero():
+def test_the_mean_of_no_samples_is_zero():
     assert RunningSums().means() == {"loss": 0.0}
 
 
-def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_path):
+def test_without_train_metrics_an_epoch_has_only_its_loss(digits, quiet, tmp_path):
     for measured in (True, False):
         torch.manual_seed(0)
         run = tmp_path / str(measured)
@@ -193,7 +193,7 @@ def test_without_train_metrics_an_epoch_has_its_loss_alone(digits, quiet, tmp_pa
 # ------------------------------------------------------------------------------------------------ as JSON
 
 
-def test_a_table_is_named_by_classes_or_by_numbers():
+def test_a_per_class_metric_is_keyed_by_class_name_or_index():
     found = Evaluation({"loss": 0.5}, {"accuracy_by_class": [0.25, 0.75]}, torch.tensor([[1, 3], [1, 3]]), 8)
     assert found.to_json(("cat", "dog")) == {
         "samples": 8,
@@ -204,7 +204,7 @@ def test_a_table_is_named_by_classes_or_by_numbers():
     assert found.to_json(())["accuracy_by_class"] == {"0": 0.25, "1": 0.75}
 
 
-def test_samples_are_sequences_where_a_task_counts_tokens(quiet):
+def test_samples_are_sequences_when_a_task_counts_tokens(quiet):
     tokens = torch.arange(60).view(6, 10) % 7
     source = tr.data.arrays(tokens, tokens)
     model = torch.nn.Embedding(7, 7)  # tokens (batch, length) to logits (batch, length, 7)

@@ -1,4 +1,4 @@
-"""A run that goes wrong in a way that a person would notice gets a hint, once."""
+"""A run with a visible problem gets one hint."""
 
 import math
 
@@ -23,24 +23,24 @@ def test_a_run_that_learns_gets_no_hint(tmp_path, quiet):
     assert fit(tmp_path, quiet, optimizer=tr.optim.SGD(lr=0.01)) == []
 
 
-def test_a_batch_larger_than_the_data_is_said(tmp_path, quiet):
+def test_a_batch_larger_than_the_data_gets_a_hint(tmp_path, quiet):
     (hint,) = fit(tmp_path, quiet, batch_size=256, optimizer=tr.optim.SGD(lr=0.01))
     assert hint.startswith("hint: a batch of 256 holds all 40 training samples, so an epoch is one step")
 
 
-def test_a_loss_far_above_that_of_guessing_is_said_once(tmp_path, quiet):
+def test_a_loss_far_above_chance_gets_one_hint(tmp_path, quiet):
     (hint,) = fit(tmp_path, quiet, optimizer=tr.optim.SGD(lr=300.0))
     assert "is far above 0.693, that of guessing; a learning rate lower than 300 may help" in hint
 
 
 @pytest.mark.parametrize(("loss", "hinted"), [(2.9, False), (3.1, True), (math.nan, False)])
-def test_a_loss_that_grew_is_said_of_any_task(loss, hinted):
+def test_a_growing_loss_gets_a_hint_for_any_task(loss, hinted):
     hint = of_loss(tr.Regression(), loss, 1.0, 0.1)
     assert (hint is not None and "has grown from 1 to 3.1" in hint) == hinted
 
 
 class Pairs(tr.Task):
-    """Each sample must find itself among the samples of its batch, moved a little."""
+    """Each sample must identify itself among the slightly moved samples of its batch."""
 
     def compute(self, model, batch, update):
         found = model(batch.inputs) @ model(batch.inputs + 0.01 * torch.randn_like(batch.inputs)).T
@@ -55,13 +55,13 @@ class Noisy(tr.Task):
 
 
 @pytest.mark.parametrize(("task", "replicas", "hinted"), [(Pairs, 2, True), (Pairs, 1, False), (Noisy, 2, False)])
-def test_a_loss_that_compares_samples_is_said_to_be_another_one_in_replicas(tmp_path, quiet, task, replicas, hinted):
+def test_a_loss_that_compares_samples_gets_a_hint_about_replicas(tmp_path, quiet, task, replicas, hinted):
     parallel = tr.ParallelSettings(replicas=replicas)
     hints = fit(tmp_path, quiet, task=task(), epochs=1, parallel=parallel, optimizer=tr.optim.SGD(lr=0.01))
     assert [f"each of the {replicas} replicas sees its own part alone" in hint for hint in hints] == [True] * hinted
 
 
-def test_a_mean_is_noticed_without_test_data(tmp_path, quiet):
+def test_a_mean_loss_is_detected_without_test_data(tmp_path, quiet):
     class Mean(tr.Task):
         def loss(self, outputs, targets):
             return torch.nn.functional.cross_entropy(outputs, targets)

@@ -1,4 +1,4 @@
-"""The lines of a run that sum it up."""
+"""The summary lines of a run."""
 
 import pytest
 
@@ -11,5 +11,5 @@ from torchrelay.train.progress import Best
     ("part", "end"),
     [("test", "(epoch 3; selected on the test data)"), ("validation", "(epoch 3)"), ("train", "(epoch 3)")],
 )
-def test_the_best_line_says_if_the_test_data_chose_the_model(part, end):
+def test_the_best_line_says_if_the_test_data_selected_the_model(part, end):
     assert best_text(Best(0.5, 3), tr.Classification(), part).strip() == f"best {part} accuracy: 50.00% {end}"

@@ -1,4 +1,4 @@
-"""Datasets of other libraries train as they are, and resume to the same bytes."""
+"""Datasets of other libraries train unchanged, and resume to the same bytes."""
 
 import os
 import signal
@@ -149,7 +149,7 @@ class Boxes(Dataset):
 
 
 class Located(tr.Task):
-    """Learn where the box begins; each image must have come with its own box and mask."""
+    """Learns the corner of the box; checks that each image has its own box and mask."""
 
     def forward(self, model: Any, batch: Any) -> Any:
         return model(torch.stack(list(batch.inputs)))
@@ -189,7 +189,7 @@ def test_boxes_and_masks_keep_their_values_in_default_batches():
         assert torch.equal(image[:1], mask.float())
 
 
-def test_vocs_segmentation_trains(tmp_path, same_runs):
+def test_voc_segmentation_trains(tmp_path, same_runs):
     root = tmp_path / "VOCdevkit" / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Each part that the trainer is made of works alone, in a loop of one's own."""
+"""Each part of the trainer works alone, in a custom loop."""
 
 import copy
 
@@ -174,7 +174,7 @@ def test_an_evaluator_alone_evaluates_and_predicts(device, digits):
     assert evaluation.samples == len(digits[1])
 
 
-def test_an_evaluator_stops_when_it_is_told_to(device, digits):
+def test_an_evaluator_stops_on_request(device, digits):
     batches = Batches(digits[1], 50, device, Pipeline(), train=False)
     evaluator = Evaluator(net(), tr.Classification(classes=10), device, {"test": batches})
     asked = iter([False, False, True])

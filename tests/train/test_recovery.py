@@ -1,4 +1,4 @@
-"""Losses that go wrong: stopping, or going back and leaving batches out, the same way every time."""
+"""Loss spikes: stopping, or rolling back and skipping batches, reproducibly."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ ROLLBACK = {"on_spike": "rollback", "log_every": 3}
 
 
 def build(quiet, run, *, bad=(), settings=None, callbacks=(), task=None, saving=None, lr=0.05, norm=True):
-    """A run over 120 different samples, 12 a batch, some of which hold what no network can learn from."""
+    """A run over 120 different samples in batches of 12, some of which are NaN or outliers."""
     torch.manual_seed(2)
     inputs = torch.rand(120, 8, generator=torch.Generator().manual_seed(3))
     for sample, value in dict(bad).items():
@@ -64,7 +64,7 @@ class StopAt(tr.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_batch_that_gives_nan_is_left_out_in_each_epoch(quiet, tmp_path):
+def test_a_batch_that_gives_nan_is_skipped_in_each_epoch(quiet, tmp_path):
     run = tmp_path / "run"
     trainer = build(quiet, run, bad={77: math.nan})
     found = trainer.fit()
@@ -84,13 +84,13 @@ def test_a_batch_that_gives_nan_is_left_out_in_each_epoch(quiet, tmp_path):
         f"the loss of step {step} is nan: rolling back to step {back} and leaving out the batch of step {step}" in log
     )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    places = [(line["step"], line["split"]) for line in lines]
-    assert len(places) == len(set(places)), "what was taken back stands no more in the metrics"
+    positions = [(line["step"], line["split"]) for line in lines]
+    assert len(positions) == len(set(positions)), "the rolled-back steps are not in the metrics"
     assert all(line["loss"] is not None for line in lines)
 
 
-def test_what_is_left_out_counts_as_if_it_had_never_been_there(quiet, tmp_path):
-    """The same weights as a run whose steps leave those batches out from the start."""
+def test_skipped_batches_do_not_affect_the_result(quiet, tmp_path):
+    """The same weights as a run that skips those batches from the start."""
     trainer = build(quiet, tmp_path / "run", bad={77: math.nan})
     trainer.fit()
     told = build(quiet, tmp_path / "told", bad={77: math.nan})
@@ -101,7 +101,7 @@ def test_what_is_left_out_counts_as_if_it_had_never_been_there(quiet, tmp_path):
 
 
 @pytest.mark.parametrize("stops", [(3, 14), (9, 10, 19), (1, 2, 29)])
-def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
+def test_a_resumed_run_skips_the_same_batches(quiet, tmp_path, same_runs, stops):
     bad = {77: math.nan, 20: math.inf}
     build(quiet, tmp_path / "undisturbed", bad=bad, callbacks=[StopAt(-1)]).fit()
     run = tmp_path / "stopped"
@@ -125,7 +125,7 @@ def test_a_resumed_run_leaves_out_the_same(quiet, tmp_path, same_runs, stops):
 
 
 class Derail(tr.Callback):
-    """After a step, moves the weights far off: what a bad batch's update does."""
+    """Moves the weights far off after a step, like the update of a bad batch."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -136,8 +136,8 @@ class Derail(tr.Callback):
                 trainer.model[4].weight.mul_(1e4)
 
 
-def test_harm_done_by_the_step_before_is_undone_as_well(quiet, tmp_path):
-    """The loss shows it a step later: that batch is left out, then also the one whose update did it."""
+def test_damage_by_the_previous_step_is_rolled_back(quiet, tmp_path):
+    """The loss shows it a step later: that batch is skipped, then also the one whose update caused it."""
     settings = ROLLBACK | {"spike_threshold": 5.0}
     trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)])
     trainer.fit()
@@ -146,7 +146,7 @@ def test_harm_done_by_the_step_before_is_undone_as_well(quiet, tmp_path):
     assert trainer.best is not None
 
 
-def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
+def test_a_loss_far_above_the_median_is_a_spike_on_request(quiet, tmp_path):
     bad = {33: 500.0}
     trainer = build(quiet, tmp_path / "run", bad=bad, norm=False, settings=ROLLBACK | {"spike_threshold": 4.0})
     trainer.fit()
@@ -160,8 +160,8 @@ def test_a_loss_far_above_the_usual_is_a_spike_on_request(quiet, tmp_path):
     assert untold.progress.skipped == {}
 
 
-def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(quiet, tmp_path, monkeypatch):
-    """On another device losses are read later: here when `max_steps` has said already that the run ends."""
+def test_a_spike_seen_at_the_last_step_does_not_shorten_the_run(quiet, tmp_path, monkeypatch):
+    """On a GPU losses are read later: here after `max_steps` has already ended the run."""
     settings = ROLLBACK | {"max_steps": 17, "log_every": 50}
     sample = int(build(quiet, None, settings=settings).batches.indices(*divmod(17 - 1, 10))[0])
     at_once = build(quiet, tmp_path / "at-once", bad={sample: math.nan}, settings=settings)
@@ -176,14 +176,14 @@ def test_a_spike_that_is_seen_only_at_the_last_step_does_not_end_the_run_short(q
         assert torch.equal(mine, theirs)
 
 
-def test_too_many_spikes_stop_the_run_after_all(quiet, tmp_path):
+def test_too_many_spikes_stop_the_run(quiet, tmp_path):
     bad = dict.fromkeys(range(0, 120, 9), math.nan)
     trainer = build(quiet, tmp_path / "run", bad=bad, settings=ROLLBACK | {"max_skipped": 4})
     with pytest.raises(RelayError, match=r"is nan, and [34] batches are left out already: .*run\.max_skipped"):
         trainer.fit()
 
 
-def test_a_gradient_that_is_not_finite_is_a_spike_of_its_own_step(quiet, tmp_path):
+def test_a_non_finite_gradient_is_a_spike_of_its_step(quiet, tmp_path):
     class Lost(tr.Classification):
         def loss(self, outputs, targets):
             if outputs.requires_grad and 1 in targets and int(targets[0]) == 1 and int(targets[1]) == 1:
@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_is_a_spike_of_its_own_step(quiet, tmp_pat
     assert "the norm of the gradient of step" in log
 
 
-def test_no_checkpoint_before_the_harm_is_an_error(quiet, tmp_path):
+def test_a_missing_checkpoint_before_the_spike_is_an_error(quiet, tmp_path):
     settings = ROLLBACK | {"spike_threshold": 5.0}
     saving = CheckpointSettings(every="1 steps", keep=1, keep_best=0)
     trainer = build(quiet, tmp_path / "run", settings=settings, callbacks=[Derail(14)], saving=saving)
@@ -207,12 +207,12 @@ def test_no_checkpoint_before_the_harm_is_an_error(quiet, tmp_path):
         trainer.fit()
 
 
-def test_without_a_folder_a_spike_stops(quiet):
+def test_without_a_run_folder_a_spike_stops_the_run(quiet):
     with pytest.raises(RelayError, match="is nan"):
         build(quiet, None, bad={5: math.nan}).fit()
 
 
-def test_the_limit_of_steps_holds_where_its_step_is_left_out(quiet, tmp_path):
+def test_max_steps_holds_when_its_step_is_skipped(quiet, tmp_path):
     probe = build(quiet, tmp_path / "probe", bad={77: math.nan})
     probe.fit()
     step = min(probe.progress.skipped)
@@ -221,7 +221,7 @@ def test_the_limit_of_steps_holds_where_its_step_is_left_out(quiet, tmp_path):
     assert trainer.step == step
 
 
-def test_the_detector_reads_in_order_and_forgets_what_comes_after():
+def test_the_detector_reads_in_order_and_drops_later_losses():
     detector = SpikeDetector()
     losses = [torch.tensor(value) for value in (1.0, math.nan, math.inf)]
     assert detector.check(1, losses[0]) is None

@@ -1,4 +1,4 @@
-"""A PyTorch user's reflexes work, or one sentence says how it is said here."""
+"""A PyTorch user's habits work, or one sentence names torchrelay's equivalent."""
 
 import functools
 import io
@@ -79,7 +79,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("given", OPTIMIZERS)
-def test_an_optimizer_may_be(given):
+def test_an_optimizer_is_accepted_as(given):
     model = linear()
     built = trainer(model, optimizer=OPTIMIZERS[given](model))
     assert type(built.optimizer) is torch.optim.Adam
@@ -102,11 +102,11 @@ def test_an_optimizer_may_be(given):
         (lambda: functools.partial(torch.optim.Adam, rate=1), "unexpected keyword argument 'rate'"),
     ],
 )
-def test_an_optimizer_is_refused_in_a_line(given, says):
+def test_an_invalid_optimizer_is_refused_in_one_line(given, says):
     refused(lambda: trainer(optimizer=given()), says)
 
 
-def test_every_optimizer_of_torch_has_its_settings_at_hand():
+def test_every_torch_optimizer_has_settings():
     names = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
     for name in names - {"Optimizer", "SparseAdam", "SGD", "AdamW", "Muon"}:
         assert type(getattr(tr.optim, name)()(linear())).__name__ == name
@@ -117,7 +117,7 @@ def test_every_optimizer_of_torch_has_its_settings_at_hand():
         tr.optim.adam  # noqa: B018
 
 
-def test_lbfgs_by_its_settings_trains_as_one_by_hand():
+def test_lbfgs_settings_train_like_a_hand_written_loop():
     by_hand, ours = linear(), linear()
     optimizer = torch.optim.LBFGS(by_hand.parameters(), max_iter=4)
 
@@ -135,7 +135,7 @@ def test_lbfgs_by_its_settings_trains_as_one_by_hand():
     refused(lambda: trainer(optimizer=tr.optim.LBFGS(groups=groups)), "has one learning rate for all parameters")
 
 
-def test_a_run_with_an_instance_goes_on_exactly(tmp_path, same_runs):
+def test_a_run_with_an_optimizer_instance_resumes_exactly(tmp_path, same_runs):
     def run(folder: Path, **changes: Any) -> tr.Trainer:
         model = linear()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -149,7 +149,7 @@ def test_a_run_with_an_instance_goes_on_exactly(tmp_path, same_runs):
 
 
 class Interrupts(tr.Callback):
-    """Ends the first run in its second epoch, as a signal would."""
+    """Stops the first run in its second epoch, like a signal."""
 
     def on_step(self, trainer, batch, loss) -> None:
         if trainer.step == 4:
@@ -170,7 +170,7 @@ SCHEDULES: dict[str, tuple[Any, list[float]]] = {
 
 
 @pytest.mark.parametrize("given", SCHEDULES)
-def test_a_schedule_may_be(given):
+def test_a_schedule_is_accepted_as(given):
     schedule, rates = SCHEDULES[given]
     seen: list[float] = []
 
@@ -205,7 +205,7 @@ def scheduler(kind: str, *arguments: Any) -> Any:
         (lambda: int, "schedule is int"),
     ],
 )
-def test_a_schedule_is_refused_in_a_line(given, says):
+def test_an_invalid_schedule_is_refused_in_one_line(given, says):
     refused(lambda: trainer(schedule=given()), says.replace("can't resume", "couldn't resume"))
 
 
@@ -213,7 +213,7 @@ def test_a_schedule_is_refused_in_a_line(given, says):
 
 
 @pytest.mark.parametrize("given", ["cpu", torch.device("cpu"), tr.DeviceSettings(name="cpu")])
-def test_a_device_may_be(given):
+def test_a_device_is_accepted_as(given):
     assert trainer(device=given).device.device == torch.device("cpu")
 
 
@@ -228,7 +228,7 @@ def test_a_device_may_be(given):
         (None, "device is None: give a name"),
     ],
 )
-def test_a_device_is_refused_in_a_line(given, says):
+def test_an_invalid_device_is_refused_in_one_line(given, says):
     refused(lambda: trainer(device=given), says)
 
 
@@ -250,7 +250,7 @@ def test_callbacks_may_be_one_or_a_class():
     assert trainer(callbacks=None).callbacks
 
 
-def test_callbacks_are_refused_in_a_line():
+def test_invalid_callbacks_are_refused_in_one_line():
     refused(lambda: trainer(callbacks=print), "callbacks has print, which is no tr.Callback")
     refused(
         lambda: trainer(callbacks=[tr.EarlyStopping]), "callbacks has the class EarlyStopping: give an object of it"
@@ -320,7 +320,7 @@ LOSSES: dict[str, tuple[Any, Tensor, str]] = {
 @pytest.mark.parametrize("replicas", [1, 4])
 @pytest.mark.parametrize("case", LOSSES)
 def test_a_loss_is_the_mean_over_the_whole_batch(case, replicas):
-    """A global batch in four uneven parts gives the gradient of the loss over the whole batch."""
+    """A global batch in four unequal parts gives the gradient of the loss over the whole batch."""
     loss, targets, kind = LOSSES[case]
     inputs, make = (IMAGES, pixels) if targets is PIXELS else (INPUTS, linear)
     by_hand, ours = make(), make()
@@ -352,8 +352,8 @@ def test_a_loss_is_the_mean_over_the_whole_batch(case, replicas):
 
 
 @pytest.mark.parametrize("case", LOSSES)
-def test_a_loss_is_evaluated_too(case):
-    """In two batches of unlike size."""
+def test_a_loss_is_used_in_evaluation(case):
+    """In two batches of different sizes."""
     loss, targets, _ = LOSSES[case]
     inputs, model = (IMAGES, pixels()) if targets is PIXELS else (INPUTS, linear())
     model = nn.Sequential(model, Log()) if "nll" in case else model
@@ -388,7 +388,7 @@ def test_one_logit_for_two_classes_says_which_loss_takes_it():
     refused(lambda: trainer(nn.Linear(4, 1), (INPUTS, LABELS % 2)).fit(), "or give loss=nn.BCEWithLogitsLoss()")
 
 
-def test_a_loss_may_be_given_as_the_task_and_is_noted(tmp_path):
+def test_a_loss_given_as_the_task_is_accepted_with_a_note(tmp_path):
     built = trainer(task=nn.CrossEntropyLoss(label_smoothing=0.1), run=tmp_path / "run")
     assert isinstance(built.task, tr.Classification)
     assert built.task.label_smoothing == 0.1
@@ -442,15 +442,15 @@ class NeedsMore(tr.Task):
         (tr.Task, "Task has no loss: define loss(outputs, targets)"),
     ],
 )
-def test_a_loss_is_refused_in_a_line(given, says):
+def test_an_invalid_loss_is_refused_in_one_line(given, says):
     refused(lambda: trainer(loss=given, train=(INPUTS, VALUES)), says)
 
 
-def test_a_loss_whose_divisor_is_another_is_refused_at_the_first_batch():
+def test_a_loss_with_another_divisor_is_refused_at_the_first_batch():
     refused(lambda: trainer(loss=of_squares, train=(INPUTS, VALUES)).fit(), "the mean of of_squares is")
 
 
-def test_a_task_and_a_loss_are_one_too_many():
+def test_giving_a_task_and_a_loss_is_refused():
     refused(lambda: trainer(loss=nn.MSELoss(), task=tr.Regression()), "two names of one argument")
 
 
@@ -490,24 +490,24 @@ DATA: dict[str, tuple[Any, Callable[[], nn.Module]]] = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_may_be(case):
+def test_data_is_accepted_as(case):
     data, model = DATA[case]
     built = trainer(model(), data, data)
     assert built.fit()["loss"] > 0
     assert built.evaluate(data).samples == built.evaluate().samples == len(built.batches.source)
 
 
-def test_a_dataset_of_another_library_is_one():
+def test_a_dataset_of_another_library_is_accepted():
     assert trainer(train=Rows(), test=Rows()).fit()["loss"] > 0
 
 
-def test_other_parts_are_not_read_by_half():
+def test_unsupported_samplers_are_refused():
     part = DataLoader(DATASET, sampler=SubsetRandomSampler([1, 2]))
     refused(lambda: trainer(test=part), "the DataLoader has a SubsetRandomSampler")
     refused(lambda: trainer(test=PAIR).evaluate(part), "the DataLoader has a SubsetRandomSampler")
 
 
-def test_a_label_that_pytorchs_loss_cannot_take_is_named():
+def test_a_label_that_pytorchs_loss_rejects_is_reported():
     labels = torch.where(torch.arange(SAMPLES) == 5, 9, IGNORED)
     built = trainer(train=(INPUTS, labels), loss=nn.CrossEntropyLoss(), sampling="sequential")
     refused(built.fit, "arrays (training): sample 5 has label 9")
@@ -515,7 +515,7 @@ def test_a_label_that_pytorchs_loss_cannot_take_is_named():
     refused(built.fit, "the loss wants one class a sample")
 
 
-def test_a_loader_says_how_its_batches_are_made():
+def test_the_settings_of_a_loader_are_used():
     data = DataLoader(DATASET, batch_size=5, shuffle=True, drop_last=True, num_workers=0, pin_memory=False)
     built = tr.Trainer(linear(), data, device="cpu", terminal=Terminal(quiet=True))
     assert (built.batches.batch_size, len(built.batches)) == (5, 4)
@@ -564,12 +564,12 @@ class Stream(IterableDataset):
         (lambda: Table(), "Table can't be used as data"),
     ],
 )
-def test_data_is_refused_in_a_line(given, says):
+def test_invalid_data_is_refused_in_one_line(given, says):
     refused(lambda: tr.Trainer(linear(), given(), device="cpu", terminal=Terminal(quiet=True)), says)
 
 
 class Table:
-    """As a library of tables has it: its length is that of a column, and its entries are columns."""
+    """Like a dataframe: its length is that of a column, and its entries are columns."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -664,7 +664,7 @@ def test_an_augmentation_is_refused_in_a_line(given, says):
         ({"sampling": "sequentiall"}, "sampling 'sequentiall' is unknown; did you mean 'sequential'?"),
     ],
 )
-def test_arguments_are_refused_in_a_line(arguments, says):
+def test_invalid_arguments_are_refused_in_one_line(arguments, says):
     if arguments == {"epochs": "3"}:
         assert trainer(epochs="3").settings.epochs == 3
         return
@@ -676,7 +676,7 @@ def test_a_step_of_ones_own_in_the_trainer_is_refused_and_not_left_uncalled():
         refused(lambda name=name: type("Mine", (tr.Trainer,), {name: print}), f"Mine defines {name}, and a step's loss")
 
 
-def test_fit_says_what_belongs_to_the_constructor():
+def test_fit_names_arguments_that_belong_to_the_constructor():
     refused(lambda: trainer().fit(epochs=1), "Trainer.fit has no argument 'epochs': write Trainer(..., epochs=...)")
     refused(lambda: trainer().fit(batch_size=1), "write Trainer(..., batch_size=...)")
     refused(lambda: trainer().fit(lr=1), "the optimizer has the learning rate")
@@ -698,11 +698,11 @@ def test_fit_says_what_belongs_to_the_constructor():
         (lambda: tr.CheckpointSettings(keep=-1), "CheckpointSettings: keep"),
     ],
 )
-def test_settings_are_refused_in_a_line(make, says):
+def test_invalid_settings_are_refused_in_one_line(make, says):
     refused(make, says)
 
 
-def test_other_data_can_be_evaluated_and_lists_of_arrays_predicted():
+def test_other_data_can_be_evaluated_and_lists_predicted():
     built = trainer(test=PAIR)
     built.fit()
     assert built.evaluate((INPUTS[:5], LABELS[:5])).samples == 5
@@ -714,7 +714,7 @@ def test_other_data_can_be_evaluated_and_lists_of_arrays_predicted():
     refused(lambda: built.evaluate("train"), "there is no train data to evaluate on")
 
 
-def test_a_trainer_shows_itself(tmp_path):
+def test_a_trainer_has_a_readable_repr(tmp_path):
     built = trainer(run=tmp_path / "run")
     shown = f"Trainer(Linear with 15 parameters, 22 samples of arrays, step 0 of 3, run {tmp_path / 'run'})"
     assert repr(built) == shown
@@ -723,14 +723,14 @@ def test_a_trainer_shows_itself(tmp_path):
     assert repr(trainer()).endswith("no run folder)")
 
 
-def test_a_folder_used_twice_says_so_in_pythons_words(tmp_path):
+def test_a_folder_used_twice_suggests_resume_in_python(tmp_path):
     trainer(run=tmp_path / "run").fit()
     refused(lambda: trainer(run=tmp_path / "run").fit(), "resume it by: trainer.resume(), in place of fit()")
     trainer(run=tmp_path / "run", epochs=2).resume()
 
 
 class Plain(io.TextIOBase):
-    """What a notebook has for standard output: no terminal, no file."""
+    """A notebook's standard output: neither a terminal nor a file."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -750,7 +750,7 @@ def test_a_notebook_gets_plain_lines(monkeypatch):
     assert "\x1b" not in plain.text
 
 
-def test_help_begins_with_what_a_thing_is():
+def test_help_starts_with_the_purpose():
     for kind in (tr.Trainer, tr.RunSettings, tr.optim.SGD):
         text = pydoc.plain(pydoc.render_doc(kind))
         assert text.index(kind.__doc__.splitlines()[0]) < 2200
@@ -772,7 +772,7 @@ def test_help_begins_with_what_a_thing_is():
     ],
 )
 @pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss()])
-def test_a_model_in_double_precision_gets_its_data_in_double_precision(data, loss, tmp_path):
+def test_a_double_precision_model_gets_double_precision_data(data, loss, tmp_path):
     model = linear().double()
     built = trainer(model, data, data, loss=loss, run=tmp_path / "run", ema=0.9)
     assert next(built.batches.epoch(0)).inputs.dtype == torch.float64
@@ -781,7 +781,7 @@ def test_a_model_in_double_precision_gets_its_data_in_double_precision(data, los
     assert built.predict(INPUTS.double()).dtype == torch.float64
 
 
-def test_arrays_keep_double_precision_for_such_a_model():
+def test_arrays_keep_double_precision_for_a_double_precision_model():
     precise = INPUTS.double() + 1e-12
     built = trainer(linear().double(), (precise, precise[:, :3]), loss="mse", sampling="sequential")
     assert torch.equal(next(built.batches.epoch(0)).inputs, precise[:BATCH])
@@ -790,7 +790,7 @@ def test_arrays_keep_double_precision_for_such_a_model():
     assert next(half.batches.epoch(0)).inputs.dtype == torch.bfloat16
 
 
-def test_a_training_leaves_the_global_generators_as_they_were():
+def test_training_restores_the_global_generators():
     class Draws(torch.utils.data.Dataset):
         def __len__(self) -> int:
             return SAMPLES

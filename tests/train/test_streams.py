@@ -1,4 +1,4 @@
-"""Streams train exactly: on 1 and 2 processes, and across a resume; as a script, this is the processes."""
+"""Streams train exactly on 1 and 2 processes, and across a resume; as a script, this file is one of the processes."""
 
 import os
 import random
@@ -23,13 +23,13 @@ SAMPLES, BATCH = 44, 16  # three batches; the last one has fewer samples
 
 
 def sample(number: int) -> tuple[Tensor, int]:
-    """A sample of a number that also draws from each global generator, as a transform would."""
+    """Return a sample that also draws from each global generator, like a transform."""
     torch_noise, python_noise = torch.rand(4), random.random()
     return torch.arange(4.0) * number / SAMPLES + torch_noise + python_noise, number % 3
 
 
 class Plain(IterableDataset):
-    """A stream without a state; it is shuffled by what it draws when it begins."""
+    """A stream without state, shuffled by a random number drawn at its start."""
 
     def __init__(self, samples: int = SAMPLES) -> None:
         self.samples = samples
@@ -50,7 +50,7 @@ class Sized(Plain):
 
 
 class Stateful(Plain):
-    """A stream with torchdata's protocol, whose order would be another one without its state."""
+    """A stream with torchdata's protocol; without its state, its order would differ."""
 
     at = 0
 
@@ -153,12 +153,12 @@ class Kill(tr.Callback):
 
 
 def often(name: str, run: Path, **changes: Any) -> tr.Trainer:
-    """A run that saves every other step, which is also within epochs."""
+    """Save every other step, also inside epochs."""
     return build(name, run, checkpoint=tr.CheckpointSettings(every="2 steps", keep=9), **changes)
 
 
 def stop_and_resume(name: str, run: Path, step: int) -> None:
-    """Stop a run after a step and resume it with a dataset that knows nothing of it."""
+    """Stop a run after a step, and resume it with a fresh dataset."""
     trainer = build(name, run)
     trainer.callbacks.append(Stop(step))
     with pytest.raises(Interrupted):
@@ -230,7 +230,7 @@ def test_two_processes_go_on_with_what_one_began(runs, same_runs, name):
 
 @pytest.mark.parametrize("step", [2, 5])
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(runs, same_runs, name, step, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_bytes(runs, same_runs, name, step, tmp_path):
     stop_and_resume(name, tmp_path / "run", step)
     same_but_for(step, same_runs, tmp_path / "run", runs / "one" / name)
 

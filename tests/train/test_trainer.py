@@ -1,4 +1,4 @@
-"""The trainer: the seven steps together, on real data, and runs that go on exactly."""
+"""The trainer: the seven steps together, on real data, and runs that resume exactly."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from torchrelay.train.progress import Best
 
 
 class Net(nn.Module):
-    """A little of everything that can go wrong at a resume: BatchNorm, dropout, a convolution."""
+    """Layers that a resume must restore: BatchNorm, dropout, a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,14 +75,14 @@ class StopAt(tr.Callback):
             os.kill(os.getpid(), self.number)
 
 
-def test_digits_are_learnt(digits, quiet, tmp_path):
+def test_training_learns_the_digits(digits, quiet, tmp_path):
     found = build(digits, quiet, tmp_path / "run", epochs=5).fit()
     assert found["accuracy"] > 0.9
     assert found["top5_accuracy"] >= found["accuracy"]
 
 
 @pytest.mark.plots
-def test_a_run_is_a_folder(digits, quiet, tmp_path):
+def test_a_run_writes_its_folder(digits, quiet, tmp_path):
     run = tmp_path / "run"
     build(digits, quiet, run).fit()
     there = {path.name for path in run.iterdir()}
@@ -128,7 +128,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("writes_to_its_weights", [False, True])
-def test_checkpoints_copied_meanwhile_have_the_bytes_of_those_copied_at_once(
+def test_background_copies_have_the_bytes_of_immediate_ones(
     writes_to_its_weights, digits, quiet, tmp_path, same_runs, monkeypatch
 ):
     meanwhile, copy, save = [], writer._copy, tr.Trainer.save
@@ -181,7 +181,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
-def test_a_stopped_run_training_continues_to_the_same_bytes(digits, quiet, tmp_path, same_runs, changes):
+def test_a_stopped_run_resumes_to_the_same_bytes(digits, quiet, tmp_path, same_runs, changes):
     """Stopped inside an epoch, at an epoch's end and after its evaluation; resumed by a new trainer each time."""
     changes = dict(changes)
     if "validation" in changes:
@@ -201,12 +201,12 @@ def test_a_stopped_run_training_continues_to_the_same_bytes(digits, quiet, tmp_p
         if not (tmp_path / "undisturbed" / "checkpoints" / path.name).exists():
             for file in path.iterdir():
                 file.unlink()
-            path.rmdir()  # what the signals saved; the undisturbed run had no reason to
+            path.rmdir()  # saved by the signals; the uninterrupted run has no such checkpoints
     same_runs(run, tmp_path / "undisturbed")
 
 
 class StoppedInTest(tr.Classification):
-    """Sends the process a real signal while a batch is tested, counted over all evaluations and the first batch's."""
+    """Sends the process a real signal during an evaluation batch, counted over all evaluations."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -228,10 +228,10 @@ class StoppedInTest(tr.Classification):
         pytest.param(9, 24, {"max_steps": 24}, id="where max_steps ends with an epoch"),
     ],
 )
-def test_a_run_stopped_in_an_evaluation_training_continues_to_the_same_bytes(
+def test_a_run_stopped_in_an_evaluation_resumes_to_the_same_bytes(
     digits, quiet, tmp_path, same_runs, at, step, settings
 ):
-    """Nothing of the evaluation counts twice: no line of metrics, no patience; and it is made up for."""
+    """Nothing of the evaluation counts twice, neither metrics nor patience; and it is repeated."""
     rest, part = tr.data.split(digits[0], 0.2, seed=3)
 
     def made(name: str, at: int) -> tr.Trainer:
@@ -261,7 +261,7 @@ def test_a_finished_run_stopped_in_its_evaluation_keeps_its_best(digits, quiet, 
     assert read_manifest(last).score is not None
 
 
-def test_after_a_signal_the_trainer_can_still_test(digits, quiet, tmp_path):
+def test_after_a_signal_the_trainer_can_still_evaluate(digits, quiet, tmp_path):
     trainer = build(digits, quiet, tmp_path / "run", callbacks=[StopAt(3)])
     with pytest.raises(Interrupted):
         trainer.fit()
@@ -284,7 +284,7 @@ class Broken:
 
 
 class Judged(tr.Classification):
-    """A task that is judged by it."""
+    """A task with that metric."""
 
     headline = "broken"
 
@@ -292,7 +292,7 @@ class Judged(tr.Classification):
         return {"broken": Broken()}
 
 
-def test_a_metric_that_is_not_finite_spoils_no_checkpoint_and_is_never_the_best(digits, quiet, tmp_path):
+def test_a_non_finite_metric_is_saved_and_never_the_best(digits, quiet, tmp_path):
     Broken.found = iter([0.5, math.nan, 0.25, math.inf])  # the first one before the training
     callbacks = [tr.EarlyStopping(patience=2)]
     trainer = build(
@@ -314,7 +314,7 @@ def test_a_frozen_mask_may_hold_minus_infinity(digits, quiet, tmp_path):
     assert load_file(last / "model.safetensors")["mask"][0, 1] == -math.inf
 
 
-def test_a_run_killed_at_any_moment_training_continues_to_the_same_bytes(start, tmp_path, same_runs):
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bytes(start, tmp_path, same_runs):
     """A real process, killed by SIGKILL at five moments, resumed each time."""
     script = tmp_path / "run.py"
     script.write_text(f"""
@@ -349,7 +349,7 @@ trainer.resume() if (pathlib.Path(folder) / "recipe.toml").exists() else trainer
     same_runs(tmp_path / "killed", tmp_path / "undisturbed")
 
 
-def test_a_finished_run_says_so_and_training_continues_with_more_epochs(digits, quiet, tmp_path):
+def test_a_finished_run_reports_it_and_continues_with_more_epochs(digits, quiet, tmp_path):
     run = tmp_path / "run"
     schedule = {"schedule": tr.optim.Constant()}
     build(digits, quiet, run, epochs=2, **schedule).fit()
@@ -362,7 +362,7 @@ def test_a_finished_run_says_so_and_training_continues_with_more_epochs(digits, 
 
 
 def test_replicas_add_up_to_the_mean_over_the_batch(digits, quiet):
-    """Without BatchNorm and dropout, four replicas give the gradient of one, but for rounding."""
+    """Without BatchNorm and dropout, four replicas give the gradient of one, up to rounding."""
     train, _ = digits
     gradients = []
     for replicas in (1, 4):
@@ -393,8 +393,8 @@ def test_the_loss_is_the_mean_over_an_uneven_batch(digits, quiet):
     assert torch.equal(trainer.train_step.backward(batch, 0).loss, expected.detach())
 
 
-def test_a_batch_of_one_process_is_trained_like_a_hand_written_step(digits, quiet):
-    """The same bits as ten lines of plain PyTorch."""
+def test_a_step_in_one_process_equals_a_hand_written_step(digits, quiet):
+    """Bit-equal to ten lines of plain PyTorch."""
     train, _ = digits
     trainer = build((train, None), quiet, augment=[], schedule=tr.optim.Constant(), epochs=1)
     trainer.model.layers[5].p = 0.0
@@ -445,7 +445,7 @@ def test_early_stopping_ends_a_run_and_a_resume_keeps_it_ended(digits, quiet, tm
     assert again.progress.epochs_done == stopped_at
 
 
-def test_max_steps_ends_a_run_where_it_says(digits, quiet, tmp_path, same_runs):
+def test_max_steps_ends_a_run(digits, quiet, tmp_path, same_runs):
     def make(name, steps):
         settings = tr.RunSettings(max_steps=steps)
         return build(digits, quiet, tmp_path / name, settings=settings, epochs=3)
@@ -488,7 +488,7 @@ def test_changed_data_is_refused_at_a_resume(digits, quiet, tmp_path):
     build(changed, quiet, run).resume(accept_changes=True)
 
 
-def test_a_changed_recipe_is_refused_at_a_resume_and_counts_if_accepted(tmp_path, quiet):
+def test_a_changed_recipe_is_refused_at_a_resume_unless_accepted(tmp_path, quiet):
     run = tmp_path / "run"
 
     def make(*overrides):
@@ -521,7 +521,7 @@ def test_a_resume_keeps_the_number_of_threads(digits, quiet, tmp_path):
     assert "threads was" not in log
 
 
-def test_another_thread_count_that_is_asked_for_is_warned_of(digits, quiet, tmp_path):
+def test_another_requested_thread_count_warns(digits, quiet, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
         build(digits, quiet, run, callbacks=[StopAt(5)]).fit()
@@ -542,7 +542,7 @@ def test_evaluation_counts_every_sample_once(digits, quiet):
     assert found.confusion.diagonal().sum().item() / len(test) == pytest.approx(found.values["accuracy"])
 
 
-def test_predictions_come_in_the_order_of_the_data(digits, quiet):
+def test_predictions_are_in_the_order_of_the_data(digits, quiet):
     trainer = build(digits, quiet, epochs=4)
     trainer.fit()
     probabilities = trainer.predict(digits[1])
@@ -620,7 +620,7 @@ def test_a_signal_does_not_end_an_interactive_session(tmp_path):
     assert done.stdout.splitlines()[-1] == "goes on"
 
 
-def test_a_batch_of_nothing_and_a_run_of_no_epochs_are_refused(digits, quiet):
+def test_a_batch_size_of_zero_and_zero_epochs_are_refused(digits, quiet):
     with pytest.raises(UsageError, match="batch_size is 0: it must be a whole number of 1 or more"):
         build(digits, quiet, batch_size=0)
     with pytest.raises(UsageError, match="epochs"):

@@ -14,7 +14,7 @@ class Found(NamedTuple):
     name: str
 
 
-def test_what_is_unpacked_is_what_was_packed():
+def test_packing_round_trips():
     value = {
         "rows": [Found(torch.arange(3), "a"), Found(torch.ones(2, 2)[:, 1], "b")],
         "pair": (1, 2.5, None, True),
@@ -32,7 +32,7 @@ def test_other_objects_are_refused():
         pack({"x": object()})
 
 
-def test_batches_are_joined_by_their_structure():
+def test_nested_batches_are_concatenated():
     batches = [Found(torch.zeros(2, 3), ["a", "b"]), Found(torch.ones(1, 3), ["c"])]
     found = joined(batches)
     assert found.boxes.shape == (3, 3)

@@ -1,4 +1,4 @@
-"""Several views of a test image, and the mean of what a network says of them."""
+"""Test-time augmentation: the mean of a network's outputs for several views of an image."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torchrelay.train.tta import with_tta
 
 
 class Column(nn.Module):
-    """Looks at the left column alone, so that each view gives other outputs."""
+    """Reads only the left column, so that each view gives a different output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ def first_pixel(images):
     return images[:, 0, :1, 0].repeat(1, 2) * torch.tensor([1.0, -1.0])
 
 
-def test_two_views_are_the_mean_of_both_images_everywhere(digits, quiet):
+def test_two_views_average_image_and_mirror_image(digits, quiet):
     how = {"epochs": 1, "device": "cpu", "terminal": quiet, "normalize": False}
     plain, both = (tr.Trainer(Column(), *digits, settings=RunSettings(test_views=views), **how) for views in (1, 2))
     both.model.load_state_dict(plain.model.state_dict())
@@ -38,7 +38,7 @@ def test_two_views_are_the_mean_of_both_images_everywhere(digits, quiet):
     assert plain.evaluate().values["loss"] != both.evaluate().values["loss"]
 
 
-def test_six_views_are_of_those_that_two_leave_unsure():
+def test_six_views_are_used_only_for_unsure_images():
     torch.manual_seed(0)
     images = torch.rand(40, 1, 5, 4)
     images[::2] *= 20.0  # of these, two views are sure
@@ -54,7 +54,7 @@ def test_six_views_are_of_those_that_two_leave_unsure():
 
 
 @pytest.mark.parametrize("scale", [0.0, 100.0])
-def test_the_model_is_asked_equally_often_whether_all_or_none_are_unsure(scale):
+def test_the_number_of_forward_passes_does_not_depend_on_the_data(scale):
     asked = []
 
     def forward(images):
@@ -75,7 +75,7 @@ def test_six_views_train_and_predict(digits, quiet):
 
 
 @pytest.mark.parametrize("views", [2, 6])
-def test_views_of_what_is_no_image_are_refused(quiet, views):
+def test_views_of_other_inputs_are_refused(quiet, views):
     data = torch.randn(20, 5), torch.arange(20) % 2
     trainer = tr.Trainer(
         nn.Linear(5, 2), data, data, settings=RunSettings(test_views=views), device="cpu", terminal=quiet
