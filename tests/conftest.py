@@ -1,4 +1,4 @@
-"""What several test files need: small real data, and comparing runs byte for byte."""
+"""Fixtures of several test files: small real data, and comparing runs byte for byte."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torchrelay.checkpoint.format import Manifest
 from torchrelay.run.plots import PlotProcess
 from torchrelay.run.terminal import Terminal
 
-CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that the wall clock decides
+CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that depend on the wall clock
 
 
 _start_plots = PlotProcess.start
@@ -30,7 +30,7 @@ def _plots(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """One thread: the tests of two processes don't fight for cores, and bits don't depend on the machine."""
+    """One thread: tests of two processes don't compete for cores, and bits don't depend on the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +48,7 @@ def digits():
 
 
 def forge_manifest(saved: Path, manifest: dict) -> None:
-    """Write a manifest with the checksum that it should have, as somebody would who wants to be believed."""
+    """Write a manifest with a correct checksum, as a forger would."""
     forged = Manifest.model_validate(manifest)
     forged.checksum = forged.own_checksum()
     (saved / "manifest.json").write_text(forged.model_dump_json())
@@ -60,13 +60,13 @@ def forge() -> Callable[[Path, dict], None]:
 
 
 def metrics_of(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what the clock decides."""
+    """The lines of metrics.jsonl without the clock fields."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """Two runs ended alike: their checkpoints to the byte, their metrics but for the clock."""
+    """Assert that two runs are equal: checkpoints byte for byte, metrics except for the clock fields."""
     mine, others = checkpoint.complete(one / "checkpoints"), checkpoint.complete(other / "checkpoints")
     assert [path.name for path in mine] == [path.name for path in others]
     assert mine

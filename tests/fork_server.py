@@ -1,10 +1,10 @@
-"""Starts real processes without the seconds that importing PyTorch takes: it has imported it, and forks for each.
+"""Start real processes without the seconds that importing PyTorch takes: this one has imported it, and forks.
 
-A process of it has a session, streams, an environment and signals of its own, and ends as any other Python does; only
-its imports are done already. Run as `fork_server.py SOCKET`; a request and its answer are a line of JSON each.
+Each process has its own session, streams, environment and signals, and ends like any Python process; only its imports
+are already done. Run as `fork_server.py SOCKET`; a request and its answer are a line of JSON each.
 
-A process that starts others through PyTorch's launcher may have them forked likewise. They are its children as they
-should be: whose parent ends is given to the next ancestor that has asked for it.
+A process that starts others through PyTorch's launcher may fork them likewise. They are its children: the kernel
+reparents an orphan to the nearest ancestor that is a subreaper.
 """
 
 import atexit
@@ -34,7 +34,7 @@ _MADV_COLLAPSE, _LARGE = 25, 2**21
 
 
 def preload() -> None:
-    """Import what a training needs, and what is imported only where it is used."""
+    """Import what a training needs, including lazy imports."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import PIL.Image
@@ -58,14 +58,14 @@ def preload() -> None:
     importlib.import_module("forked")
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
-    gc.freeze()  # a fork that ends need not look at, and so copy, all that was imported
+    gc.freeze()  # the garbage collector of a fork doesn't touch, and so copy, the imported modules
     use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
     assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay))
 
 
 def use_large_pages() -> None:
-    """Put this process's memory into pages of 2 MiB where Linux can: a fork copies the table of pages."""
+    """Use pages of 2 MiB for this process's memory if Linux can: a fork copies the page table."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         place, access, _, _, inode, *_ = line.split()
         start, end = (int(address, 16) for address in place.split("-"))
@@ -75,7 +75,7 @@ def use_large_pages() -> None:
 
 
 def serve(address: str) -> dict[str, Any]:
-    """Answer requests until the socket is closed; return only in a forked process, with what it shall do."""
+    """Answer requests until the socket is closed; return only in a forked process, with its request."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
@@ -99,7 +99,7 @@ def serve(address: str) -> dict[str, Any]:
 
 
 def wait(pid: int, timeout: float) -> int | None:
-    """Return a process's exit code, minus the signal's number where one ended it; None if it has not ended in time."""
+    """Return a process's exit code, negative for a signal, or None if it has not ended in time."""
     end = time.monotonic() + timeout
     while True:
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -111,7 +111,7 @@ def wait(pid: int, timeout: float) -> int | None:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Turn this fork into the process that was asked for, and run its program."""
+    """Turn this fork into the requested process, and run its program."""
     os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
@@ -126,7 +126,7 @@ def become(request: dict[str, Any]) -> None:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.closerange(3, 1024)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    faulthandler.enable()  # whatever crashes it, or sends SIGABRT as it hangs, is told each thread's place
+    faulthandler.enable()  # a crash, or SIGABRT to a hanging process, prints the stack of each thread
     sys.argv = request["argv"]
     if request["forks"] and fork_children():
         request["module"] = "torchrelay"
@@ -149,14 +149,14 @@ def become(request: dict[str, Any]) -> None:
 
 
 def leave(code: Any) -> None:
-    """End as Python does, but for taking apart all that was imported, which would take seconds."""
+    """Exit like Python, without tearing down the imported modules, which would take seconds."""
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # closed, or the reader is gone
             stream.flush()
     os._exit(code or 0)
 
@@ -176,7 +176,7 @@ def fork_children() -> bool:
     parent = os.getpid()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     mine, others = socket.socketpair()
-    if os.fork() == 0:  # this one has no threads, now and later
+    if os.fork() == 0:  # this process never has threads
         mine.close()
         serve_parent(others.makefile("rw", encoding="utf-8"), parent)
         return True
@@ -220,7 +220,7 @@ def serve_parent(lines: Any, parent: int) -> None:
 
 
 class Forked(subprocess.Popen):
-    """A process that was forked, as who started it wants to see it."""
+    """A forked process with the interface of `Popen`."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.args, self.returncode = pid, (), None
@@ -229,7 +229,7 @@ class Forked(subprocess.Popen):
 
 
 def divide() -> None:
-    """Enter a user and a mount namespace of its own, as `unshare -rm` does."""
+    """Enter a new user and mount namespace, as `unshare -rm` does."""
     user, group = os.getuid(), os.getgid()
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWUSER | _CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")

@@ -25,9 +25,9 @@ class Process:
     """A real process, with a session of its own.
 
     Args:
-        server: who started it.
+        server: the server that started it.
         pid: its id, which is also its session's.
-        streams: the files of its output and its errors, or none where it has a terminal.
+        streams: the files of its output and its errors, or none if it has a terminal.
     """
 
     def __init__(self, server: "Server", pid: int, streams: tuple[Path, Path] | None) -> None:
@@ -37,11 +37,11 @@ class Process:
         self.returncode: int | None = None
 
     def wait(self, timeout: float = 120) -> int:
-        """Wait for its end and return its exit code, minus the signal's number where one ended it."""
+        """Wait for its end and return its exit code, negative for a signal."""
         if self.returncode is None:
             self.returncode = self.server.ask(do="wait", pid=self.pid, timeout=timeout)
         if self.returncode is None:
-            self.end(signal.SIGABRT)  # each prints where its threads stand
+            self.end(signal.SIGABRT)  # each prints the stacks of its threads
             self.end()
             pytest.fail(f"the process was still running after {timeout} s:\n{self.output}\n{self.errors}")
         return self.returncode
@@ -53,11 +53,11 @@ class Process:
         return self.returncode is None
 
     def send(self, number: int) -> None:
-        """Send a signal to the process alone."""
+        """Send a signal to this process only."""
         os.kill(self.pid, number)
 
     def until(self, happened: Callable[[], Any], timeout: float = 60) -> Any:
-        """Wait until something is true while the process runs, and return it."""
+        """Wait for a condition while the process runs, and return its value."""
         end = time.monotonic() + timeout
         while not (found := happened()):
             assert self.runs(), f"it ended too early, with {self.returncode}:\n{self.output}\n{self.errors}"
@@ -66,16 +66,16 @@ class Process:
         return found
 
     def done(self, timeout: float = 120) -> Done:
-        """Wait for its end; nothing that it started may live longer."""
+        """Wait for its end; none of its children may outlive it."""
         code = self.wait(timeout)
-        end = time.monotonic() + 5  # workers see that their parent is gone, and need a moment for it
+        end = time.monotonic() + 5  # workers take a moment to notice that their parent is gone
         while (left := self.family()) and time.monotonic() < end:
             time.sleep(0.02)
         assert not left, f"left behind: {left}"
         return subprocess.CompletedProcess([], code, self.output, self.errors)
 
     def family(self) -> list[int]:
-        """Return the living processes of its session but itself."""
+        """Return the other living processes of its session."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -87,7 +87,7 @@ class Process:
         return found
 
     def end(self, number: int = signal.SIGKILL) -> None:
-        """Send this signal, which ends them, to it and all it started."""
+        """Send a fatal signal to it and its children."""
         for pid in [*([] if self.returncode is not None else [self.pid]), *self.family()]:
             try:
                 os.kill(pid, number)
@@ -106,11 +106,11 @@ class Process:
 
 
 class Server:
-    """Starts processes, by a process that has imported PyTorch already and forks; see fork_server.py.
+    """Starts processes through one that has already imported PyTorch and forks; see fork_server.py.
 
     Args:
         address: its socket.
-        folder: for what processes print.
+        folder: where the output of processes goes.
     """
 
     def __init__(self, address: Path, folder: Path) -> None:
@@ -148,15 +148,15 @@ class Server:
         """Start `python -m torchrelay …`, another module, or a script.
 
         Args:
-            *arguments: what follows.
-            folder: where it is started.
-            sets: what follows `--set`, each.
+            *arguments: its arguments.
+            folder: its working directory.
+            sets: overrides, each passed with `--set`.
             script: run this instead of torchrelay.
             module: run this instead of torchrelay.
-            terminal: the device of a terminal to run in, as `pty.openpty` gives it.
-            environment: variables beside those of every test.
-            forks: whether the processes that it starts through PyTorch's launcher are forked, too.
-            plots: whether runs draw their plots, which takes more than a second of another process.
+            terminal: the device of a terminal to run in, from `pty.openpty`.
+            environment: additional variables.
+            forks: whether the processes that it starts through PyTorch's launcher are also forked.
+            plots: whether runs draw their plots, which takes another process more than a second.
         """
         self._count += 1
         streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
@@ -179,7 +179,7 @@ class Server:
         return self.started[-1]
 
     def end_all(self) -> None:
-        """End what a test left running."""
+        """Kill processes that a test left running."""
         for process in self.started:
             process.end()
         self.started.clear()
@@ -191,7 +191,7 @@ class Server:
 
 
 def clean_environment(home: Path) -> dict[str, str]:
-    """Return what a process needs, one thread, and nothing else of this one's."""
+    """Return a minimal environment with one thread."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TMPDIR") if name in os.environ}
     return kept | {"HOME": str(home), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
 
@@ -210,14 +210,14 @@ def _server() -> Iterator[Server]:
 
 @pytest.fixture
 def server(_server: Server) -> Iterator[Server]:
-    """Starts processes that a test looks at, signals or kills; ends them after it."""
+    """A server for processes that a test observes, signals or kills; it kills them after the test."""
     yield _server
     _server.end_all()
 
 
 @pytest.fixture
 def start(server: Server, tmp_path: Path) -> Callable[..., Process]:
-    """Start `python -m torchrelay …` in the test's own folder: a process to look at, to signal, to kill."""
+    """Start `python -m torchrelay …` in the test's folder, as a process to observe, signal or kill."""
 
     def started(*arguments: str | Path, folder: Path = tmp_path, **options: Any) -> Process:
         return server.start(*arguments, folder=folder, **options)
@@ -227,7 +227,7 @@ def start(server: Server, tmp_path: Path) -> Callable[..., Process]:
 
 @pytest.fixture
 def cli(start: Callable[..., Process]) -> Callable[..., Done]:
-    """Run `python -m torchrelay …` to its end, with one thread and a clean environment; nothing may be left behind."""
+    """Run `python -m torchrelay …` to its end, with one thread and a clean environment; no child may be left."""
 
     def run(*arguments: str | Path, timeout: float = 120, **options: Any) -> Done:
         return start(*arguments, **options).done(timeout)
@@ -237,7 +237,7 @@ def cli(start: Callable[..., Process]) -> Callable[..., Done]:
 
 @pytest.fixture
 def one_line() -> Callable[..., str]:
-    """Assert that a command failed as it should: its exit code, and one line with all of `says`; return the line."""
+    """Assert that a command failed with this exit code and one line that contains all of `says`; return the line."""
 
     def check(done: Done, *says: str, code: int = 1) -> str:
         assert done.returncode == code, f"exit code {done.returncode}: {done.stderr}"
@@ -253,7 +253,7 @@ def one_line() -> Callable[..., str]:
 
 
 class Namespace:
-    """Where a test may mount what it likes, such as a small disk, and what it sees there.
+    """A mount namespace in which a test may mount file systems, such as a small disk.
 
     Args:
         server: starts processes in it.
@@ -270,7 +270,7 @@ class Namespace:
         subprocess.run([*entering, "sh", "-ec", script], check=True, capture_output=True, text=True, timeout=60)
 
     def seen(self, path: Path) -> Path:
-        """Return the path by which this process sees a file of the namespace."""
+        """Return the path of a namespace's file as seen from this process."""
         return Path(f"/proc/{self.pid}/root{path}")
 
 
@@ -282,14 +282,14 @@ def _namespace(_server: Server) -> Iterator[Namespace | None]:
         return
     pid = _server.ask(do="divide", address=str(_server.folder / "inside"))
     inside = Server(_server.folder / "inside", _server.folder)
-    inside._count = 100_000  # names of its own for what is printed
+    inside._count = 100_000  # separate names for its output files
     yield Namespace(inside, pid)
     inside.close()
 
 
 @pytest.fixture
 def namespace(_namespace: Namespace | None) -> Iterator[Namespace]:
-    """A mount namespace with processes of its own; skips where that isn't allowed."""
+    """A mount namespace with its own processes; skips if that isn't allowed."""
     if _namespace is None:
         pytest.skip("unshare -rm isn't allowed here")
     yield _namespace
@@ -298,7 +298,7 @@ def namespace(_namespace: Namespace | None) -> Iterator[Namespace]:
 
 @pytest.fixture
 def terminal() -> Iterator[tuple[int, str]]:
-    """A terminal: the side at which a person sits, and the device for a process."""
+    """A terminal: the user's side, and the device for a process."""
     person, device = pty.openpty()
     yield person, os.ttyname(device)
     os.close(person)
