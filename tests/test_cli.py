@@ -283,7 +283,8 @@ def test_evaluate_prints_the_metrics_of_training(run, capsys):
 
 def test_evaluate_as_json_is_json_and_agrees_with_the_run(run, capsys):
     found = json.loads(say(["evaluate", str(run), "--json", "--checkpoint", "last"], capsys))
-    assert found["test"] == json.loads((run / "evaluation.json").read_text())
+    written = json.loads((run / "evaluation.json").read_text())
+    assert written == {"step": written["step"], "epoch": written["epoch"], **found["test"]}
     assert np.array(found["test"]["confusion_matrix"]).sum() == 359
 
 

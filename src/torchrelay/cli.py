@@ -5,6 +5,7 @@ Importing torch takes seconds, so a command imports it only when it runs.
 
 import argparse
 import errno
+import io
 import os
 import re
 import sys
@@ -25,6 +26,9 @@ _FAILED = 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and saved."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a bar that an encoding lacks is no reason to lose what was measured
     options = _parse(arguments)
     try:
         process.attach()

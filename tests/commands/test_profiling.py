@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import time
@@ -109,3 +110,11 @@ def test_the_pytorch_profiler_prints_nothing(tmp_path):
 def test_a_trainer_with_a_run_folder_is_refused(quiet, tmp_path):
     with pytest.raises(UsageError, match="without a run folder"):
         profiling.examine(trainer(quiet, run=tmp_path / "run"))
+
+
+def test_a_profile_is_printed_in_an_encoding_without_its_bar(tmp_path):
+    command = [sys.executable, "-m", "torchrelay", "profile", "digits", "--steps", "2", "--out", tmp_path / "found"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"samples a second" in done.stdout

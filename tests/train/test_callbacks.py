@@ -243,6 +243,7 @@ def test_the_last_evaluation_is_written_to_a_file(digits, quiet, tmp_path):
     written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert {name: written[name] for name in found} == found
     assert written["samples"] == 359
+    assert (written["step"], written["epoch"]) == (12, 3), "of the last epoch, which needn't be the best"
     assert set(written["accuracy_by_class"]) == set("0123456789")
     assert sum(map(sum, written["confusion_matrix"])) == 359
 

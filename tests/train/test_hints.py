@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import torchrelay as tr
-from torchrelay.train.hints import of_loss
+from torchrelay.models.small import small_cnn
+from torchrelay.train.hints import at_start, of_loss
 
 
 def fit(tmp_path, quiet, **changes) -> list[str]:
@@ -31,6 +34,28 @@ def test_a_batch_larger_than_the_data_gets_a_hint(tmp_path, quiet):
 def test_a_loss_far_above_chance_gets_one_hint(tmp_path, quiet):
     (hint,) = fit(tmp_path, quiet, optimizer=tr.optim.SGD(lr=300.0))
     assert "is far above 0.693, that of guessing; a learning rate lower than 300 may help" in hint
+
+
+@pytest.mark.parametrize(
+    ("changes", "hinted"), [({}, True), ({"sampling": "balanced"}, False), ({"task": tr.Regression()}, False)]
+)
+def test_classes_of_unlike_size_are_said(tmp_path, quiet, changes, hinted):
+    inputs, targets = torch.randn(40, 2), (torch.arange(40) % 8 == 0).long()
+    source = tr.data.arrays(inputs, targets, classes=("a", "b"))
+    trainer = tr.Trainer(torch.nn.Linear(2, 2), source, batch_size=8, terminal=quiet, **changes)
+    said = at_start(trainer.batches, trainer.task, 100)
+    assert ["a has 35 samples and b 5, so accuracy says little" in line for line in said] == [True] * hinted
+
+
+def test_a_run_of_few_steps_on_files_is_said(tmp_path):
+    for number in range(20):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    parts = tr.data.image_folder(tmp_path, cache=False, log=lambda _: None)
+    for epochs, batch_size, hinted in ((5, 8, True), (50, 8, False), (5, 2, False)):
+        trainer = tr.Trainer(small_cnn(2, 3), *parts, batch_size=batch_size, epochs=epochs)
+        said = at_start(trainer.batches, trainer.task, trainer.progress.total_steps)
+        assert ["an epoch of 16 samples is 2 steps, and the run 10" in line for line in said] == [True] * hinted
 
 
 @pytest.mark.parametrize(("loss", "hinted"), [(2.9, False), (3.1, True), (math.nan, False)])

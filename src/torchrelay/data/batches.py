@@ -100,7 +100,7 @@ class Batches:
         self.device = device
         self.pipeline = pipeline
         self.seed = seed
-        self.train = train
+        self.train, self.sampling = train, sampling
         self.dtype = dtype
         self.name = f"{source.name} ({'training' if train else 'evaluation'})"
         self.replicas = replicas

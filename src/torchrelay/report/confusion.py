@@ -20,7 +20,7 @@ _MOST_NAMED = 50  # class names that fit along a side
 
 
 @without_glyph_warnings()
-def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence[str] = ()) -> "Figure":
+def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence[str] = (), when: str = "") -> "Figure":
     """Draw which classes the model confuses.
 
     Colors are shares of the true class, on a scale that shows an error of one in a hundred; numbers are samples.
@@ -28,6 +28,7 @@ def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence
     Args:
         matrix: int64 (classes, classes), on the CPU; rows are true classes, columns predicted ones.
         classes: class names; without one per class, their indices are shown.
+        when: which network it is of, such as "after epoch 3".
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,7 +48,8 @@ def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence
         image = axes.imshow(shares, cmap="Blues", norm=norm)
         _name_classes(axes, list(classes) if len(classes) == size else [str(index) for index in range(size)])
         right = counts.trace() / max(counts.sum(), 1)
-        axes.set_title(f"{metric(right, percent=True).strip()} of {counts.sum():,} samples right", loc="left", pad=12)
+        title = f"{metric(right, percent=True).strip()} of {counts.sum():,} samples right {when}"
+        axes.set_title(title.strip(), loc="left", pad=12)
         if size <= _MOST_COUNTED:
             for (row, column), count in np.ndenumerate(counts):
                 color = "white" if norm(shares[row, column]) > 0.6 else INK if count else "#c4c4c4"

@@ -27,7 +27,8 @@ def draw(folder: Path, headline: Headline, *, confusion: bool) -> None:
         evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         matrix = np.array(evaluation["confusion_matrix"], np.int64)
         names = list(evaluation.get("accuracy_by_class", {}))
-        save(confusion_matrix(matrix, names), folder / "confusion.png")
+        when = f"after epoch {evaluation['epoch']}" if "epoch" in evaluation else ""
+        save(confusion_matrix(matrix, names, when), folder / "confusion.png")
 
 
 def _exit_with(parent: int) -> None:

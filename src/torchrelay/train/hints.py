@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from torchrelay.data.batch import Batch, replica_sizes
@@ -16,20 +17,52 @@ from torchrelay.tasks.task import Task
 
 _ABSURD = 3.0  # times the loss of guessing, or of the first epoch
 _FEW = 7  # samples, of which a half may have nearly the whole loss
+_FEW_STEPS, _FEW_IN_ALL = 4, 100  # steps of an epoch, and of a run
+_UNLIKE = 5  # times as many samples in a class as in another
 _CHANNELS = (1, 3)  # of images
 _UNEQUAL = 0.05  # of a loss, by which that of its halves may differ
 
 
-def of_batches(batches: Batches) -> str | None:
-    """Return the hint that a batch holds more samples than there are, or how a stream is read."""
+def at_start(batches: Batches, task: Task, total_steps: int) -> list[str]:
+    """Return what is said before the first step."""
+    each = (of_images(batches), of_batches(batches, total_steps), of_classes(batches, task), of_task(task))
+    return [hint for hint in each if hint is not None]
+
+
+def of_batches(batches: Batches, total_steps: int) -> str | None:
+    """Return the hint that a batch holds most of the samples, or how a stream is read."""
     if batches.stream is not None:
         return _of_stream(batches, batches.stream)
     samples = len(batches.source)
     if batches.batch_size <= samples:
-        return None
+        are_few = batches.source.files is not None and len(batches) < _FEW_STEPS and total_steps < _FEW_IN_ALL
+        if not are_few:
+            return None
+        return (
+            f"hint: an epoch of {samples:,} samples is {len(batches)} steps, and the run {total_steps}: a smaller "
+            f"data.batch_size than {batches.batch_size} takes more, and more run.epochs"
+        )
     return (
         f"hint: a batch of {batches.batch_size:,} holds all {samples:,} training samples, so an epoch is one step; "
         "a smaller data.batch_size takes more steps"
+    )
+
+
+def of_classes(batches: Batches, task: Task) -> str | None:
+    """Return the hint that some classes have many times the samples of others."""
+    targets, names = batches.targets_in_memory(), batches.source.classes
+    is_weighted = batches.sampling == "balanced" or getattr(task, "class_weights", None) is not None
+    if not isinstance(task, Classification) or is_weighted or targets is None or len(names) < 2:
+        return None
+    if targets.ndim != 1 or targets.is_floating_point():
+        return None
+    counts = torch.bincount(targets, minlength=len(names))
+    low, high = int(counts.argmin()), int(counts.argmax())
+    if counts[high] < _UNLIKE * counts[low]:
+        return None
+    return (
+        f"hint: {names[high]} has {counts[high]:,} samples and {names[low]} {counts[low]:,}, so accuracy says little "
+        "of the rare class: see the accuracy by class; data.sampling=balanced or loss.class_weights=balanced helps"
     )
 
 

@@ -127,8 +127,8 @@ class Pictures(Callback):
     def on_start(self, trainer: Training) -> None:
         """Show the first batch as the model sees it, and what the model costs."""
         run = trainer.run
-        for hint in (hints.of_images(self._batches), hints.of_batches(self._batches), hints.of_task(trainer.task)):
-            if self._progress.step == 0 and hint:
+        if self._progress.step == 0:
+            for hint in hints.at_start(self._batches, trainer.task, self._progress.total_steps):
                 trainer.say(hint)
         if run is None or self._progress.step > 0:
             return
@@ -173,7 +173,9 @@ class Pictures(Callback):
     def _write(self, run: RunFolder, classes: Sequence[str]) -> None:
         last = self._evaluator.last
         if last is not None:
-            text = json.dumps(last.to_json(classes), indent=1, ensure_ascii=False)
+            step = self._progress.step  # not the best one's
+            found = {"step": step, "epoch": self._progress.epoch_of(step)} | last.to_json(classes)
+            text = json.dumps(found, indent=1, ensure_ascii=False)
             (run.path / "evaluation.json").write_text(text + "\n", encoding="utf-8")
         has_confusion = last is not None and last.confusion is not None
         run.plots.start(self._headline, confusion=has_confusion)

@@ -217,6 +217,10 @@ class Progress:
         """The steps of the whole run."""
         return self.epochs * self.steps_per_epoch if self._steps is None else self._steps
 
+    def epoch_of(self, step: int) -> int:
+        """Return in which epoch, counted from 1, a step is; it is counted from 1 too."""
+        return -(-step // self.steps_per_epoch)
+
     @property
     def position(self) -> int:
         """How many batches of the running epoch are done."""

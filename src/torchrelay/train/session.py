@@ -336,7 +336,7 @@ class Session:
         progress, now = self.state.progress, round(time.time(), 3)
         if split == "step":
             progress.last_loss = values["loss"]
-        line = {"step": progress.step, "epoch": -(-progress.step // progress.steps_per_epoch), "split": split}
+        line = {"step": progress.step, "epoch": progress.epoch_of(progress.step), "split": split}
         if split != "step":
             self.history.append({**line, **values})
         if self.run is not None:
