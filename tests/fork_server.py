@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 _PR_SET_CHILD_SUBREAPER = 36
 _MADV_COLLAPSE, _LARGE = 25, 2**21
 
@@ -47,6 +47,7 @@ def preload() -> None:
     import torch.utils.flop_counter
     import torch.utils.tensorboard
     import torchmetrics
+    import torchvision.models
 
     import torchrelay
 
@@ -61,7 +62,7 @@ def preload() -> None:
     gc.freeze()  # the garbage collector of a fork doesn't touch, and so copy, the imported modules
     use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
-    assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay))
+    assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay, torchvision))
 
 
 def use_large_pages() -> None:
@@ -113,6 +114,8 @@ def wait(pid: int, timeout: float) -> int | None:
 def become(request: dict[str, Any]) -> None:
     """Turn this fork into the requested process, and run its program."""
     os.setsid()
+    if request["network"]:
+        enter_network(request["network"])
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -142,10 +145,20 @@ def become(request: dict[str, Any]) -> None:
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         leave(end.code)
+    except Exception:  # noqa: BLE001 - whatever ends it
+        sys.excepthook(*sys.exc_info())
+        leave(1)
     except BaseException:
         gc.unfreeze()
         raise
     leave(0)
+
+
+def enter_network(name: str) -> None:
+    """Enter a network namespace, as `ip netns exec` does."""
+    with Path(f"/run/netns/{name}").open() as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 def leave(code: Any) -> None:

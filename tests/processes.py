@@ -144,6 +144,7 @@ class Server:
         environment: dict[str, str] | None = None,
         forks: bool = True,
         plots: bool = False,
+        network: str | None = None,
     ) -> Process:
         """Start `python -m torchrelay …`, another module, or a script.
 
@@ -157,6 +158,7 @@ class Server:
             environment: additional variables.
             forks: whether the processes that it starts through PyTorch's launcher are also forked.
             plots: whether runs draw their plots, which takes another process more than a second.
+            network: the name of a network namespace to run in.
         """
         self._count += 1
         streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
@@ -173,6 +175,7 @@ class Server:
             terminal=terminal,
             environment=clean_environment(self.folder) | (environment or {}),
             plots=plots,
+            network=network,
             forks=forks and any(str(each).startswith(LAUNCHED) for each in arguments),
         )
         self.started.append(Process(self, pid, None if terminal else streams))

@@ -74,9 +74,8 @@ def test_loader_workers_start_in_a_benchmark_by_the_default_method():
         assert pool.submit(multiprocessing.get_start_method).result() == multiprocessing.get_start_method()
 
 
-def test_the_command_writes_the_page(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "order", "--out", tmp_path / "page.md"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command_writes_the_page(cli, tmp_path):
+    done = cli("--quick", "--only", "order", "--out", tmp_path / "page.md", module="benchmarks", folder=ROOT)
     assert done.returncode == 0, done.stderr
     assert all_of_them.title("order") in (tmp_path / "page.md").read_text()
 

@@ -183,14 +183,14 @@ def test_a_slow_or_failing_script_is_reported(tmp_path):
     slow = script(tmp_path, 1, loading="")
     assert len(records.beside(slow, tmp_path, 3, 3)) == 2  # what it has done by then counts
     with pytest.raises(RuntimeError, match=r"No such file or directory: 'cifar10/train\.pt'"):
-        records.beside(script(tmp_path), tmp_path, 3, 60)
+        records.beside(script(tmp_path, loading="open('cifar10/train.pt')"), tmp_path, 3, 60)
 
 
 def test_the_records_table_compares_our_times_with_the_scripts(tmp_path, images, monkeypatch):
     monkeypatch.setattr(
         records, "OURS", {"cifar10-94": ("run.epochs=1",), "cifar10-94, broken": ("model.name=nothing",)}
     )
-    scripts = [script(tmp_path), tmp_path / "missing.py"]
+    scripts = [script(tmp_path, loading=""), tmp_path / "missing.py"]
     found = records.records_table(images, scripts, runs=2, patience=60, changes=ON_CPU)
     rows = {name: cells for name, *cells in found.rows}
     assert list(rows) == ["cifar10-94", "cifar10-94, broken", "their_script.py", "missing.py", *records.SCRIPTS]
@@ -230,7 +230,9 @@ def test_the_arguments_select_the_tables(images, tmp_path, monkeypatch):
     nothing = [part() for part in records.parts(parser.parse_args([]))]
     assert nothing == records.tables()
     monkeypatch.setattr(records, "OURS", {"cifar10-94": ("run.epochs=1", *ON_CPU)})
-    options = parser.parse_args(["--root", str(images.root), "--airbench", str(script(tmp_path)), "--runs", "1"])
+    options = parser.parse_args(
+        ["--root", str(images.root), "--airbench", str(script(tmp_path, loading="")), "--runs", "1"]
+    )
     beside, reference = (part() for part in records.parts(options))
     assert beside.rows[1][0] == "their_script.py"
     assert reference == records.reference_table(None)

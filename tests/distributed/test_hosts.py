@@ -18,10 +18,11 @@ SETTINGS = (
     *("device.name=cpu", "device.threads=1", "data.batch_size=250"),
 )
 STEPS = 36
+SHORT = "run.epochs=2"
 
 
-def train(run: Path) -> list[str]:
-    return ["train", "digits", "--run", str(run), *(part for each in SETTINGS for part in ("--set", each))]
+def train(run: Path, *sets: str) -> list[str]:
+    return ["train", "digits", "--run", str(run), *(part for each in (*SETTINGS, *sets) for part in ("--set", each))]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,23 @@ def saved(run: Path, step: int) -> bool:
     return any(int(path.name[5:]) >= step for path in checkpoint.complete(run / "checkpoints"))
 
 
-def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, same_runs, undisturbed):
-    run, logs = tmp_path / "run", [tmp_path / "0.log", tmp_path / "1.log"]
-    with hosts(2) as (first, second):
-        second.slow(megabits=20)
-        both = [
-            host.torchrun(*train(run), log=log, nodes="2", meeting=first.address)
-            for host, log in zip((first, second), logs, strict=True)
+def test_two_hosts_train_to_the_bytes_of_one_process_over_a_slow_link(tmp_path, start, same_runs):
+    with hosts(2) as both:
+        both[1].slow(megabits=20)
+        torchruns = [
+            start(
+                *host.rendezvous("2", both[0].address),
+                *("--nproc-per-node=1", "-m", "--", "torchrelay", *train(tmp_path / "run", SHORT)),
+                module="torch.distributed.run",
+                network=host.name,
+                environment={"GLOO_SOCKET_IFNAME": "eth0"},
+            )
+            for host in both
         ]
-        codes = [process.wait(120) for process in both]
-    assert codes == [0, 0], [log.read_text() for log in logs]
-    same_runs(run, undisturbed)
+        ends = [process.done() for process in torchruns]
+    assert [end.returncode for end in ends] == [0, 0], [end.stderr for end in ends]
+    assert start(*train(tmp_path / "alone", SHORT)).done().returncode == 0
+    same_runs(tmp_path / "run", tmp_path / "alone")
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_quiet_prints_nothing_and_a_slow_shutdown_is_cut_short(start, tmp_path, 
 
 
 def test_a_traceback_is_shown_on_request(cli, tmp_path):
-    sets = ("device.name=cpu", "parallel.replicas=2", "model.name=vit_b_16", "model.pretrained=true")
+    sets = ("device.name=cpu", "parallel.replicas=2", "model.name=squeezenet1_1", "model.pretrained=true")
     done = cli("train", "digits", "--run=run", "--devices=2", "--debug", sets=sets)
     assert done.returncode in (1, 2)
     lines = done.stderr.splitlines()
