@@ -48,6 +48,7 @@ def preload() -> None:
     import torch.utils.tensorboard
     import torchmetrics
     import torchvision.models
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
     import torchrelay
 
@@ -57,6 +58,9 @@ def preload() -> None:
     PIL.Image.preinit()
     sys.path.append(str(Path(__file__).parent / "distributed"))
     importlib.import_module("forked")
+    # A launcher asks for the names of functions, for each of which torch reads the source of the whole stack: that takes
+    # 1.5 s where so many modules are loaded.
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
     gc.freeze()  # the garbage collector of a fork doesn't touch, and so copy, the imported modules
@@ -181,11 +185,7 @@ def fork_children() -> bool:
         Whether this is one of the forked processes.
     """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
-    # It asks for the name of a function, for which torch reads the source of each on the stack: 1.5 s where so many
-    # modules are loaded.
-    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     parent = os.getpid()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     mine, others = socket.socketpair()
