@@ -58,7 +58,7 @@ def preload() -> None:
     PIL.Image.preinit()
     sys.path.append(str(Path(__file__).parent / "distributed"))
     importlib.import_module("forked")
-    # A launcher asks for the names of functions, for each of which torch reads the source of the whole stack: that takes
+    # A launcher asks for names of functions, for each of which torch reads the source of the whole stack: that takes
     # 1.5 s where so many modules are loaded.
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
