@@ -79,7 +79,8 @@ def source(path: str, name: str | None) -> str:
         last, indentation = node.end_lineno, node.col_offset
     docstring = range(0)
     if ast.get_docstring(node) is not None:
-        docstring = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+        end = node.body[0].end_lineno
+        docstring = range(node.body[0].lineno, end + 1 + (lines[end : end + 1] == [""]))
     return "\n".join(lines[i - 1][indentation:] for i in range(first, last + 1) if i not in docstring).strip()
 
 

@@ -62,4 +62,4 @@ def test_files_that_are_not_images_are_counted(run, images, capsys):
     assert cli.main(["predict", str(run), str(images)]) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 5
-    assert err == "left out, since they are no images: 1 .txt\n"
+    assert err == "left out, since they aren't images: 1 .txt\n"

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,12 @@ def test_profile_times_the_backward_pass_of_a_task_without_metrics(quiet):
 def test_profile_counts_the_samples_of_a_full_batch(quiet):
     made = trainer(quiet)
     assert profiling.examine(made, steps=len(made.batches) - 5).samples == 64  # the last one has 30
+
+
+@pytest.mark.parametrize("page", ["docs/howto/speed.md", "docs/zh/howto/speed.md"])
+def test_the_page_shows_the_phases_by_name(page):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    assert re.findall(r"^ (\w+) +\d+\.\d\d +\d", text, re.MULTILINE) == list(profiling.PHASES)
 
 
 def test_the_phases_add_up_to_the_step(quiet):

@@ -114,6 +114,14 @@ def test_recommended_lines_are_grouped_by_section(capsys):
     assert capsys.readouterr().out.endswith(lines)
 
 
+def test_tune_claims_nothing_about_settings_that_it_did_not_time(capsys):
+    own, slower, untried = tuning.Trial("own", 1.0, 8, kept=True), tuning.Trial("a", 2.0, 8), tuning.Trial("b")
+    tuning.show([own, untried])
+    assert capsys.readouterr().out.endswith("No other setting was timed: give more --seconds.\n")
+    tuning.show([own, slower, untried])
+    assert capsys.readouterr().out.endswith("No other setting was clearly faster.\n")
+
+
 def test_tune_tries_a_fused_optimizer_if_there_is_one():
     offered = {
         name: ("optimizer", "fused", True) in list(tuning._settings(recipe.load("digits", [f"optimizer.name={name}"])))

@@ -66,8 +66,8 @@ def test_other_files_are_counted_by_suffix_and_other_folders_are_named(tmp_path)
         (tmp_path / name).write_text("words")
     (tmp_path / "train" / "cat" / ".DS_Store").write_text("hidden")
     assert report(tmp_path)[-2:] == [
-        "left out, since they are no parts of the data: the folders extra",
-        "left out, since they are no images: 3 .txt, 1 .csv, 1 without a suffix",
+        "left out, since they aren't part of the data: the folders extra",
+        "left out, since they aren't images: 3 .txt, 1 .csv, 1 without a suffix",
     ]
 
 
@@ -198,7 +198,7 @@ def test_files_without_a_suffix_are_recognized_by_content(tmp_path):
     (tmp_path / "dog" / "README").write_text("P1 no image")
     assert report(tmp_path)[1:3] == [
         "images: 6 images (cat 3, dog 3)",
-        "left out, since they are no images: 1 without a suffix",
+        "left out, since they aren't images: 1 without a suffix",
     ]
 
 

@@ -239,6 +239,16 @@ def test_the_curves_show_the_metrics() -> None:
     assert ring.get_xydata() == pytest.approx(np.array([(29, 0.8844)]))
 
 
+def test_step_losses_are_drawn_only_if_they_are_denser_than_epochs() -> None:
+    def labels(lines: list[Line]) -> list[object]:
+        return [line.get_label() for line in panels(draw_curves(lines, "first"))["loss"].lines]
+
+    sparse = [line for line in lines_of(5) if line["split"] != "step" or line["step"] in (100, 200)]
+    assert "within epochs" in labels(lines_of(5))
+    assert "within epochs" not in labels(sparse)
+    assert "within epochs" in labels([line for line in lines_of(1) if line["split"] == "step"])
+
+
 def test_a_partial_epoch_is_drawn_where_it_ended() -> None:
     lines = lines_of(3)
     cut = [line for line in lines if line["step"] <= 120]

@@ -82,7 +82,7 @@ def _images(path: Path) -> list[Path]:
         if not images:
             raise UsageError(f"{path} has no images in it" + (f", only {left_out(others)}" if others else ""))
         if others:
-            print(f"left out, since they are no images: {left_out(others)}", file=sys.stderr)
+            print(f"left out, since they aren't images: {left_out(others)}", file=sys.stderr)
         return images
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")

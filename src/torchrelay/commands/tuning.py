@@ -129,9 +129,11 @@ def show(trials: list[Trial]) -> None:
     console.print(table)
     kept = [trial.setting for trial in trials[1:] if trial.kept]
     if not kept:
-        console.print("\nThe recipe's own settings are the fastest of these.")
+        timed = any(trial.seconds is not None for trial in trials[1:])
+        found = "No other setting was clearly faster." if timed else "No other setting was timed: give more --seconds."
+        console.print(f"\n{found}")
         return
-    console.print("\nKeep (the run's numbers differ from those without, in their last bits or, by precision, more):\n")
+    console.print("\nKeep these (they change the last bits of a run's numbers; a precision changes more):\n")
     for section in dict.fromkeys(setting.partition(".")[0] for setting in kept):
         console.print(f"[{section}]", markup=False)
         for setting in kept:

@@ -71,9 +71,9 @@ class Found:
         for part, listing in self.parts.items():
             yield f"{'images' if part == 'all' else listing.folder}: {listing.counts()}"
         if self.folders:
-            yield f"left out, since they are no parts of the data: the folders {', '.join(self.folders)}"
+            yield f"left out, since they aren't part of the data: the folders {', '.join(self.folders)}"
         if self.others:
-            yield f"left out, since they are no images: {left_out(self.others)}"
+            yield f"left out, since they aren't images: {left_out(self.others)}"
 
     def for_training(self) -> tuple[Listing, Listing | None, Listing | None]:
         """Return the training, validation and test images; without a part for the test, validation stands in for it.

@@ -98,6 +98,9 @@ def _draw_panel(
     points = {split: pairs for split, pairs in points.items() if any(math.isfinite(y) for _, y in pairs)}
     percent = name == headline.name and headline.percent
     steps = _points(lines, ("step",), name, per_epoch)
+    # Fewer of them than of epochs would be joined to a line that contradicts the epochs' own.
+    if len(steps) <= len(points.get("train", ())):
+        steps = []
     values = [y for pairs in points.values() for _, y in pairs if math.isfinite(y)]
     _set_scale(axes, values, [y for _, y in steps if math.isfinite(y)], percent=percent)
     if not points:
