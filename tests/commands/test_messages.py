@@ -1,5 +1,6 @@
 """Error messages: one line with the cause, the place and the remedy."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torchrelay as tr
 from torchrelay import cli
 from torchrelay.errors import UsageError
 from torchrelay.models.small import small_cnn
+from torchrelay.recipe import recipe
 
 CODE = """
 from torch import nn
@@ -204,6 +206,21 @@ def test_a_usage_error_prints_one_line(command, says, code, desk, tmp_path, monk
         found = leave.code
     assert capsys.readouterr().err == f"error: {says}\n"
     assert found == code
+
+
+WRITE = [
+    (command, override)
+    for command, says, _ in MESSAGES
+    for override in re.findall(r"(?<!or )write --set ('[^']+'|[\w.]+=\S+)", says)
+]
+
+
+@pytest.mark.parametrize(("command", "override"), WRITE, ids=[command for command, _ in WRITE])
+def test_what_is_to_be_written_instead_is_a_recipe(command, override):
+    if override.endswith("=VALUE"):
+        override = override.replace("VALUE", "3")
+    (written,) = shlex.split(override)
+    recipe.load("digits", [written])
 
 
 # ------------------------------------------------------------------------------------------------ from Python
