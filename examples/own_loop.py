@@ -1,6 +1,6 @@
 """Write your own loop from the parts: batches, device, checkpoints.
 
-A small GAN, whose two optimizers take turns, doesn't fit `Trainer.fit`; the parts serve any loop. Kill this one and
+The parts of the trainer serve any loop; this one trains a small GAN with two optimizers that take turns. Kill it and
 start it again: it resumes exactly.
 """
 
