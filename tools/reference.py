@@ -26,6 +26,7 @@ from torchrelay.settings import Settings
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 QUOTE = re.compile(r"(?<=<!-- quote: )(?P<path>\S+)(?: (?P<name>\S+))? -->\n```py\n.*?```", re.DOTALL)
+FOR_TOOLS = re.compile(r"  # (type: ignore|fmt: skip|noqa).*")
 COMMENT = re.compile(r'"""[^"]*"""|# [^\n]*')
 VARIANTS: dict[str, tuple[type[Settings], ...]] = {
     "optimizer": (optim.SGD, optim.AdamW, optim.Muon),
@@ -67,12 +68,12 @@ def quoted(text: str) -> str:
 
 
 def source(path: str, name: str | None) -> str:
-    """Return the source of a file, or of a function, class or method, without docstring and indentation."""
+    """Return the source of a file or of a name in it, without docstring, indentation and tool comments."""
     text = (ROOT / path).read_text(encoding="utf-8")
     node: Any = ast.parse(text)
     for part in name.split(".") if name else ():
         node = next(child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == part)
-    lines = text.splitlines()
+    lines = [FOR_TOOLS.sub("", line) for line in text.splitlines()]
     first, last, indentation = 1, len(lines), 0
     if name:
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
