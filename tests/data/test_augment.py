@@ -777,10 +777,24 @@ def test_the_largest_random_number_stays_below_every_limit():
     assert bool(((largest * limits).long() < limits).all())
 
 
-@pytest.mark.parametrize("moving", [augment.Flip(), augment.RandAugment(), augment.CutMix()])
+@pytest.mark.parametrize("moving", [augment.PaddedCrop(mode="zeros"), augment.RandAugment(), augment.CutMix()])
 def test_transforms_that_move_pixels_are_refused_for_image_targets(moving):
     images, masks = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.int64)
     given = {"seed": 0, "epoch": 0, "position": 0, "indices": torch.arange(2)}
     with pytest.raises(UsageError, match="moves an image's pixels but not those of its target"):
         Pipeline((moving,), classes=2).train(images, masks, **given)
     Pipeline((augment.ColorJitter(brightness=0.5),)).train(images, masks, **given)
+
+
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_flips_and_crops_move_masks_like_their_images(of_classes):
+    images = torch.randint(0, 256, (64, 1, 9, 7), dtype=torch.uint8)
+    masks = images[:, 0].long() if of_classes else images.float()
+    given = {"seed": 3, "epoch": 1, "position": 5, "indices": torch.arange(64)}
+    moving = (augment.Flip(), augment.AlternatingFlip(), augment.PaddedCrop(padding=3), augment.PaddedCrop(mode="edge"))
+    found, moved = Pipeline(moving).train(images, masks, **given)
+    alone, _ = Pipeline(moving).train(images, torch.zeros(64, dtype=torch.int64), **given)
+    assert torch.equal(found, alone), "masks change nothing of the images"
+    assert (moved.dtype, moved.shape) == (masks.dtype, masks.shape)
+    assert torch.equal((found * 255).round(), moved.reshape(found.shape).float())
+    assert not torch.equal(moved, masks)

@@ -45,6 +45,7 @@ _Any = (
     | Mixup
     | CutMix
 )
+_WithMasks = Flip | AlternatingFlip | PaddedCrop
 _Moving = Flip | AlternatingFlip | PaddedCrop | RandomResizedCrop | TrivialAugment | RandAugment | Mixup | CutMix
 # The random streams keep the names that they were released with, and so their numbers.
 _STREAM_NAMES = {"color_jitter": "colour_jitter"}
@@ -149,7 +150,8 @@ class Pipeline:
         Args:
             inputs: (batch, channels, height, width) images, uint8 or floats in [0, 1]; anything else is returned
                 unchanged if there are no transforms.
-            targets: (batch,) int64 class indices; transforms that mix turn them into float32 (batch, classes).
+            targets: (batch,) int64 class indices, which transforms that mix turn into float32 (batch, classes); or
+                masks of the images' height and width, which flips and crops move like the images.
             seed: the run's seed.
             epoch: counted from 0.
             position: the position in the epoch of the first sample.
@@ -164,7 +166,9 @@ class Pipeline:
         """
         if not self._takes(inputs, [*self.prepare, *self.transforms]):
             return inputs, targets
-        self._refuse_moving(inputs, targets)
+        has_masks = isinstance(targets, Tensor) and targets.ndim > 2 and targets.shape[-2:] == inputs.shape[-2:]
+        if has_masks:
+            self._refuse_moving()
         images = self._prepared(inputs)
         positions = torch.arange(position, position + len(images))
         samples = torch.as_tensor(indices)
@@ -177,21 +181,23 @@ class Pipeline:
                 images, targets = transform(images, targets, draw, replica_sizes or (len(images),))
             else:
                 images = transform(images, draw)
+                if has_masks and isinstance(transform, _WithMasks):
+                    targets = transform(targets.reshape(len(images), -1, *targets.shape[-2:]), draw).view(targets.shape)
         return self._finished(images, inputs), targets
 
     def evaluate(self, inputs: Any) -> Any:
         """Return the inputs of a batch for evaluation: prepared and normalized."""
         return self._finished(self._prepared(inputs), inputs) if self._takes(inputs, self.prepare) else inputs
 
-    def _refuse_moving(self, images: Tensor, targets: Any) -> None:
-        """Raise a UsageError if a transform would move the pixels of images whose targets are images too."""
-        if isinstance(targets, Tensor) and targets.ndim > 2 and targets.shape[-2:] == images.shape[-2:]:
-            for transform in self.transforms:
-                if isinstance(transform, _Moving):
-                    raise UsageError(
-                        f"transform '{_name(transform)}' moves an image's pixels but not those of its target: leave it "
-                        "out, or transform both in a Dataset"
-                    )
+    def _refuse_moving(self) -> None:
+        """Raise a UsageError if a transform would move the pixels of images but not those of their masks."""
+        for transform in self.transforms:
+            pads = isinstance(transform, PaddedCrop) and transform.mode == "zeros"  # 0 is a class
+            if isinstance(transform, _Moving) and (pads or not isinstance(transform, _WithMasks)):
+                raise UsageError(
+                    f"transform '{_name(transform)}' moves an image's pixels but not those of its target: leave it "
+                    "out, or transform both in a Dataset; flips, and crop with mode reflect or edge, move both"
+                )
 
     def _takes(self, inputs: Any, transforms: Sequence[Augment | ImageTransform]) -> bool:
         """Return whether the inputs are images; raise a UsageError if they aren't and a transform needs images."""
