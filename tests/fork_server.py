@@ -129,6 +129,10 @@ def become(request: dict[str, Any]) -> None:
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, number)
         os.close(opened)
+    # The server's own were opened for another kind of file, and would seek in a terminal.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1 if terminal else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if terminal:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.closerange(3, 1024)
