@@ -8,7 +8,8 @@ ends with the command's exit code.
 import difflib
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): a signal stopped the run, and it can be resumed
@@ -51,6 +52,23 @@ def interrupted(text: str, *, saved: bool) -> Interrupted:
     error = (Interrupted if hasattr(sys, "ps1") else Left)(text)
     error.exit_code = STOPPED if saved else RelayError.exit_code
     return error
+
+
+@contextmanager
+def explained(doing: str, remedy: str = "make room or repair the disk, then resume the run") -> Iterator[None]:
+    """Say what was being done where the operating system refuses something.
+
+    Args:
+        doing: such as "write runs/a/recipe.toml".
+        remedy: what the user can do.
+
+    Raises:
+        RelayError: an `OSError` occurred.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RelayError(f"can't {doing}: {error.strerror or error}; {remedy}") from error
 
 
 class RenamedWarning(FutureWarning):

@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, explained
 
 FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
@@ -192,7 +192,7 @@ def write(folder: Path, contents: Contents) -> Path:
         cause = getattr(error, "strerror", None) or error
         raise RelayError(
             f"can't save {target}: {cause}; it needs {needed:,} bytes and {free:,} are free: "
-            "make room, then resume the run"
+            "make room or repair the disk, then resume the run"
         ) from error
     return target
 
@@ -208,12 +208,13 @@ def read(path: Path) -> Contents:
         file = path / name
         if file.is_symlink() or Path(name).name != name:
             raise RelayError(f"{path}/manifest.json names '{name}', which isn't a plain file beside it")
-        if not file.is_file():
-            raise RelayError(f"{file} is missing")
-        if file.stat().st_size != entry.bytes:
-            raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry.bytes:,}")
-        if _sha256(file) != entry.sha256:
-            raise RelayError(f"{file} doesn't match its checksum")
+        with explained(f"read {file}"):
+            if not file.is_file():
+                raise RelayError(f"{file} is missing")
+            if file.stat().st_size != entry.bytes:
+                raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry.bytes:,}")
+            if _sha256(file) != entry.sha256:
+                raise RelayError(f"{file} doesn't match its checksum")
     skeleton = _read_json(path / "state.json")
     state = unpack(skeleton, _read_tensors(path / "state.safetensors"))
     ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None

@@ -14,16 +14,14 @@ from torchrelay.checkpoint.format import (
     read_manifest,
     step_of,
 )
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.errors import RelayError, UsageError, explained
 
 
 def complete(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder` that have a manifest, sorted by step."""
-    if not folder.is_dir():
-        return []
-    paths = {
-        p.name: p for p in folder.iterdir() if CHECKPOINT_NAME.fullmatch(p.name) and (p / "manifest.json").is_file()
-    }
+    with explained(f"list {folder}"):
+        entries = list(folder.iterdir()) if folder.is_dir() else []
+        paths = {p.name: p for p in entries if CHECKPOINT_NAME.fullmatch(p.name) and (p / "manifest.json").is_file()}
     replaced = [name for name in paths if name.startswith(".") and name[1:].removesuffix(".before") in paths]
     return sorted((path for name, path in paths.items() if name not in replaced), key=step_of)
 
@@ -112,7 +110,8 @@ def remove_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of more steps than this, newest first: a crash midway leaves no gap in the middle."""
     for path in reversed(complete(folder)):
         if step_of(path) > step:
-            _remove(path)
+            with explained(f"delete {path}, which is of later steps than the run has"):
+                _remove(path)
 
 
 def clean(folder: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import tomli_w
 from portalocker import AlreadyLocked, LockException
 
-from torchrelay.errors import RelayError, UsageError
+from torchrelay.errors import RelayError, UsageError, explained
 from torchrelay.run.lock import lock
 from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
@@ -123,43 +123,49 @@ class RunFolder:
     def rewind(self, lines: int) -> None:
         """Return to a checkpoint: truncate metrics.jsonl to the lines it records, and TensorBoard's charts with it."""
         path = self.path / "metrics.jsonl"
-        written = path.read_bytes().splitlines(keepends=True)
+        with explained(f"cut {path} to the checkpoint's lines"):
+            written = path.read_bytes().splitlines(keepends=True)
+            os.truncate(path, sum(map(len, written[:lines])))
+            self._metrics.seek(0, os.SEEK_END)
         if len(written) < lines:
             self.say(f"warning: {path} has {len(written)} lines, fewer than the {lines} that the checkpoint records")
-        os.truncate(path, sum(map(len, written[:lines])))
-        self._metrics.seek(0, os.SEEK_END)
         self.metrics_lines = min(lines, len(written))
         self.tensorboard.rewrite(read_metrics(self.path))
 
     def flush(self) -> None:
         """Wait until metrics.jsonl is on disk: a checkpoint that relies on its lines must not outlive them."""
-        os.fsync(self._metrics.fileno())
+        with explained(f"flush {self._metrics.name} before a checkpoint, which isn't saved"):
+            os.fsync(self._metrics.fileno())
 
     def write_recipe(self, record: dict[str, Any]) -> None:
         """Record what runs, in recipe.toml; from then on the folder holds a run."""
         path = self.path / "recipe.toml"
         staging = path.with_suffix(".partial")
-        staging.write_text(tomli_w.dumps(record), encoding="utf-8")
-        staging.replace(path)
+        with explained(f"write {path}", "no checkpoint is touched: make room or repair the disk, then start again"):
+            staging.write_text(tomli_w.dumps(record), encoding="utf-8")
+            staging.replace(path)
 
     def read_recipe(self) -> dict[str, Any]:
         """Return what `write_recipe` recorded."""
-        return tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+        path = self.path / "recipe.toml"
+        with explained(f"read {path}"):
+            return tomllib.loads(path.read_text(encoding="utf-8"))
 
     def write_files(self, marks: Mapping[str, str]) -> None:
         """Record the files that the data comes from, in files.json.gz: by name, what tells their content apart."""
         if marks:
-            staging = self.path / ".files.json.gz.partial"
-            with gzip.open(staging, "wt", encoding="utf-8", compresslevel=1) as file:
-                json.dump(dict(marks), file)
-            staging.replace(self.path / "files.json.gz")
+            path, staging = self.path / "files.json.gz", self.path / ".files.json.gz.partial"
+            with explained(f"write {path}"):
+                with gzip.open(staging, "wt", encoding="utf-8", compresslevel=1) as file:
+                    json.dump(dict(marks), file)
+                staging.replace(path)
 
     def read_files(self) -> dict[str, str]:
         """Return what `write_files` recorded; empty if the data comes from no files."""
         path = self.path / "files.json.gz"
         if not path.exists():
             return {}
-        with gzip.open(path, "rt", encoding="utf-8") as file:
+        with explained(f"read {path}"), gzip.open(path, "rt", encoding="utf-8") as file:
             marks: dict[str, str] = json.load(file)
         return marks
 
@@ -180,13 +186,9 @@ def _append(file: TextIO, line: str) -> None:
     Raises:
         RelayError: the disk is full or unavailable.
     """
-    try:
+    with explained(f"write {file.name}"):
         file.write(line)
         file.flush()
-    except OSError as error:
-        raise RelayError(
-            f"can't write {file.name}: {error.strerror or error}; make room or repair the disk, then resume the run"
-        ) from error
 
 
 def _take(path: Path) -> TextIO:

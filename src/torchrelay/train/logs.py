@@ -13,6 +13,7 @@ from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import ArraySource, Source
 from torchrelay.distributed.replicas import device_counts
+from torchrelay.errors import explained
 from torchrelay.models.summary import summarize
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
@@ -137,13 +138,13 @@ class Pictures(Callback):
         if self._evaluator.collective_forward:
             run.say("no summary of the model: its weights are divided over several processes")
         elif isinstance(batch.inputs, Tensor):
+            path = run.path / "model.txt"
             try:
                 summary = summarize(trainer.model, batch.inputs[:1])
+                path.write_text(f"{summary}\n", encoding="utf-8")
             except Exception as error:  # noqa: BLE001 - any model may raise anything, and no summary is worth a run
                 run.say(f"no summary of the model: {type(error).__name__}: {error}")
                 return
-            path = run.path / "model.txt"
-            path.write_text(f"{summary}\n", encoding="utf-8")
             run.say(
                 f"a sample takes {summary.flops / 1e6:,.1f} MFLOP forward and "
                 f"{summary.activation_bytes / 2**20:.2f} MiB of activations; {summary.trainable:,} parameters are "
@@ -176,7 +177,9 @@ class Pictures(Callback):
             step = self._progress.step  # not the best one's
             found = {"step": step, "epoch": self._progress.epoch_of(step)} | last.to_json(classes)
             text = json.dumps(found, indent=1, ensure_ascii=False)
-            (run.path / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+            path = run.path / "evaluation.json"
+            with explained(f"write {path}"):
+                path.write_text(text + "\n", encoding="utf-8")
         has_confusion = last is not None and last.confusion is not None
         run.plots.start(self._headline, confusion=has_confusion)
         values = last.values if last is not None else {}

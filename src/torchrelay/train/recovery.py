@@ -7,7 +7,7 @@ from pathlib import Path
 from torchrelay.checkpoint.checkpointer import Checkpointer
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.distributed.process_group import ProcessGroup
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, explained
 from torchrelay.run.settings import RunSettings
 from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState
@@ -39,7 +39,9 @@ def stop_at_spike(spike: Spike, folder: Path | None) -> RelayError:
 def write_down(spike: Spike, folder: Path, samples: list[int]) -> None:
     """Write a spike and its batch's sample indices into the run folder, for people to look at."""
     content = {"step": spike.step, "what": spike.what, "samples": samples}
-    _file(folder, spike).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    path = _file(folder, spike)
+    with explained(f"write {path}"):
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _file(folder: Path, spike: Spike) -> Path:
