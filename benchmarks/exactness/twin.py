@@ -1,4 +1,4 @@
-"""A hand-written training loop in plain PyTorch, as a user would write it. It doesn't import torchrelay.
+"""A hand-written training loop in plain PyTorch, as a user would write it. It needs nothing of torchrelay.
 
 `agreement.py` runs it on the batches that a recipe trained on, and compares losses and weights bit by bit:
 

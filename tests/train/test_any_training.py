@@ -322,11 +322,6 @@ def test_a_stopped_run_resumes_to_the_same_bytes(runs, same_runs, name, tmp_path
     with pytest.raises(Interrupted):
         trainer.fit()
     build(name, tmp_path / "run").resume()
-    for folder in (tmp_path / "run", runs / "1" / name):
-        for path in (folder / "checkpoints").glob("step-00000002"):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()  # what the signal saved
     same_runs(tmp_path / "run", runs / "1" / name)
 
 

@@ -60,10 +60,6 @@ def train_and_resume(data: Callable[[], Any], folder: Path, same_runs: Any, **ch
     with pytest.raises(Interrupted):
         stopped.fit()
     trainer(data(), folder / "stopped", **changes).resume()
-    saved = folder / "stopped" / "checkpoints" / "step-00000002"
-    for file in saved.iterdir():
-        file.unlink()
-    saved.rmdir()
     same_runs(folder / "stopped", folder / "whole")
 
 

@@ -114,12 +114,6 @@ def test_a_resumed_run_skips_the_same_batches(quiet, tmp_path, same_runs, stops)
         with contextlib.suppress(Interrupted):
             go()
     build(quiet, run, bad=bad, callbacks=[StopAt(-1)]).resume()
-    there = {path.name for path in checkpoint.complete(tmp_path / "undisturbed" / "checkpoints")}
-    for path in checkpoint.complete(run / "checkpoints"):
-        if path.name not in there:  # what the signals saved
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
     same_runs(run, tmp_path / "undisturbed")
     assert len(newest(run).state["skipped"]) >= 3
 

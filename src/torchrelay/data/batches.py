@@ -139,9 +139,10 @@ class Batches:
         indices = np.zeros(2, dtype=np.int64)
         if isinstance(self.source, ArraySource):
             data: Any = tuple(values[:1].repeat_interleave(2, 0) for values in (self._inputs, self._targets))
+        elif isinstance(self._loader, Loader):
+            data = self._loader.dummy()
         else:
-            sample = self.source.dataset[0] if self.stream is None else self.stream.any_sample()
-            data = (self.source.collate or default_collate)([sample] * 2)
+            data = (self.source.collate or default_collate)([self._loader.any_sample()] * 2)
         return self._batch(self.device.move(data), _Share(indices, 0, (2,), 0, 2), 0)
 
     def close(self) -> None:

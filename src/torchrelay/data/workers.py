@@ -15,7 +15,7 @@ from torchrelay.data.labels import out_of_range, wrong_label
 from torchrelay.data.sources import DatasetSource
 from torchrelay.data.stream import StreamSource
 from torchrelay.errors import RelayError
-from torchrelay.rng import reseed_everything, seed_for
+from torchrelay.rng import kept, reseed_everything, seed_for
 from torchrelay.run.lock import around_fork
 
 Key = tuple[int, int, int]  # epoch, position, sample index
@@ -34,7 +34,7 @@ class Seeded(Dataset[Any]):
     def __getitems__(self, groups: list[list[Key]]) -> Any:
         """Return each group's batch, or a `RelayError`: if it were raised, a worker would turn it into text."""
         try:
-            batches = [self._batch(keys) for keys in groups]
+            batches = [self.batch(keys) for keys in groups]
             for batch, keys in zip(batches, groups, strict=True):
                 self._check_labels(batch, keys)
         except RelayError as error:
@@ -69,7 +69,8 @@ class Seeded(Dataset[Any]):
                 "be pickled, or set data.workers to 0"
             )
 
-    def _batch(self, keys: list[Key]) -> Any:
+    def batch(self, keys: list[Key]) -> Any:
+        """Return the samples of these keys, collated; errors name the sample."""
         samples = []
         for epoch, position, index in keys:
             try:
@@ -190,6 +191,11 @@ class Loader:
                 if batch is _END:
                     return
                 yield self._seeded.checked(batch)  # type: ignore[arg-type]  # not _END
+
+    def dummy(self) -> Any:
+        """Return the first sample, twice, as a batch; it is read in this process."""
+        with kept(torch.device("cpu")):
+            return self._seeded.batch([(0, 0, 0)] * 2)
 
     def _explain(self, error: Exception) -> None:
         """End the workers; raise an error with the remedy if one died or couldn't pass on a batch."""

@@ -47,6 +47,9 @@ class Trained:
     Attributes:
         classes: the names of the classes; () if there are none.
         step: of the checkpoint.
+        shape: of a sample's inputs, such as (channels, height, width); None if the data wasn't in memory.
+        mean: by which images in [0, 1] are normalized, per channel; None if they aren't.
+        std: by which they are divided then.
 
     Raises:
         RelayError: the weights aren't the model's.
@@ -70,10 +73,11 @@ class Trained:
             raise RelayError(f"the checkpoint's weights don't fit {type(model).__name__}: {reasons}") from None
         self.model, self.task, self.step = device.place(model).eval(), task, contents.step
         self.classes: tuple[str, ...] = tuple(trained_on["classes"])
-        self._shape: list[int] | None = trained_on["shape"]
+        self.shape: tuple[int, ...] | None = None if trained_on["shape"] is None else tuple(trained_on["shape"])
+        self.mean, self.std = trained_on["mean"], trained_on["std"]
         self._device, self._data, self._views = device, data, views
         prepare = data.prepare if prepare is None else prepare
-        self._pipeline = Pipeline(prepare=tuple(prepare), mean=trained_on["mean"], std=trained_on["std"])
+        self._pipeline = Pipeline(prepare=tuple(prepare), mean=self.mean, std=self.std)
 
     def predict(self, data: Any) -> Any:
         """Return the task's predictions, such as (samples, classes) probabilities, in the order of the data.
@@ -149,13 +153,13 @@ class Trained:
         dtype = dtype_of(self.model)
         return Batches(source, self._data.batch_size, self._device, self._pipeline, train=False, dtype=dtype)
 
-    def _image_shape(self) -> list[int]:
+    def _image_shape(self) -> tuple[int, ...]:
         """Return (channels, height, width)."""
-        if self._shape is None or len(self._shape) != 3:
+        if self.shape is None or len(self.shape) != 3:
             raise UsageError(
                 "the run wasn't trained on images in memory, so files can't be read as it was: give arrays from Python"
             )
-        return self._shape
+        return self.shape
 
     def _known(self, listing: Listing, log: Callable[[str], None]) -> Listing:
         """Return the images of the classes that the run knows, with its labels; say which classes differ."""
