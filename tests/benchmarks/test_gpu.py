@@ -73,7 +73,7 @@ def test_arrays_stay_in_host_memory_only_inside_the_context():
     assert batches_module._ON_DEVICE == before > 0
 
 
-@pytest.mark.parametrize("ignite", [True, False])
+@pytest.mark.parametrize("ignite", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_overhead_table_compares_with_the_hand_written_loop(monkeypatch, ignite):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: ignite or None)
     monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "1.2")

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks import examples
 
 PAGE = Path(__file__).parents[2] / "docs" / "evidence" / "examples.md"
@@ -16,6 +18,7 @@ def test_the_page_has_the_lines_of_each_example_and_corresponding_program():
         assert row.startswith(f"{what} | {examples.lines(name)} | {examples.others(files)} | "), name
 
 
+@pytest.mark.slow
 def test_running_an_example_returns_its_result():
     seconds, result = examples.run("tables")
     assert seconds > 0

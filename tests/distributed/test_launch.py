@@ -85,12 +85,13 @@ def pair(start, *arguments, environment=None, **options) -> list:
 # ------------------------------------------------------------------------------------------------ --devices
 
 
-def test_two_processes_train_as_one_and_only_rank_0_prints(cli, tmp_path, alone, same_runs):
+@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_and_only_rank_0_prints(cli, tmp_path, alone, same_runs, forks):
     """In a folder that the launcher names, with a shell-safe name; nothing is left behind."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     sets = (*TWO, "data.root=a ${rank} $HOME")  # torch would fill in such names
-    done = cli("train", "digits", "--devices=2", sets=sets, forks=False, environment={"TMPDIR": str(temporary)})
+    done = cli("train", "digits", "--devices=2", sets=sets, forks=forks, environment={"TMPDIR": str(temporary)})
     assert (done.returncode, done.stderr) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()
     assert [line.split(":")[0] for line in done.stdout.splitlines() if "train accuracy" in line] == [

@@ -598,9 +598,9 @@ tr.Trainer(torch.nn.Linear(4, 3), data, batch_size=8, run=folder, callbacks=Stop
         ([], 1, "stopped by SIGTERM after step 3; there is no run folder to resume from"),
     ],
 )
-def test_a_script_that_a_signal_stopped_ends_with_the_exit_code_and_one_line(tmp_path, folder, code, says):
-    command = [sys.executable, "-c", STOPPED, *folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+def test_a_script_that_a_signal_stopped_ends_with_the_exit_code_and_one_line(start, tmp_path, folder, code, says):
+    (tmp_path / "script.py").write_text(STOPPED)
+    done = start(*folder, script=tmp_path / "script.py").done()
     assert (done.returncode, done.stderr, done.stdout.splitlines()[-1]) == (code, "", says)
     if folder:
         assert says in (tmp_path / "run" / "log.txt").read_text()
