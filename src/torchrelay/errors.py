@@ -33,7 +33,7 @@ class Interrupted(RelayError):  # noqa: N818 - it isn't an error: the user asked
     exit_code = STOPPED
 
 
-class Left(Interrupted, SystemExit):
+class InterruptedExit(Interrupted, SystemExit):
     """Likewise in a script: where nobody catches it, the process ends with the exit code and without a traceback."""
 
     @property
@@ -49,7 +49,7 @@ def interrupted(text: str, *, saved: bool) -> Interrupted:
         text: says how to resume.
         saved: whether there is a checkpoint; without one, the process has failed.
     """
-    error = (Interrupted if hasattr(sys, "ps1") else Left)(text)
+    error = (Interrupted if hasattr(sys, "ps1") else InterruptedExit)(text)
     error.exit_code = STOPPED if saved else RelayError.exit_code
     return error
 
