@@ -78,6 +78,8 @@ class Device:
 
     def move(self, value: Any) -> Any:
         """Move a tensor, or the tensors of a tuple, list or dict, to the device; on CUDA without waiting."""
+        if isinstance(value, Tensor) and value.is_cpu and self.device.type == "cpu":
+            return value
 
         def moved(item: Any) -> Any:
             # MPS may read memory that was freed in the meantime. A graph or a packed sequence moves its own tensors.

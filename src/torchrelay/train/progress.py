@@ -173,6 +173,7 @@ class Progress:
         lines: when a line of metrics is written.
 
     Attributes:
+        total_steps: of the whole run.
         step: optimizer steps taken; the position within the epoch follows from it.
         epochs_done: epochs trained and evaluated.
         best: the best evaluation so far.
@@ -198,7 +199,8 @@ class Progress:
     ) -> None:
         self.lines = lines or Lines()
         self.epochs = -(-steps // steps_per_epoch) if steps is not None else epochs
-        self.steps_per_epoch, self.max_steps, self._steps = steps_per_epoch, max_steps, steps
+        self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
+        self.total_steps = self.epochs * steps_per_epoch if steps is None else steps
         self.step = 0
         self.epochs_done = 0
         self.best: Best | None = None
@@ -211,11 +213,6 @@ class Progress:
         self.last_loss: float | None = None
         self.phase = ""
         self._epoch_ended_at = 0
-
-    @property
-    def total_steps(self) -> int:
-        """The steps of the whole run."""
-        return self.epochs * self.steps_per_epoch if self._steps is None else self._steps
 
     def epoch_of(self, step: int) -> int:
         """Return in which epoch, counted from 1, a step is; it is counted from 1 too."""

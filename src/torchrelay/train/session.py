@@ -218,10 +218,11 @@ class Session:
 
         Several processes learn it a step later, and all at the same step.
         """
-        late = self._group.main and self.checkpoints is not None and self.checkpoints.due_by_clock()
+        main = self._group.main
+        late = main and self.checkpoints is not None and self.checkpoints.due_by_clock()
         stop = self._signal.received is not None
         lines = self.state.progress.lines
-        log = self._group.main and lines.ask()
+        log = main and lines.ask()
         asked = self._group.agree(_STOP * stop | _SAVE * late | _EVALUATE * self._due | _LOG * log)
         lines.asked |= bool(asked & _LOG)
         self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)

@@ -199,7 +199,8 @@ class Trainer(Parts):
                 return
         for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
             if progress.step + 1 not in progress.skipped:
-                notify(self._hooks["on_batch"], "on_batch", self, batch)
+                if self._hooks["on_batch"]:
+                    notify(self._hooks["on_batch"], "on_batch", self, batch)
                 yield batch
                 continue
             progress.step += 1
@@ -211,12 +212,12 @@ class Trainer(Parts):
         progress = self.progress
         progress.record(result, batch.size)
         notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
-        progress.stop_at_limit()
+        ends = progress.stop_at_limit()
         save = self.session.is_due()
         if progress.interrupted:
             return None
         # At an epoch's end, and at the run's, the evaluation and the checkpoint follow.
-        is_within = not progress.at_epoch_end and not progress.ends
+        is_within = not progress.at_epoch_end and not ends
         evaluate, save = is_within and self.judge.is_due(), save and not progress.at_epoch_end
         spike = None
         if save or evaluate or progress.lines.due:
