@@ -200,6 +200,37 @@ def test_a_stopped_run_resumes_to_the_same_bytes(digits, quiet, tmp_path, same_r
     same_runs(run, tmp_path / "undisturbed")
 
 
+class StoppedAtStart(tr.Callback):
+    """Sends the process a signal before the first step, if it shall."""
+
+    def __init__(self, fires: bool) -> None:
+        self.fires = fires
+
+    def on_start(self, trainer):
+        if self.fires:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_signal_never_turns_a_regular_checkpoint_into_its_own(digits, quiet, tmp_path, same_runs, at):
+    """A checkpoint is due at step 4; one signal comes at this step or before, another right after the resume."""
+
+    def made(folder: str, stop: int, at_start: bool = False):
+        saving, stops = CheckpointSettings(every="4 steps", keep=100), [StopAt(stop), StoppedAtStart(at_start)]
+        return build(digits, quiet, tmp_path / folder, checkpoint=saving, callbacks=stops)
+
+    made("undisturbed", -1).fit()
+    with pytest.raises(Interrupted):
+        made("stopped", at).fit()
+    folder = tmp_path / "stopped" / "checkpoints"
+    assert read_manifest(folder / f"step-{at:08d}").is_interim == (at == 3)
+    with pytest.raises(Interrupted):
+        made("stopped", -1, at_start=True).resume()
+    assert not read_manifest(folder / "step-00000004").is_interim
+    made("stopped", -1).resume()
+    same_runs(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
 class StoppedInTest(tr.Classification):
     """Sends the process a real signal during an evaluation batch, counted over all evaluations."""
 

@@ -220,7 +220,7 @@ def read(path: Path) -> Contents:
     ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None
     model = _read_tensors(path / "model.safetensors")
     metrics = {name: math.nan if value is None else value for name, value in manifest.metrics.items()}
-    return Contents(manifest.step, model, state, ema, manifest.score, metrics)
+    return Contents(manifest.step, model, state, ema, manifest.score, metrics, interim=manifest.is_interim)
 
 
 def read_manifest(path: Path) -> Manifest:

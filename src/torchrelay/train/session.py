@@ -174,6 +174,10 @@ class Session:
                 group.update(fresh)
         self._rewind(contents.state["metrics_lines"])
         progress = state.progress
+        # A signal before the next step must not make a regular checkpoint one of its own; and one that a signal came
+        # before is saved after the evaluation, as in an undisturbed run.
+        self._saved_at = -1 if contents.interim else contents.step
+        self.save_due = self.checkpoints is not None and self.checkpoints.due_after(contents.step)
         if progress.epochs_done >= progress.epochs:
             self.say(f"the run is done: {progress.step:,} steps")
         else:
@@ -305,7 +309,7 @@ class Session:
             return self._told(f"{done}; there is no run folder to resume from", saved=False)
         spike = self.state.train_step.detector.read()
         if spike is None:
-            self.save(interim=True)
+            self.save(interim=not self.save_due)
         elif self._settings.on_spike == "stop":
             raise recovery.stop_at_spike(spike, None)
         # A spike that is to be rolled back is met again by the resumed run.

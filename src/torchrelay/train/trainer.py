@@ -194,9 +194,11 @@ class Trainer(Parts):
             check_unfrozen(self.model, self.train_step.updates, self._left_out)
         elif not progress.at_epoch_end and not progress.evaluated_at[1] and self.judge.is_due():
             # The run was interrupted in an evaluation.
-            self.judge.within_epoch(self, self.callbacks)
+            improved = self.judge.within_epoch(self, self.callbacks)
             if progress.interrupted:  # before a batch is read, whose end would be the place of a stream
                 return
+            if improved or self.session.save_due:
+                self.save(training_continues=True)
         for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
             if progress.step + 1 not in progress.skipped:
                 if self._hooks["on_batch"]:
