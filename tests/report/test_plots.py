@@ -18,7 +18,7 @@ from PIL import Image
 
 from torchrelay.errors import RelayError
 from torchrelay.report.confusion import confusion_matrix
-from torchrelay.report.curves import curves, draw_curves
+from torchrelay.report.plots import curves, draw_curves
 from torchrelay.report.style import save
 from torchrelay.report.table import best_line, headline_of, metrics_table
 from torchrelay.run.metrics import Headline, read_metrics
@@ -324,7 +324,7 @@ def test_plots_restore_matplotlib_and_need_no_display(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from torchrelay.report.confusion import confusion_matrix
-from torchrelay.report.curves import curves
+from torchrelay.report.plots import curves
 assert "matplotlib" not in sys.modules
 import matplotlib, torch
 def settings():  # asking for the backend would choose one, and import pyplot

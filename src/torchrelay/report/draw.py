@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from torchrelay.report.confusion import confusion_matrix
-from torchrelay.report.curves import curves
+from torchrelay.report.plots import curves
 from torchrelay.report.style import save
 from torchrelay.run.metrics import Headline
 
