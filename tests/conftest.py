@@ -104,7 +104,7 @@ LONGEST = (
     "test_cli.py",
     "faults/test_disk.py",
     "benchmarks/test_benchmarks.py",
-    "distributed/test_slurm.py",
+    "distributed/test_process.py",
     "benchmarks/test_lines_of_examples.py",
     "train/test_callbacks.py",
     "data/test_order.py",

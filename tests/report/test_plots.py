@@ -17,9 +17,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from torchrelay.errors import RelayError
-from torchrelay.report.confusion import confusion_matrix
-from torchrelay.report.plots import curves, draw_curves
-from torchrelay.report.style import save
+from torchrelay.report.plots import confusion_matrix, curves, draw_curves, save
 from torchrelay.report.table import best_line, headline_of, metrics_table
 from torchrelay.run.metrics import Headline, read_metrics
 
@@ -323,7 +321,7 @@ def test_plots_restore_matplotlib_and_need_no_display(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.plots import confusion_matrix
 from torchrelay.report.plots import curves
 assert "matplotlib" not in sys.modules
 import matplotlib, torch

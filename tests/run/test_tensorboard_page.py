@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.plots import confusion_matrix
 from torchrelay.run.trackers import TensorBoard
 
 pytestmark = pytest.mark.browser

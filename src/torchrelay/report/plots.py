@@ -1,20 +1,73 @@
-"""A run's curves: the headline metric, the loss and the learning rate by epoch."""
+"""A run's plots: its curves (the headline metric, the loss and the learning rate by epoch) and its confusion matrix.
 
+They use matplotlib's objects directly, without pyplot: they need no display, leave no global state behind, and the same
+metrics give the same bytes. A run has them drawn by a process of their own: `python -m torchrelay.report.plots FOLDER
+PARENT HEADLINE [--confusion]`.
+"""
+
+import json
 import math
-from collections.abc import Sequence
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrelay.report.style import COLORS, DPI, GRID, SOFT, SPLITS, STYLE, save
-from torchrelay.report.table import best_line, headline_of, value
+import numpy as np
+import numpy.typing as npt
+
+from torchrelay.distributed.process import end_with
+from torchrelay.report.table import SPLITS, best_line, headline_of, value
 from torchrelay.run.metrics import Headline, Line, read_metrics
 from torchrelay.run.terminal import metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 _LONGEST_TITLE = 70  # characters that fit
+# Okabe and Ito's palette, which color-blind people can tell apart.
+COLORS = {"train": "#0072B2", "validation": "#009E73", "test": "#D55E00"}
+INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
+DPI = 200
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so a plot looks the same everywhere
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": "#bdbdbd",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # a $ in a run's or a class's name is a $
+}
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Draw letters that the font lacks as boxes, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+@without_glyph_warnings()
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
+
+
+# ------------------------------------------------------------------------------------------------ curves
 
 
 def curves(folder: Path, headline: Headline | None = None) -> Path:
@@ -167,3 +220,97 @@ def _subtitle(lines: Sequence[Line], best: Line | None, headline: Headline) -> s
         return f"best {best['split']} {headline.words} {text} at epoch {best['epoch']}"
     epochs = max((line["epoch"] for line in lines if line["split"] == "train"), default=0)
     return f"{epochs} epoch{'s' * (epochs != 1)}, nothing evaluated"
+
+
+# ------------------------------------------------------------------------------------------------ the confusion matrix
+
+_MOST_COUNTED = 20  # classes up to which the cells show their counts
+_MOST_NAMED = 50  # class names that fit along a side
+
+
+@without_glyph_warnings()
+def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence[str] = (), when: str = "") -> "Figure":
+    """Draw which classes the model confuses.
+
+    Colors are shares of the true class, on a scale that shows an error of one in a hundred; numbers are samples.
+
+    Args:
+        matrix: int64 (classes, classes), on the CPU; rows are true classes, columns predicted ones.
+        classes: class names; without one per class, their indices are shown.
+        when: which network it is of, such as "after epoch 3".
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    counts = np.asarray(matrix)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = len(counts)
+    side = min(max(0.45 * size, 3.2), 9.0)  # inches of the square
+    with mpl.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
+        figure = Figure(figsize=(side + 2.6, side + 1.9), dpi=DPI, layout=layout)
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        norm = mpl.colors.PowerNorm(0.5, 0, 1)
+        image = axes.imshow(shares, cmap="Blues", norm=norm)
+        _name_classes(axes, list(classes) if len(classes) == size else [str(index) for index in range(size)])
+        right = counts.trace() / max(counts.sum(), 1)
+        title = f"{metric(right, percent=True).strip()} of {counts.sum():,} samples right {when}"
+        axes.set_title(title.strip(), loc="left", pad=12)
+        if size <= _MOST_COUNTED:
+            for (row, column), count in np.ndenumerate(counts):
+                color = "white" if norm(shares[row, column]) > 0.6 else INK if count else "#c4c4c4"
+                axes.text(column, row, f"{count:,}", color=color, ha="center", va="center", fontsize=7.5)
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=25, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+        bar.ax.set_yticklabels(["0", "1%", "10%", "25%", "50%", "100%"])
+        bar.outline.set_visible(False)
+        bar.set_label("share of the true class", color=SOFT)
+        # Creates the ticks, which take their style from the current context.
+        figure.draw_without_rendering()
+    return figure
+
+
+def _name_classes(axes: "Axes", names: Sequence[str]) -> None:
+    """Label both sides of a matrix with class names, as many as fit."""
+    ticks = range(0, len(names), math.ceil(len(names) / _MOST_NAMED))
+    shown = [names[tick] if len(names[tick]) <= 24 else f"{names[tick][:23]}…" for tick in ticks]
+    upright = max(map(len, shown), default=0) <= (3 if len(ticks) > 10 else 5)
+    rotation, alignment = (0, "center") if upright else (45, "right")
+    axes.set_xticks(ticks, shown, rotation=rotation, ha=alignment, rotation_mode="anchor")
+    axes.set_yticks(ticks, shown)
+    axes.tick_params(length=0, labelsize=8 if len(ticks) <= 30 else 6)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+
+
+# ------------------------------------------------------------------------------------------------ their own process
+
+# The lowest priority: training threads wait for each other, so one that is held up briefly holds up all of them.
+_NICENESS = 19
+
+
+def draw(folder: Path, headline: Headline, *, confusion: bool) -> None:
+    """Draw curves.png and, if asked to, confusion.png."""
+    curves(folder, headline)
+    if confusion:
+        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        matrix = np.array(evaluation["confusion_matrix"], np.int64)
+        names = list(evaluation.get("accuracy_by_class", {}))
+        when = f"after epoch {evaluation['epoch']}" if "epoch" in evaluation else ""
+        save(confusion_matrix(matrix, names, when), folder / "confusion.png")
+
+
+def main() -> None:
+    """Draw what the command line asks for."""
+    folder, parent, headline, *confusion = sys.argv[1:]
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
+    end_with(int(parent))  # a resumed run may draw into the same files
+    draw(Path(folder), Headline(**json.loads(headline)), confusion=bool(confusion))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchrelay.report.style import SPLITS
 from torchrelay.run.metrics import Headline, Line
 from torchrelay.run.terminal import duration, metric
 
+SPLITS = ("train", "validation", "test")
 _NOT_METRICS = {"step", "epoch", "split", "time", "seconds", "lr", "samples_per_second", "loss"}
 # Words in the names of metrics that are shown as percentages.
 _SHARES = ("accuracy", "f1", "precision", "recall", "auroc", "iou", "dice")

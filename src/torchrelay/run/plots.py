@@ -1,7 +1,7 @@
 """Step 1: plots of a run's folder, drawn from its files by a short-lived process of their own.
 
 Importing matplotlib takes a second and 30 MB that a process keeps until it ends. So the training process never imports
-it: it starts `torchrelay.report.draw` and trains on.
+it: it starts `torchrelay.report.plots` and trains on.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from torchrelay.run.metrics import Headline
 
 _TIMEOUT = 60.0  # seconds; generous, for a machine under load
-_MODULE = "torchrelay.report.draw"  # by name: this folder imports nothing of report/
+_MODULE = "torchrelay.report.plots"  # by name: this folder imports nothing of report/
 
 
 class PlotProcess:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from torchrelay import checkpoint
-from torchrelay.distributed.slurm import expand_hosts, from_slurm
+from torchrelay.distributed.process import expand_hosts, from_slurm
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "clusters"
 TASK = {
