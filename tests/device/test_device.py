@@ -11,8 +11,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay import checkpoint
-from torchrelay.device import processor
-from torchrelay.device.device import DeviceSettings, set_up
+from torchrelay.device.device import DeviceSettings, identity_of, set_up
 from torchrelay.errors import UsageError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -100,7 +99,7 @@ def test_the_number_of_threads_is_set_and_logged(digits, quiet, tmp_path):
 @pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this PyTorch doesn't tell what a CPU has")
 def test_the_identity_distinguishes_cpus_by_the_instruction_sets_of_their_kernels():
     facts = Path("/proc/cpuinfo").read_text()
-    told = processor.identity(torch.device("cpu"))
+    told = identity_of(torch.device("cpu"))
     for unit in ("avx512_bf16", "amx_bf16"):  # PyTorch's own word is AVX512 for CPUs with and without them
         assert (unit in str(told["instructions"])) == (unit in facts)
 

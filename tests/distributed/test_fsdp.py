@@ -18,9 +18,8 @@ from torchrelay import optim
 from torchrelay.data.batch import replica_sizes
 from torchrelay.device.device import DeviceSettings, set_up
 from torchrelay.distributed import fsdp_checks as shardable
-from torchrelay.distributed.fsdp import FSDP
+from torchrelay.distributed.fsdp import FSDP, gather, shard
 from torchrelay.distributed.fsdp_checks import check_model, check_optimizer, update_in_one_call
-from torchrelay.distributed.fsdp_state import gather, shard
 from torchrelay.distributed.process_group import DistributedGroup, ProcessGroup
 from torchrelay.distributed.replicas import Buffers, GradientTree, give_gradients, take_gradients
 from torchrelay.errors import RelayError, UsageError

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.device import processor
 from torchrelay.device.device import DeviceSettings
 from torchrelay.models import convolution
 from torchrelay.models.convolution import Conv2d, weight_gradient
@@ -21,7 +20,7 @@ def products(monkeypatch):
         return weight_gradient(maps, gradient, shape, padding)
 
     monkeypatch.setattr(convolution, "weight_gradient", noted)
-    monkeypatch.setattr(processor, "has_amx", lambda: True)
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
     return found
 
 
@@ -95,7 +94,7 @@ def test_other_convolutions_use_pytorch(given, dtype, options, products):
 
 
 def test_without_amx_nothing_changes(monkeypatch, products):
-    monkeypatch.setattr(processor, "has_amx", lambda: False)
+    monkeypatch.setattr(convolution, "has_amx", lambda: False)
     both(maps())
     assert not products
 

@@ -17,8 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from torchrelay.run.pictures import image_grid
-from torchrelay.run.trackers import TensorBoard
+from torchrelay.run.trackers import TensorBoard, image_grid
 
 
 def lines_of(epochs: int, steps: int = 40, every: int = 10) -> list[dict[str, Any]]:

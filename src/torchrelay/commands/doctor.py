@@ -30,14 +30,13 @@ def findings() -> dict[str, str]:
     """Return what this machine has, by name."""
     import torch
 
-    from torchrelay.device import processor
-    from torchrelay.device.device import DeviceSettings, set_up
+    from torchrelay.device.device import DeviceSettings, instructions, processor_name, set_up
 
     device = set_up(DeviceSettings(), exact=True)
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "processor": f"{processor.name()}, {os.cpu_count()} cores, {processor.instructions()}",
+        "processor": f"{processor_name()}, {os.cpu_count()} cores, {instructions()}",
         "memory": _memory(),
         "threads": f"{torch.get_num_threads()} for one operation (device.threads)",
         "CUDA": _cuda(),

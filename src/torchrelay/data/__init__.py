@@ -4,9 +4,8 @@ from torchrelay.data import augment
 from torchrelay.data.accept import as_source
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
-from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, text, wine
+from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, fashion_mnist, mnist, text, wine
 from torchrelay.data.folder import image_folder, image_parts
-from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.settings import DataSettings, load
 from torchrelay.data.sources import ArraySource, DatasetSource, Parts, Source, arrays, dataset, split
 from torchrelay.data.stream import StreamSource, stream

@@ -11,9 +11,8 @@ from pydantic import Field, model_validator
 
 from torchrelay.data.accept import as_source
 from torchrelay.data.augment.pipeline import Augment, Prepare
-from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, text, wine
+from torchrelay.data.builtin import breast_cancer, cifar10, cifar100, digits, fashion_mnist, mnist, text, wine
 from torchrelay.data.folder import image_parts
-from torchrelay.data.idx import fashion_mnist, mnist
 from torchrelay.data.sources import ArraySource, Parts, split
 from torchrelay.errors import UsageError, nearest
 from torchrelay.settings import Settings

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from torchrelay.device import processor
+from torchrelay.device.device import has_amx
 
 _SMALL = 7 * 7  # pixels of a feature map up to which the product is faster, measured with 256 channels
 _MANY = 128  # input channels from which it is faster
@@ -47,7 +47,7 @@ def _is_faster_for(maps: Tensor) -> bool:
     if maps.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return False
     is_bf16 = torch.get_autocast_dtype("cpu") is torch.bfloat16
-    return is_bf16 and maps.is_contiguous(memory_format=torch.channels_last) and processor.has_amx()
+    return is_bf16 and maps.is_contiguous(memory_format=torch.channels_last) and has_amx()
 
 
 class _Convolution(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import Any, Never, TypedDict
 import torch
 
 from torchrelay.checkpoint.schedule import CheckpointSettings
-from torchrelay.data.augment.accept import AugmentLike
+from torchrelay.data.augment.pipeline import AugmentLike
 from torchrelay.data.sampling import Sampling
 from torchrelay.device.device import Device, DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings

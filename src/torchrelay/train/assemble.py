@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from torchrelay.data.accept import as_source, options_of, stacked
-from torchrelay.data.augment.accept import as_transforms
-from torchrelay.data.augment.pipeline import Pipeline
+from torchrelay.data.augment.pipeline import Pipeline, as_transforms
 from torchrelay.data.batches import Batches
 from torchrelay.data.sources import Source, statistics
 from torchrelay.data.stream import StreamSource

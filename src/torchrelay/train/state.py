@@ -13,8 +13,7 @@ from torchrelay.data.files import Marks, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
 from torchrelay.data.stream_reader import StreamReader
-from torchrelay.device import processor
-from torchrelay.device.device import Device
+from torchrelay.device.device import Device, identity_of
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.identity import Identity
 from torchrelay.train.callbacks import Callback
@@ -143,7 +142,7 @@ class TrainingState:
     def identity(self) -> Identity:
         """Return what this run's bits depend on."""
         device: Device = self.train_step.device
-        return processor.identity(device.device) | {
+        return identity_of(device.device) | {
             "data": self.batches.source.fingerprint(),
             **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
             "samples": len(self.batches.source),

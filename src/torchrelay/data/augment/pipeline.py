@@ -1,12 +1,13 @@
 """The pipeline of transforms between the source and the model, and the names of transforms in a recipe."""
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast, get_args
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +28,7 @@ from torchrelay.data.augment.pixels import as_floats
 from torchrelay.data.augment.policies import RandAugment, TrivialAugment
 from torchrelay.data.order import Positions
 from torchrelay.errors import UsageError, nearest, warn_renamed
-from torchrelay.settings import RENAMED_TRANSFORMS
+from torchrelay.settings import RENAMED_TRANSFORMS, Settings
 
 _Fixed = Resize | CenterCrop
 _Any = (
@@ -249,3 +250,49 @@ def _probabilities(targets: Tensor, classes: int, name: str) -> Tensor:
             "leave it out, or give one class index per sample and the names of the classes"
         )
     return F.one_hot(targets.long(), classes).to(torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------ what a user may give
+
+AugmentLike = Augment | type[Augment] | ImageTransform | str | Mapping[str, Any]
+_BY_NAME: TypeAdapter[Augment] = TypeAdapter(Augment)
+
+
+def as_transforms(given: AugmentLike | Sequence[AugmentLike] | None, argument: str) -> tuple[Any, ...]:
+    """Return the transforms that a user means: one, or several; each itself, its class, or as in a recipe.
+
+    Args:
+        given: the transforms.
+        argument: "augment" or "prepare".
+
+    Raises:
+        UsageError: one of them can't transform batches.
+    """
+    several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return tuple(_as_transform(each, argument) for each in several if each is not None)
+
+
+def _as_transform(given: Any, argument: str) -> Any:
+    if isinstance(given, str | Mapping):
+        try:
+            return _BY_NAME.validate_python(given)
+        except ValidationError as error:
+            raise UsageError(f"{argument}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    if isinstance(given, type):
+        given = given()
+    if isinstance(given, Settings):
+        return given
+    name = getattr(given, "__name__", type(given).__name__)
+    if type(given).__module__.startswith("torchvision."):
+        raise UsageError(
+            f"{argument} has torchvision's {name}, which transforms one image at a time: leave it to the dataset "
+            "(transform=...), where generators are seeded for each sample; or give a transform of tr.augment"
+        )
+    try:
+        inspect.signature(given).bind("images", "draw")
+    except TypeError:
+        raise UsageError(
+            f"{argument} has {name}, which can't be called with (images, draw): give a transform of tr.augment, or a "
+            "function of a batch of images and of draw, whose uniform() gives random numbers"
+        ) from None
+    return given
