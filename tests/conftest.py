@@ -122,8 +122,8 @@ LONGEST = (
     "run/test_plots.py",
     "run/test_terminal.py",
     "run/test_trackers.py",
-    "commands/test_profiling.py",
-    "commands/test_tuning.py",
+    "commands/test_profile.py",
+    "commands/test_tune.py",
 )
 
 

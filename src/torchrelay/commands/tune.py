@@ -1,10 +1,33 @@
-"""`torchrelay tune RECIPE`: measure which device settings train a recipe fastest on this machine."""
+"""`torchrelay tune RECIPE`: measure which device settings train a recipe fastest on this machine.
+
+They are timed side by side, one setting after another. Each setting is tried on top of the best ones so far, in turns
+with them, so that what slows the machine slows both.
+"""
+
+from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from torchrelay.commands.options import add_common, add_recipe, code_of, count, terminal_of
+from torchrelay.errors import RelayError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torchrelay.data.batch import Batch
+    from torchrelay.recipe.recipe import Recipe
+    from torchrelay.train.trainer import Trainer
 
 HELP = "find the settings that train a recipe fastest on this machine (tunes speed, not accuracy)"
+# Turns of a comparison, the fewest steps and the fewest seconds of a turn.
+_ROUNDS, _STEPS, _LONG_ENOUGH = 3, 2, 0.15
+# A smaller gain can't be told from noise.
+_GAIN = 0.03
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +39,219 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Time the settings, and print the lines to keep."""
-    from torchrelay.commands import tuning
     from torchrelay.recipe import recipe
 
     loaded, code = recipe.load(options.recipe, options.overrides), code_of(options)
-    tuning.show(tuning.tune(loaded, options.seconds, code=code, say=terminal_of(options).say))
+    show(tune(loaded, options.seconds, code=code, say=terminal_of(options).say))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting and what it gains."""
+
+    setting: str
+    """As a recipe has it, such as `device.precision = "bf16"`."""
+    seconds: float | None = None
+    """Of a step; None if it wasn't tried or failed."""
+    samples: int = 0
+    """Of a step."""
+    times: float = 1.0
+    """The rate divided by that of the best setting before."""
+    kept: bool = False
+    note: str = ""
+
+
+def tune(
+    recipe: Recipe,
+    seconds: float = 60.0,
+    *,
+    code: ModuleType | None = None,
+    only: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[Trial]:
+    """Time settings of the device and the optimizer for a recipe. Nothing is written, and no run is touched.
+
+    Args:
+        recipe: what to train; its own settings come first.
+        seconds: after which no further trial starts.
+        code: a module of the user's own, in which the recipe's names are looked up first.
+        only: names of the settings to try, such as "precision"; none: all.
+        say: called with the setting that is being tried.
+
+    Returns:
+        The recipe's own settings, then each other one as it was tried.
+
+    Raises:
+        RelayError: the recipe itself can't be trained.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    # Each setting is timed with a number of threads of its own, which it sets again before its turn.
+    recipe = _with(recipe, "device", "threads", recipe.device.threads or threads)
+    try:
+        return _trials(recipe, time.monotonic() + seconds, code, only, say)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trials(
+    recipe: Recipe,
+    until: float,
+    code: ModuleType | None,
+    only: Sequence[str],
+    say: Callable[[str], None],
+) -> list[Trial]:
+    best, place = recipe, _Timed(recipe, code)
+    (took,) = _in_turns([place])
+    trials = [Trial("the recipe's own", took, place.samples, kept=True)]
+    for section, name, value in _settings(recipe):
+        if only and name not in only:
+            continue
+        setting = f"{section}.{name} = {_toml(value)}"
+        if time.monotonic() > until:
+            trials.append(Trial(setting, note="no time left"))
+            continue
+        say(f"trying {setting}")
+        changed = _with(best, section, name, value)
+        try:
+            other = _Timed(changed, code)
+            before, took = _in_turns([place, other])
+        except (RelayError, RuntimeError) as error:
+            trials.append(Trial(setting, note=f"fails: {str(error).splitlines()[0][:80]}"))
+            continue
+        times = (other.samples / took) / (place.samples / before)
+        is_batch = name == "batch_size"  # which trains another network
+        kept = times > 1 + _GAIN and not is_batch
+        note = "trains otherwise" if is_batch else f"first step {other.first:.1f} s"
+        trials.append(Trial(setting, took, other.samples, times, kept, note if is_batch or name == "compile" else ""))
+        if kept:
+            best, place = changed, other
+    return trials
+
+
+def show(trials: list[Trial]) -> None:
+    """Print the trials as a table, and the recipe's lines to keep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(box=None)
+    for name in ("", "ms a step", "samples/s", "vs. best"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column("")
+    for trial in trials:
+        if trial.seconds is None:
+            table.add_row(trial.setting, "", "", "", trial.note)
+            continue
+        style = "bold green" if trial.kept and trial is not trials[0] else ""
+        rate, ms = trial.samples / trial.seconds, 1e3 * trial.seconds
+        table.add_row(trial.setting, f"{ms:,.2f}", f"{rate:,.0f}", f"{trial.times:.2f}", trial.note, style=style)
+    console.print(table)
+    kept = [trial.setting for trial in trials[1:] if trial.kept]
+    if not kept:
+        timed = any(trial.seconds is not None for trial in trials[1:])
+        found = "No other setting was clearly faster." if timed else "No other setting was timed: give more --seconds."
+        console.print(f"\n{found}")
+        return
+    console.print("\nKeep these (they change the last bits of a run's numbers; a precision changes more):\n")
+    for section in dict.fromkeys(setting.partition(".")[0] for setting in kept):
+        console.print(f"[{section}]", markup=False)
+        for setting in kept:
+            if setting.startswith(f"{section}."):
+                console.print(setting.removeprefix(f"{section}."), markup=False)
+
+
+def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
+    """Yield what is tried: the likeliest gain first, and last what takes long to start."""
+    import torch
+
+    from torchrelay.device.device import set_up
+    from torchrelay.distributed.launch import cores
+
+    device = set_up(recipe.device, recipe.run.exact).device
+    if device.type == "cpu":
+        threads, available = torch.get_num_threads(), cores()
+        for count in sorted({1, max(1, available // 2), available} - {threads}, reverse=True):
+            yield "device", "threads", count
+    if recipe.device.precision == "float32":
+        yield "device", "precision", "bf16"
+        if device.type == "cuda":
+            yield "device", "precision", "fp16"
+            yield "device", "tf32", True
+    if not recipe.device.channels_last:
+        yield "device", "channels_last", True
+    if not getattr(recipe.optimizer, "fused", True):  # SGD and AdamW have it
+        yield "optimizer", "fused", True
+    for factor in (0.5, 2):
+        yield "data", "batch_size", max(1, int(recipe.data.batch_size * factor))
+    if not recipe.device.compile:
+        yield "device", "compile", True
+
+
+def _with(recipe: Recipe, section: str, name: str, value: Any) -> Recipe:
+    part = getattr(recipe, section).model_copy(update={name: value})
+    return recipe.model_copy(update={section: part})
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
+
+
+class _Timed:
+    """A recipe's trainer whose steps are timed.
+
+    Args:
+        recipe: what it trains.
+        code: a module of the user's own.
+
+    Attributes:
+        samples: of a step.
+        first: seconds of the first two steps, in which models are compiled and kernels chosen.
+    """
+
+    def __init__(self, recipe: Recipe, code: ModuleType | None) -> None:
+        from torchrelay.recipe.build import build_trainer
+        from torchrelay.run.terminal import Terminal
+
+        self.trainer = build_trainer(recipe, code=code, terminal=Terminal(quiet=True))
+        self.trainer.model.train()
+        self._batches, self._steps = _forever(self.trainer), 0
+        began = time.perf_counter()
+        self.samples = self._step()
+        self._step()
+        self.first = time.perf_counter() - began
+
+    def _step(self) -> int:
+        batch = next(self._batches)
+        self.trainer.train_step.step(batch, self._steps)
+        self._steps += 1
+        return batch.size
+
+    def time(self) -> float:
+        """Return the mean seconds of some steps."""
+        import torch
+
+        from torchrelay.device.device import set_up
+
+        # The switches belong to the whole process, and another trainer has just set its own.
+        set_up(self.trainer.device.settings, self.trainer.settings.exact)
+        device, began, steps = self.trainer.device.device, time.perf_counter(), 0
+        while steps < _STEPS or time.perf_counter() - began < _LONG_ENOUGH:
+            self._step()
+            steps += 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / steps
+
+
+def _forever(trainer: Trainer) -> Iterator[Batch]:
+    """Yield full batches of the first epoch again and again: a later epoch may have larger images."""
+    full = next(trainer.batches.epoch(0)).size
+    while True:
+        yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
+
+
+def _in_turns(places: list[_Timed]) -> list[float]:
+    times = [[place.time() for place in places] for _ in range(_ROUNDS)]
+    return [median(column) for column in zip(*times, strict=True)]

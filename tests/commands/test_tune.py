@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrelay.cli import main
-from torchrelay.commands import tuning
+from torchrelay.commands import tune
 from torchrelay.recipe import recipe
 from torchrelay.recipe.code import load_code
 
@@ -40,13 +40,13 @@ ONLY = ("precision", "channels_last", "batch_size")  # not compile, which takes 
 
 def trials(
     tmp_path, last: str, first: str, seconds: float = 60, batch: int = 32, only: tuple[str, ...] = ONLY
-) -> dict[str, tuning.Trial]:
+) -> dict[str, tune.Trial]:
     path = tmp_path / "code.py"
     path.write_text(CODE.format(last=last, first=first))
     overrides = ["data.name=images", "model.name=slow", "data.augment=[]", "device.name=cpu"]
     overrides.append(f"data.batch_size={batch}")
     loaded = recipe.load("digits", overrides)
-    found = tuning.tune(loaded, seconds, code=load_code(path), only=only, say=lambda _: None)
+    found = tune.tune(loaded, seconds, code=load_code(path), only=only, say=lambda _: None)
     return {trial.setting: trial for trial in found}
 
 
@@ -107,24 +107,22 @@ def test_tune_prints_a_table_and_lines_for_a_recipe(tmp_path, capsys):
 
 def test_recommended_lines_are_grouped_by_section(capsys):
     kept = ("device.threads = 2", "optimizer.fused = true", "device.channels_last = true")
-    tuning.show(
-        [tuning.Trial("the recipe's own", 1.0, 8, kept=True), *(tuning.Trial(s, 1.0, 8, kept=True) for s in kept)]
-    )
+    tune.show([tune.Trial("the recipe's own", 1.0, 8, kept=True), *(tune.Trial(s, 1.0, 8, kept=True) for s in kept)])
     lines = "[device]\nthreads = 2\nchannels_last = true\n[optimizer]\nfused = true\n"
     assert capsys.readouterr().out.endswith(lines)
 
 
 def test_tune_claims_nothing_about_settings_that_it_did_not_time(capsys):
-    own, slower, untried = tuning.Trial("own", 1.0, 8, kept=True), tuning.Trial("a", 2.0, 8), tuning.Trial("b")
-    tuning.show([own, untried])
+    own, slower, untried = tune.Trial("own", 1.0, 8, kept=True), tune.Trial("a", 2.0, 8), tune.Trial("b")
+    tune.show([own, untried])
     assert capsys.readouterr().out.endswith("No other setting was timed: give more --seconds.\n")
-    tuning.show([own, slower, untried])
+    tune.show([own, slower, untried])
     assert capsys.readouterr().out.endswith("No other setting was clearly faster.\n")
 
 
 def test_tune_tries_a_fused_optimizer_if_there_is_one():
     offered = {
-        name: ("optimizer", "fused", True) in list(tuning._settings(recipe.load("digits", [f"optimizer.name={name}"])))
+        name: ("optimizer", "fused", True) in list(tune._settings(recipe.load("digits", [f"optimizer.name={name}"])))
         for name in ("sgd", "adamw", "muon")
     }
     assert offered == {"sgd": True, "adamw": True, "muon": False}
@@ -133,6 +131,6 @@ def test_tune_tries_a_fused_optimizer_if_there_is_one():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_tune_tries_gpu_settings_on_a_gpu():
-    names = {name for _, name, _ in tuning._settings(recipe.load("digits"))}
+    names = {name for _, name, _ in tune._settings(recipe.load("digits"))}
     assert {"precision", "tf32", "channels_last"} <= names
     assert "threads" not in names

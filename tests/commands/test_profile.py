@@ -15,7 +15,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay.cli import main
-from torchrelay.commands import profiling
+from torchrelay.commands import profile
 from torchrelay.errors import UsageError
 
 LONG = 0.02  # seconds, far above what a step of this network takes
@@ -62,7 +62,7 @@ def slow_images(images, _draw):
 @pytest.mark.parametrize("measured", [True, False])
 def test_profile_finds_the_slow_phase(quiet, phase, how, measured):
     made = trainer(quiet, settings=tr.RunSettings(train_metrics=measured), **how())
-    found = profiling.examine(made, steps=5)
+    found = profile.examine(made, steps=5)
     assert found.seconds[phase] >= LONG
     assert sum(found.seconds.values()) - found.seconds[phase] < LONG / 2
 
@@ -73,24 +73,24 @@ class Unmeasured(tr.Classification):
 
 def test_profile_times_the_backward_pass_of_a_task_without_metrics(quiet):
     made = trainer(quiet, model=SlowBackward(nn.Flatten(), nn.Linear(64, 10)), task=Unmeasured())
-    assert profiling.examine(made, steps=5).seconds["backward"] >= LONG
+    assert profile.examine(made, steps=5).seconds["backward"] >= LONG
 
 
 def test_profile_counts_the_samples_of_a_full_batch(quiet):
     made = trainer(quiet)
-    assert profiling.examine(made, steps=len(made.batches) - 5).samples == 64  # the last one has 30
+    assert profile.examine(made, steps=len(made.batches) - 5).samples == 64  # the last one has 30
 
 
 @pytest.mark.parametrize("page", ["docs/howto/speed.md", "docs/zh/howto/speed.md"])
 def test_the_page_shows_the_phases_by_name(page):
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
-    assert re.findall(r"^ (\w+) +\d+\.\d\d +\d", text, re.MULTILINE) == list(profiling.PHASES)
+    assert re.findall(r"^ (\w+) +\d+\.\d\d +\d", text, re.MULTILINE) == list(profile.PHASES)
 
 
 def test_the_phases_add_up_to_the_step(quiet):
     made = trainer(quiet)
     began = time.perf_counter()
-    found = profiling.examine(made, steps=30)
+    found = profile.examine(made, steps=30)
     passed = (time.perf_counter() - began) / 35  # with those before
     assert 0 < found.step < 1.5 * passed
     assert sum(found.seconds.values()) == pytest.approx(found.step, rel=0.2)  # a median of sums, a sum of medians
@@ -100,7 +100,7 @@ def test_profile_prints_a_table_and_writes_a_plot_and_a_trace(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     assert main(["profile", "digits", "--steps", "3"]) == 0
     shown = capsys.readouterr().out
-    assert all(phase in shown for phase in profiling.PHASES)
+    assert all(phase in shown for phase in profile.PHASES)
     folder = tmp_path / "profiles" / "digits"
     assert (folder / "profile.png").read_bytes().startswith(b"\x89PNG")
     events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
@@ -119,4 +119,4 @@ def test_the_pytorch_profiler_prints_nothing_and_an_encoding_may_lack_the_bar(tm
 
 def test_a_trainer_with_a_run_folder_is_refused(quiet, tmp_path):
     with pytest.raises(UsageError, match="without a run folder"):
-        profiling.examine(trainer(quiet, run=tmp_path / "run"))
+        profile.examine(trainer(quiet, run=tmp_path / "run"))
