@@ -1,4 +1,4 @@
-"""Tables and plots: contents, no overlapping or clipped text, and reproducible bytes."""
+"""Plots: contents, no overlapping or clipped text, and reproducible bytes."""
 
 import io
 import json
@@ -18,8 +18,7 @@ from PIL import Image
 
 from torchrelay.errors import RelayError
 from torchrelay.report.plots import confusion_matrix, curves, draw_curves, save
-from torchrelay.report.table import best_line, headline_of, metrics_table
-from torchrelay.run.metrics import Headline, read_metrics
+from torchrelay.run.metrics import Headline, best_line, headline_of, read_metrics
 
 Line = dict[str, Any]
 ACCURACY = Headline("accuracy", percent=True, higher_is_better=True)
@@ -170,35 +169,6 @@ def test_the_best_epoch_is_the_first_best_on_the_validation_part() -> None:
     lowest = best_line(RUNS["regression"], headline_of(RUNS["regression"]))
     assert lowest is not None
     assert lowest["epoch"] == 20
-
-
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def test_the_table_has_a_row_per_epoch_and_marks_the_best() -> None:
-    assert metrics_table(lines_of(3)) == (
-        "   epoch  train accuracy  test accuracy  train loss  test loss     lr  samples/s    time\n"
-        "       1          40.00%         48.00%      2.0000     2.0000  0.075      1,128  44.3 s\n"
-        "*      2          70.00%         88.44%      1.0000     1.5000  0.025      1,128  44.3 s\n"
-        "       3          80.00%         74.67%      0.6667     1.3333      0      1,128  44.3 s"
-    )
-
-
-def test_the_table_omits_unmeasured_columns_and_shows_nan() -> None:
-    lines = [
-        {"step": 9, "epoch": 1, "split": "train", "loss": None},
-        {"step": 18, "epoch": 2, "split": "train", "loss": 0.5},
-        {"step": 18, "epoch": 2, "split": "test", "loss": 0.25},
-    ]
-    assert [row.split() for row in metrics_table(lines).splitlines()] == [
-        ["epoch", "train", "loss", "test", "loss", "lr", "samples/s", "time"],
-        ["1", "nan"],
-        ["*", "2", "0.5000", "0.2500"],
-    ]
-
-
-def test_a_run_without_metrics_has_a_table_without_rows() -> None:
-    assert metrics_table([]).split() == ["epoch", "lr", "samples/s", "time"]
 
 
 # ------------------------------------------------------------------------------------------------ the curves

@@ -1,1 +1,1 @@
-"""Plots and tables of a run, read from its folder."""
+"""A run's plots, drawn from its folder."""

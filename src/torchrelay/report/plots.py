@@ -19,8 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchrelay.distributed.process import end_with
-from torchrelay.report.table import SPLITS, best_line, headline_of, value
-from torchrelay.run.metrics import Headline, Line, read_metrics
+from torchrelay.run.metrics import SPLITS, Headline, Line, best_line, headline_of, read_metrics, value
 from torchrelay.run.terminal import metric
 
 if TYPE_CHECKING:

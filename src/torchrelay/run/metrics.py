@@ -1,6 +1,8 @@
-"""Step 1: the lines of a run's metrics.jsonl, from which everything that is shown of a run is read."""
+"""Step 1: the lines of a run's metrics.jsonl, from which all that is shown of a run is read, and the best of them."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,10 @@ from typing import Any
 from torchrelay.errors import RelayError
 
 Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
+SPLITS = ("train", "validation", "test")
+_NOT_METRICS = {"step", "epoch", "split", "time", "seconds", "lr", "samples_per_second", "loss"}
+# Words in the names of metrics that are shown as percentages.
+_SHARES = ("accuracy", "f1", "precision", "recall", "auroc", "iou", "dice")
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,31 @@ def read_metrics(folder: Path) -> list[Line]:
             if number < len(texts):
                 raise RelayError(f"line {number} of {path} is damaged: remove it to read the rest") from error
     return lines
+
+
+def headline_of(lines: Sequence[Line]) -> Headline:
+    """Guess the metric by which a run is judged: accuracy, else the first besides the loss, else the loss."""
+    names = [name for line in lines if line["split"] in SPLITS for name in line if name not in _NOT_METRICS]
+    name = "accuracy" if "accuracy" in names else next(iter(names), "loss")
+    is_share = any(word in name for word in _SHARES)
+    return Headline(name, percent=is_share, higher_is_better=is_share)
+
+
+def best_line(lines: Sequence[Line], headline: Headline) -> Line | None:
+    """Return the line of the best evaluation (the first of equal ones), by validation data where there are any.
+
+    Returns:
+        None if nothing was evaluated.
+    """
+    for split in ("validation", "test"):
+        evaluated = [line for line in lines if line["split"] == split and math.isfinite(value(line, headline.name))]
+        if evaluated:
+            sign = -1.0 if headline.higher_is_better else 1.0
+            return min(evaluated, key=lambda line: sign * value(line, headline.name))
+    return None
+
+
+def value(line: Mapping[str, Any], name: str) -> float:
+    """Return a metric of a line, or NaN if it is missing or null."""
+    number = line.get(name)
+    return math.nan if number is None else float(number)
