@@ -1,4 +1,8 @@
-"""Step 7: what the trainer's arguments may be, and how to say here what they are called elsewhere."""
+"""Step 7: what the trainer's arguments may be, and how to say here what they are called elsewhere.
+
+The types of the trainer's signature come from seven folders. They are gathered here, so that the imports of trainer.py
+show what the loop stands on.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Never, TypedDict
@@ -21,7 +25,6 @@ __all__ = [
     "BatchOptions",
     "CallbacksLike",
     "CheckpointSettings",
-    "Device",
     "DeviceLike",
     "OptimizersLike",
     "ParallelSettings",
@@ -29,9 +32,6 @@ __all__ = [
     "ScheduleLike",
     "TaskLike",
     "Terminal",
-    "as_callbacks",
-    "as_device",
-    "refuse",
 ]
 
 CallbacksLike = Callback | type[Callback] | Sequence[Callback | type[Callback]]

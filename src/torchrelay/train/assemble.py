@@ -155,7 +155,7 @@ def make_strategy(
     dummy_loss: Callable[[], Tensor],
     say: Callable[[str], None],
 ) -> Strategy:
-    """Move the model to the device and return the strategy that `parallel.kind` names; see `build_strategy`."""
+    """Return what `build_strategy` does: it is called from here, as all that the trainer's constructor makes."""
     return build_strategy(model, parallel.kind, group, device, exact=exact, dummy_loss=dummy_loss, say=say)
 
 
