@@ -45,17 +45,16 @@ class ProcessGroup:
         rank: of this process.
         size: the world size.
         device: where this process computes.
+
+    Attributes:
+        main: whether this is rank 0, which writes the run folder and has the terminal.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
+        self.main = rank == 0
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-
-    @property
-    def main(self) -> bool:
-        """Whether this is rank 0, which writes the run folder and has the terminal."""
-        return self.rank == 0
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (size, …) the values of all processes by rank; their shapes and dtypes must be the same."""

@@ -42,6 +42,7 @@ class RunningSums:
 
     def __init__(self, group: ProcessGroup | None = None, per_step: int = 1) -> None:
         self._group, self._per_step = group, per_step
+        self._is_shared = group is not None and group.size > 1
         self._losses: list[tuple[Tensor | float, Tensor | float]] = []
         self._measures: list[tuple[dict[str, Tensor | float], Tensor | float]] = []
         self._logged: list[dict[str, Tensor | float]] = []
@@ -68,10 +69,6 @@ class RunningSums:
             return
         values = {name: _unfragmented(value) for name, (value, _) in logged.items()}
         self._logged.append(values | {name + _COUNT: _unfragmented(count) for name, (_, count) in logged.items()})
-
-    @property
-    def _is_shared(self) -> bool:
-        return self._group is not None and self._group.size > 1
 
     def read_logged(self) -> None:
         """Add up what was logged and is unread; several processes call it at the same time."""
@@ -237,7 +234,7 @@ class Progress:
     @property
     def at_epoch_end(self) -> bool:
         """Whether the last batch of an epoch was the last one."""
-        return self.position == self.steps_per_epoch
+        return self.step == (self.epochs_done + 1) * self.steps_per_epoch
 
     @property
     def ends(self) -> bool:
@@ -248,7 +245,7 @@ class Progress:
         """Stop the run if it has taken `max_steps`, and return whether it ends, for this or any other reason."""
         if self.max_steps is not None and self.step >= self.max_steps:
             self.stop_reason = f"run.max_steps is {self.max_steps}"
-        return self.ends
+        return self.stop_reason is not None or self.step >= self.total_steps
 
     def record(self, result: StepResult, samples: int) -> None:
         """Count a step of so many samples, and add its loss and measures to the epoch's sums."""

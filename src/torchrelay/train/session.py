@@ -222,15 +222,14 @@ class Session:
 
         Several processes learn it a step later, and all at the same step.
         """
-        main = self._group.main
-        late = main and self.checkpoints is not None and self.checkpoints.due_by_clock()
-        stop = self._signal.received is not None
-        lines = self.state.progress.lines
-        log = main and lines.ask()
-        asked = self._group.agree(_STOP * stop | _SAVE * late | _EVALUATE * self._due | _LOG * log)
-        lines.asked |= bool(asked & _LOG)
+        asks, progress = _STOP * (self._signal.received is not None) | _EVALUATE * self._due, self.state.progress
+        if self._group.main:
+            asks |= _SAVE * (self.checkpoints is not None and self.checkpoints.due_by_clock())
+            asks |= _LOG * progress.lines.ask()
+        asked = self._group.agree(asks)
+        progress.lines.asked |= bool(asked & _LOG)
         self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)
-        self.state.progress.interrupted = bool(asked & _STOP)
+        progress.interrupted = bool(asked & _STOP)
         return bool(asked & _SAVE)
 
     def save(self, *, training_continues: bool = False, interim: bool = False) -> None:

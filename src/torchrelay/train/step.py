@@ -153,8 +153,9 @@ class TrainStep:
         Raises:
             RelayError: the batch can't be learned from; the text names the sample.
         """
-        for group in self.groups:
-            set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
+        for each in self.updates:
+            for group in each.optimizer.param_groups:
+                set_learning_rate(group, self.schedule.at(step, group["initial_lr"]))
         if self._freezing is not None:
             self._freezing.apply(step)
         try:
@@ -227,7 +228,9 @@ class TrainStep:
             with _NO_GRAD:
                 result.measures.append((self.task.measure(outputs, batch.targets), count(self.task, batch)))
             mark("measure")
-        result.logged.append(logged | self._parts_of(loss, update, result, batch))
+        if isinstance(loss, dict) or len(self.updates) > 1:
+            logged |= self._parts_of(loss, update, result, batch)
+        result.logged.append(logged)
         return mean_loss(sum_of_loss, result.weight)
 
     # [end of one step]
@@ -243,9 +246,7 @@ class TrainStep:
         return self.backward(batch, step, update=update).loss
 
     def _parts_of(self, loss: Loss, update: Update, result: StepResult, batch: Batch) -> Logged:
-        """Return the parts of a replica's loss, if it has several, to be logged."""
-        if not isinstance(loss, dict) and len(self.updates) == 1:
-            return {}
+        """Return the parts of a replica's loss to be logged, and the whole if there are several updates."""
         name = f"loss_{update.name}" if len(self.updates) > 1 else ""
         return loss_parts(loss, result.weight, name, first=batch.first_replica == 0)
 

@@ -26,7 +26,7 @@ from torchrelay.train import arguments, assemble
 from torchrelay.train.callbacks import notify, step_hooks
 from torchrelay.train.evaluation import Evaluation
 from torchrelay.train.judge import Judge
-from torchrelay.train.logs import EarlyLog, best_text, counters, introduction, unit
+from torchrelay.train.logs import EarlyLog, StepLog, best_text, counters, introduction, unit
 from torchrelay.train.parts import Parts
 from torchrelay.train.session import Session
 from torchrelay.train.spikes import Spike
@@ -123,7 +123,8 @@ class Trainer(Parts):
         return assemble.dummy_loss(self.strategy, self.task, self.batches)
 
     def _settle(self, *, trained: bool = False) -> None:
-        self.session.settle(trained=trained)
+        if self.session.checkpoints is not None:
+            self.session.checkpoints.settle(trained=trained)
         if trained and self._hooks["on_gradients"]:
             notify(self._hooks["on_gradients"], "on_gradients", self)
 
@@ -172,7 +173,8 @@ class Trainer(Parts):
         with session.hold(resume):
             session.say(introduction(self.state, session.record["model"]["name"]))
             session.start(resume, accept_changes)
-            self._hooks = step_hooks(self.callbacks)
+            # Without a run, no line of metrics is written.
+            self._hooks = step_hooks([each for each in self.callbacks if self.run or not isinstance(each, StepLog)])
             notify(self.callbacks, "on_start", self)
             if progress.step == 0:
                 self.judge.rehearse()
@@ -213,7 +215,8 @@ class Trainer(Parts):
         """Count a step, call the callbacks, evaluate and save where it is due; return a spike that was read late."""
         progress = self.progress
         progress.record(result, batch.size)
-        notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
+        if self._hooks["on_step"]:
+            notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
         ends = progress.stop_at_limit()
         save = self.session.is_due()
         if progress.interrupted:
