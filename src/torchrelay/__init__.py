@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from torchrelay import data, models, optim, tasks
-    from torchrelay.checkpoint.schedule import CheckpointSettings
+    from torchrelay.checkpoint.checkpointer import CheckpointSettings
     from torchrelay.data import augment
     from torchrelay.data.settings import DataSettings
     from torchrelay.device.device import DeviceSettings
@@ -59,7 +59,7 @@ __all__ = [
 _MODULES = {"augment": "data.augment", "data": "data", "models": "models", "optim": "optim", "tasks": "tasks"}
 _MODULE_OF = {
     "Callback": "train.callbacks",
-    "CheckpointSettings": "checkpoint.schedule",
+    "CheckpointSettings": "checkpoint.checkpointer",
     "Classification": "tasks.classification",
     "DataSettings": "data.settings",
     "DeviceSettings": "device.device",

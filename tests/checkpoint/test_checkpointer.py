@@ -46,6 +46,22 @@ def test_a_custom_loop_resumes_to_the_same_weights(tmp_path):
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["step-00000016", "step-00000020"]
 
 
+def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path):
+    def times(every: str) -> Checkpointer:
+        return Checkpointer(tmp_path, CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
+
+    assert [step for step in range(1, 13) if times("4 steps").due_after(step)] == [4, 8, 12]
+    assert [step for step in range(1, 31) if times("50%").due_after(step)] == [15, 30]
+    assert not times("4 steps").due_by_clock()
+    with times("1 h") as hourly:
+        assert not hourly.due_by_clock()
+        assert not any(hourly.due_after(step) for step in range(1, 100))
+        hourly._saved_at -= 3601
+        assert hourly.due_by_clock()
+        hourly.save(Contents(1, {}, {}))
+        assert not hourly.due_by_clock()
+
+
 def test_reading_starts_no_thread(tmp_path):
     train(tmp_path, 8)
     before = threading.active_count()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrelay import checkpoint
-from torchrelay.checkpoint import CheckpointSettings, Contents
+from torchrelay.checkpoint import Contents
 from torchrelay.checkpoint import writer as writer_module
 from torchrelay.checkpoint.writer import Writer, stage
 from torchrelay.errors import RelayError
@@ -82,7 +82,7 @@ def test_large_contiguous_tensors_are_copied_without_torchs_threads(monkeypatch)
 
 
 def test_the_writer_saves_in_the_background_and_prunes(tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings(keep=2, keep_best=0))
+    writer = Writer(tmp_path, keep=2, keep_best=0)
     for step in range(5):
         writer.save(Contents(step, {"w": torch.ones(3)}, {}))
     writer.close()
@@ -92,7 +92,7 @@ def test_the_writer_saves_in_the_background_and_prunes(tmp_path):
 def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("a file where the folder should be")
-    writer = Writer(blocked / "checkpoints", CheckpointSettings())
+    writer = Writer(blocked / "checkpoints", keep=2, keep_best=1)
     writer.save(Contents(0, {}, {}))
     with pytest.raises(RelayError, match=r"can't save .*step-00000000"):
         writer.save(Contents(1, {}, {}))
@@ -100,7 +100,7 @@ def test_a_failed_write_is_raised_at_the_next_save(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings())
+    writer = Writer(tmp_path, keep=2, keep_best=1)
     mask = torch.tensor([0.0, float("-inf")])  # a buffer may hold what it likes
     writer.save(Contents(1, {"w": torch.ones(2), "mask": mask}, {}, trained=("w",)))
     writer.save(Contents(2, {"w": torch.tensor([1.0, float("nan")]), "mask": mask}, {}, trained=("w",)))
@@ -121,7 +121,7 @@ def test_a_second_copy_reuses_the_memory_of_the_first():
 
 def test_a_new_copy_does_not_overwrite_one_that_is_being_written(tmp_path):
     """Each checkpoint holds the values of its own step, even when saves follow each other fast."""
-    writer = Writer(tmp_path, CheckpointSettings(keep=50))
+    writer = Writer(tmp_path, keep=50, keep_best=1)
     for step in range(30):
         writer.save(Contents(step, {"w": torch.full((50_000,), float(step))}, {"s": torch.full((9,), step)}))
     writer.close()
@@ -165,7 +165,7 @@ def held_up(monkeypatch):
 
 def test_weights_are_copied_in_the_background_until_the_optimizer_step(tmp_path, held_up):
     released, waiting = held_up
-    writer = Writer(tmp_path, CheckpointSettings())
+    writer = Writer(tmp_path, keep=2, keep_best=1)
     writer.save(state_of(0), training_continues=True)
     writer.settle(trained=True)  # the weights have not changed
     second = state_of(1)
@@ -190,7 +190,7 @@ def test_weights_are_copied_in_the_background_until_the_optimizer_step(tmp_path,
 
 @pytest.mark.parametrize("training_continues", [True, False])
 def test_the_first_copy_and_copies_outside_training_are_immediate(training_continues, tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings(keep=3))
+    writer = Writer(tmp_path, keep=3, keep_best=1)
     for step in (0,) if training_continues else (0, 1):
         contents = state_of(step)
         writer.save(contents, training_continues=training_continues)
@@ -205,7 +205,7 @@ def test_the_first_copy_and_copies_outside_training_are_immediate(training_conti
 
 
 def test_weights_changed_by_a_forward_pass_are_copied_immediately(tmp_path):
-    writer = Writer(tmp_path, CheckpointSettings())
+    writer = Writer(tmp_path, keep=2, keep_best=1)
     contents = state_of(0)
     writer.save(contents, training_continues=True)
     contents.model["w"].data[7] += 1  # which no version counter sees
@@ -223,7 +223,7 @@ def test_weights_changed_by_a_forward_pass_are_copied_immediately(tmp_path):
 
 def test_settling_before_the_first_step_does_not_hide_in_place_changes(tmp_path):
     """An evaluation before the first step settles before the forward pass that changes the weights."""
-    writer = Writer(tmp_path, CheckpointSettings())
+    writer = Writer(tmp_path, keep=2, keep_best=1)
     contents = state_of(0)
     writer.save(contents, training_continues=True)
     writer.settle()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from torchrelay.checkpoint import CheckpointSettings, Contents
+from torchrelay.checkpoint import Contents
 from torchrelay.checkpoint.writer import Writer
 from torchrelay.data import image_folder
 from torchrelay.data.augment import Flip, PaddedCrop, Pipeline
@@ -505,7 +505,7 @@ def test_workers_are_not_forked_while_a_checkpoint_is_written(tmp_path):
         writing.set()
         assert may_end.wait(60)
 
-    writer = Writer(tmp_path, CheckpointSettings(), before_write=hold_up)
+    writer = Writer(tmp_path, keep=2, keep_best=1, before_write=hold_up)
     writer.save(Contents(step=1, model={"w": torch.zeros(2)}, state={}))
     assert writing.wait(60)
     found, read = batches(dataset(Noisy()), workers=1), threading.Event()

@@ -16,9 +16,6 @@ from portalocker import portalocker as lockers
 from torch import nn
 
 import torchrelay as tr
-from torchrelay.checkpoint import CheckpointSettings
-from torchrelay.checkpoint.schedule import SaveSchedule
-from torchrelay.duration import Duration
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.folder import RunFolder, free_folder
 from torchrelay.run.metrics import read_metrics
@@ -170,22 +167,6 @@ def test_metrics_are_truncated_to_a_checkpoint(run):
     assert run.metrics_lines == lines == 1
     run.record({"step": 2, "split": "train", "loss": 0.25})
     assert [line["loss"] for line in read_metrics(run.path)] == [1.0, 0.25]
-
-
-def test_a_checkpoint_is_due_by_steps_or_by_the_clock():
-    def times(every: str) -> SaveSchedule:
-        return SaveSchedule(CheckpointSettings(every=Duration(every)), steps_per_epoch=10, total_steps=30)
-
-    assert [step for step in range(1, 13) if times("4 steps").due_after(step)] == [4, 8, 12]
-    assert [step for step in range(1, 31) if times("50%").due_after(step)] == [15, 30]
-    assert not times("4 steps").due_by_clock()
-    hourly = times("1 h")
-    assert not hourly.due_by_clock()
-    assert not any(hourly.due_after(step) for step in range(1, 100))
-    hourly._saved_at -= 3601
-    assert hourly.due_by_clock()
-    hourly.saved()
-    assert not hourly.due_by_clock()
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -1,13 +1,35 @@
 """Step 3: the `Checkpointer`, all that a training loop needs: is a checkpoint due, save it, restore it."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from pydantic import Field, field_validator
+
 from torchrelay.checkpoint import retention
 from torchrelay.checkpoint.format import Contents, step_of
-from torchrelay.checkpoint.schedule import CheckpointSettings, SaveSchedule
 from torchrelay.checkpoint.writer import Writer
+from torchrelay.duration import Duration
+from torchrelay.settings import Settings
+
+
+class CheckpointSettings(Settings):
+    """When checkpoints are saved and which are kept."""
+
+    every: Duration = Duration("1 epoch")
+    """How often to save: "1 epoch", "500 steps" or "10 min". The end of the run is always saved."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest to keep."""
+    keep_best: int = Field(default=1, ge=0)
+    """How many of the best, by the task's headline metric, to keep as well."""
+
+    @field_validator("every")
+    @classmethod
+    def _check(cls, every: Duration) -> Duration:
+        if not every.amount:
+            raise ValueError(f"'{every}' is no interval: write '1 epoch', '500 steps' or '10 min'")
+        return every
 
 
 class Checkpointer:
@@ -46,7 +68,9 @@ class Checkpointer:
     ) -> None:
         self.folder = folder
         self.settings = settings
-        self._schedule = SaveSchedule(settings, steps_per_epoch, total_steps)
+        self._seconds = settings.every.seconds
+        self._steps = settings.every.steps(steps_per_epoch, total_steps) if self._seconds is None else 0
+        self._saved_at = time.monotonic()
         self._before_write = before_write
         self._warn = warn
         self._warned: set[str] = set()
@@ -54,11 +78,11 @@ class Checkpointer:
 
     def due_after(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps done."""
-        return self._schedule.due_after(step)
+        return self._steps > 0 and step % self._steps == 0
 
     def due_by_clock(self) -> bool:
         """Return whether a checkpoint is due by wall-clock time."""
-        return self._schedule.due_by_clock()
+        return self._seconds is not None and time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, contents: Contents, *, training_continues: bool = False) -> None:
         """Stage `contents` in memory and return; the background thread writes the files.
@@ -71,9 +95,9 @@ class Checkpointer:
         Raises:
             RelayError: an earlier checkpoint could not be written.
         """
-        self._schedule.saved()
+        self._saved_at = time.monotonic()
         if self._writer is None:
-            self._writer = Writer(self.folder, self.settings, self._before_write)
+            self._writer = Writer(self.folder, self.settings.keep, self.settings.keep_best, self._before_write)
         self._writer.save(contents, training_continues=training_continues)
         self._warn_once(self._writer.undeleted)
 

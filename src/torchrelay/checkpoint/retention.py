@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from torchrelay.checkpoint.format import (
@@ -69,7 +68,7 @@ def find(folder: Path, which: str) -> Path:
     Raises:
         UsageError: there is no such checkpoint; the message lists those available.
     """
-    paths = [path for path in complete(folder) if _has_valid_manifest(path)]
+    paths = [path for path in complete(folder) if not _is_damaged(path)]
     by_step = {str(step_of(path)): path for path in paths}
     if not paths:
         raise UsageError(f"{folder} has no checkpoint yet")
@@ -123,12 +122,8 @@ def clean(folder: Path) -> None:
 
 def _by_score(paths: Sequence[Path]) -> list[Path]:
     """Return those that have a score, best first; a checkpoint with a damaged manifest has none."""
-    scores: dict[Path, float] = {}
-    for path in paths:
-        with suppress(RelayError):
-            score = read_manifest(path).score
-            if score is not None:
-                scores[path] = score
+    manifests = {path: manifest for path in paths if (manifest := _manifest(path)) is not None}
+    scores = {path: manifest.score for path, manifest in manifests.items() if manifest.score is not None}
     return sorted(scores, key=lambda path: scores[path], reverse=True)
 
 
@@ -140,14 +135,15 @@ def _manifest(path: Path) -> Manifest | None:
         return None
 
 
-def _has_valid_manifest(path: Path) -> bool:
+def _is_damaged(path: Path) -> bool:
+    """Return whether a checkpoint's manifest is damaged; that of a later release isn't."""
     try:
         read_manifest(path)
     except LaterReleaseError:
-        return True
-    except RelayError:
         return False
-    return True
+    except RelayError:
+        return True
+    return False
 
 
 def _remove(path: Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from torchrelay.checkpoint.format import Contents, write
 from torchrelay.checkpoint.retention import clean, prune
-from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.run.lock import around_fork
 
 _LARGE = 2**15  # bytes from which a tensor is worth a call of its own
@@ -107,15 +106,16 @@ class Writer:
 
     Args:
         folder: the folder of checkpoints.
-        settings: how many to keep.
+        keep: how many of the newest to keep.
+        keep_best: how many of the best to keep as well.
         before_write: called on the thread before each write.
     """
 
     def __init__(
-        self, folder: Path, settings: CheckpointSettings, before_write: Callable[[], None] = lambda: None
+        self, folder: Path, keep: int, keep_best: int, before_write: Callable[[], None] = lambda: None
     ) -> None:
         self.folder = folder
-        self.settings = settings
+        self.keep, self.keep_best = keep, keep_best
         self._before_write = before_write
         clean(folder)
         self._memory: dict[str, Tensor] = {}  # of the last copy; free to reuse once that is written
@@ -196,7 +196,7 @@ class Writer:
         self._before_write()
         contents.check_finite()  # here, where training doesn't wait for it
         write(self.folder, contents)
-        self.undeleted = prune(self.folder, self.settings.keep, self.settings.keep_best)
+        self.undeleted = prune(self.folder, self.keep, self.keep_best)
 
 
 def _is_optimized(path: str, contents: Contents) -> bool:

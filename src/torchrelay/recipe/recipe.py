@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError
 
-from torchrelay.checkpoint.schedule import CheckpointSettings
+from torchrelay.checkpoint.checkpointer import CheckpointSettings
 from torchrelay.data.settings import DataSettings
 from torchrelay.device.device import DeviceSettings
 from torchrelay.distributed.replicas import ParallelSettings

@@ -10,7 +10,7 @@ _HOME = {
     "Batch": "data.batch",
     "Batches": "data.batches",
     "Callback": "train.callbacks",
-    "CheckpointSettings": "checkpoint.schedule",
+    "CheckpointSettings": "checkpoint.checkpointer",
     "Checkpointer": "checkpoint.checkpointer",
     "Contents": "checkpoint.format",
     "Device": "device.device",
@@ -41,8 +41,8 @@ __all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from torchrelay.checkpoint.checkpointer import Checkpointer as Checkpointer
+    from torchrelay.checkpoint.checkpointer import CheckpointSettings as CheckpointSettings
     from torchrelay.checkpoint.format import Contents as Contents
-    from torchrelay.checkpoint.schedule import CheckpointSettings as CheckpointSettings
     from torchrelay.data.augment.pipeline import Pipeline as Pipeline
     from torchrelay.data.batch import Batch as Batch
     from torchrelay.data.batches import Batches as Batches

@@ -9,7 +9,7 @@ from typing import Any, Never, TypedDict
 
 import torch
 
-from torchrelay.checkpoint.schedule import CheckpointSettings
+from torchrelay.checkpoint.checkpointer import CheckpointSettings
 from torchrelay.data.augment.pipeline import AugmentLike
 from torchrelay.data.sampling import Sampling
 from torchrelay.device.device import Device, DeviceSettings

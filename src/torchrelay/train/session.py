@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from torchrelay import rng
-from torchrelay.checkpoint.checkpointer import Checkpointer
+from torchrelay.checkpoint.checkpointer import Checkpointer, CheckpointSettings
 from torchrelay.checkpoint.format import Contents, read
-from torchrelay.checkpoint.schedule import CheckpointSettings
 from torchrelay.data.files import differences
 from torchrelay.errors import Interrupted, RelayError, UsageError, interrupted
 from torchrelay.models.factory import InitFromData
