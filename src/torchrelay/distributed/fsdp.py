@@ -179,8 +179,11 @@ class FSDP(Strategy):
         return gather(state, self.group)
 
     def load_state(self, target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
-        """Load this process's shard of a state."""
-        load_sharded(target, state)
+        """Load this process's shard of what `full_state` or an unsharded run saved; every process passes all of it."""
+        if isinstance(target, Optimizer):
+            target.load_state_dict(_shard_optimizer_state(target, state))
+        else:
+            target.load_state_dict(shard(state, target.state_dict()))
 
 
 class _ReduceScatter:
@@ -281,19 +284,6 @@ def gather(tree: Any, group: ProcessGroup) -> Any:
 
     gathered = visit(tree)
     return gathered if group.rank == 0 else None
-
-
-def load_sharded(target: nn.Module | Optimizer | EMA, state: dict[str, Any]) -> None:
-    """Load what `gather` or an unsharded run saved. Every process passes all of it, and loads its shard.
-
-    Raises:
-        RuntimeError: names or shapes don't match, as from `nn.Module.load_state_dict`.
-        RelayError: from `EMA.load_state_dict`.
-        ValueError: from `Optimizer.load_state_dict`.
-    """
-    target.load_state_dict(
-        _shard_optimizer_state(target, state) if isinstance(target, Optimizer) else shard(state, target.state_dict())
-    )
 
 
 def _shard_optimizer_state(optimizer: Optimizer, full: dict[str, Any]) -> dict[str, Any]:
