@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Modules are compiled once, not in each of the processes that tests start.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: install train test test-slow lint types check house bench bench-gpu docs clean
 
 install: .venv/installed

@@ -1,29 +1,56 @@
-"""Fixtures of several test files: small real data, and comparing runs byte for byte."""
+"""Fixtures of several test files: small real data, and comparing runs byte for byte.
 
+Functions import torch: xdist's controller, which runs no test, also loads this file, before its workers start.
+"""
+
+import atexit
+import contextlib
+import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-import torchrelay as tr
-from processes import _namespace, _server, cli, namespace, one_line, server, start, terminal  # noqa: F401 - fixtures
-from torchrelay import checkpoint
-from torchrelay.checkpoint.format import Manifest
-from torchrelay.run.plots import PlotProcess
-from torchrelay.run.terminal import Terminal
+from processes import (  # noqa: F401 - fixtures
+    SHARED,
+    _namespace,
+    _server,
+    cli,
+    listening,
+    namespace,
+    one_line,
+    server,
+    start,
+    terminal,
+)
 
 CLOCK = ("time", "seconds", "samples_per_second")  # fields of metrics.jsonl that depend on the wall clock
 
 
-_start_plots = PlotProcess.start
-PlotProcess.start = lambda *_, **__: None  # from here on, so that shared fixtures draw none either
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server for processes, if xdist's workers will share it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput") and not config.option.collectonly:
+        stack = contextlib.ExitStack()
+        os.environ[SHARED] = str(stack.enter_context(listening()))
+        config.add_cleanup(stack.close)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _start_plots():
+    """A run draws no plots, which take more than a second of another process; shared fixtures draw none either."""
+    from torchrelay.run.plots import PlotProcess
+
+    started, PlotProcess.start = PlotProcess.start, lambda *_, **__: None
+    return started
 
 
 @pytest.fixture(autouse=True)
-def _plots(request, monkeypatch):
-    """Only tests marked `plots` draw a run's plots, which take more than a second of another process."""
+def _plots(request, monkeypatch, _start_plots):
+    """Only tests marked `plots` draw them."""
+    from torchrelay.run.plots import PlotProcess
+
     if "plots" in request.keywords:
         monkeypatch.setattr(PlotProcess, "start", _start_plots)
 
@@ -31,6 +58,8 @@ def _plots(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _one_thread():
     """One thread: tests of two processes don't compete for cores, and bits don't depend on the machine."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,17 +67,23 @@ def _one_thread():
 
 
 @pytest.fixture
-def quiet() -> Terminal:
+def quiet():
+    from torchrelay.run.terminal import Terminal
+
     return Terminal(quiet=True)
 
 
 @pytest.fixture(scope="session")
 def digits():
+    import torchrelay as tr
+
     return tr.data.digits()
 
 
 def forge_manifest(saved: Path, manifest: dict) -> None:
     """Write a manifest with a correct checksum, as a forger would."""
+    from torchrelay.checkpoint.format import Manifest
+
     forged = Manifest.model_validate(manifest)
     forged.checksum = forged.own_checksum()
     (saved / "manifest.json").write_text(forged.model_dump_json())
@@ -67,6 +102,8 @@ def metrics_of(run: Path) -> list[dict]:
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Assert that two runs are equal: checkpoints byte for byte, metrics except for the clock fields."""
+    from torchrelay import checkpoint
+
     mine, others = checkpoint.complete(one / "checkpoints"), checkpoint.complete(other / "checkpoints")
     assert [path.name for path in mine] == [path.name for path in others]
     assert mine
@@ -131,3 +168,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first."""
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what has been imported, until the interpreter ends."""
+    gc.freeze()
+    atexit.register(gc.unfreeze)

@@ -1,7 +1,8 @@
 """Start real processes without the seconds that importing PyTorch takes: this one has imported it, and forks.
 
 Each process has its own session, streams, environment and signals, and ends like any Python process; only its imports
-are already done. Run as `fork_server.py SOCKET`; a request and its answer are a line of JSON each.
+are already done. Run as `fork_server.py SOCKET`; a fork serves each client, and a request and its answer are a line of
+JSON each.
 
 A process that starts others through PyTorch's launcher may fork them likewise. They are its children: the kernel
 reparents an orphan to the nearest ancestor that is a subreaper.
@@ -80,25 +81,33 @@ def use_large_pages() -> None:
 
 
 def serve(address: str) -> dict[str, Any]:
-    """Answer requests until the socket is closed; return only in a forked process, with its request."""
+    """Let a fork answer each client until the parent has ended; return only in a forked process, with its request."""
+    parent = os.getppid()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
-        connection, _ = listening.accept()
+        listening.settimeout(1)
+        while os.getppid() == parent:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = listening.accept()
+                if os.fork() == 0:
+                    listening.close()
+                    return answer(connection)
+                connection.close()
+    os._exit(0)
+
+
+def answer(connection: socket.socket) -> dict[str, Any]:
+    """Answer requests until the socket is closed; return only in a forked process, with its request."""
     with connection, connection.makefile("rw", encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)
-            answer: Any = None
-            match request["do"]:
-                case "start":
-                    if (answer := os.fork()) == 0:
-                        return request
-                case "wait":
-                    answer = wait(request["pid"], request["timeout"])
-                case "divide":
-                    if (answer := os.fork()) == 0:
-                        return request
-            lines.write(json.dumps(answer) + "\n")
+            found: Any = None
+            if request["do"] == "wait":
+                found = wait(request["pid"], request["timeout"])
+            elif (found := os.fork()) == 0:
+                return request
+            lines.write(json.dumps(found) + "\n")
             lines.flush()
     os._exit(0)
 

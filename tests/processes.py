@@ -1,5 +1,6 @@
 """Real processes that start fast, for tests of faults and of several processes; and checks of error lines."""
 
+import contextlib
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 SERVER = Path(__file__).with_name("fork_server.py")
+SHARED = "TEST_SERVER"  # the environment variable with the address of a server that xdist's workers share
 Done = subprocess.CompletedProcess[str]
 LAUNCHED = ("--devices", "--nproc-per-node", "--nproc_per_node")  # how PyTorch's launcher is asked for processes
 
@@ -139,6 +142,7 @@ class Server:
         folder: Path,
         sets: Sequence[str] = (),
         script: Path | None = None,
+        program: str | None = None,
         module: str = "torchrelay",
         terminal: str | None = None,
         environment: dict[str, str] | None = None,
@@ -146,13 +150,14 @@ class Server:
         plots: bool = False,
         network: str | None = None,
     ) -> Process:
-        """Start `python -m torchrelay …`, another module, or a script.
+        """Start `python -m torchrelay …`, another module, a script, or a program given as text.
 
         Args:
             *arguments: its arguments.
             folder: its working directory.
             sets: overrides, each passed with `--set`.
             script: run this instead of torchrelay.
+            program: or this.
             module: run this instead of torchrelay.
             terminal: the device of a terminal to run in, from `pty.openpty`.
             environment: additional variables.
@@ -164,6 +169,9 @@ class Server:
         streams = (self.folder / f"{self._count}.out", self.folder / f"{self._count}.err")
         for stream in streams:
             stream.touch()
+        if program is not None:
+            script = self.folder / f"{self._count}.py"
+            script.write_text(textwrap.dedent(program))
         pid = self.ask(
             do="start",
             argv=[str(script or module), *map(str, arguments), *(f"--set={setting}" for setting in sets)],
@@ -199,15 +207,24 @@ def clean_environment(home: Path) -> dict[str, str]:
     return kept | {"HOME": str(home), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"}
 
 
-@pytest.fixture(scope="session")
-def _server() -> Iterator[Server]:
-    folder = Path(tempfile.mkdtemp(prefix="faults"))  # a socket's path must be short
+@contextlib.contextmanager
+def listening() -> Iterator[Path]:
+    """Start a server, and give its address."""
+    folder = Path(tempfile.mkdtemp(prefix="server"))  # a socket's path must be short
     command = [sys.executable, SERVER, folder / "socket"]
     with subprocess.Popen(command, env=clean_environment(folder), start_new_session=True) as process:
-        server = Server(folder / "socket", folder)
+        yield folder / "socket"
+        process.terminate()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[Server]:
+    folder = Path(tempfile.mkdtemp(prefix="faults"))
+    with contextlib.ExitStack() as stack:
+        server = Server(Path(os.environ.get(SHARED) or stack.enter_context(listening())), folder)
         yield server
         server.close()
-        process.wait(30)
     shutil.rmtree(folder)
 
 

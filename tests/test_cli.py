@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,17 +39,6 @@ def say(arguments, capsys) -> str:
     out, err = capsys.readouterr()
     assert err == ""
     return out
-
-
-def started(arguments, folder: Path) -> subprocess.Popen[str]:
-    """Start a real `torchrelay` in a folder."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torchrelay", *arguments],
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 def write_image(path: Path, image: torch.Tensor) -> Path:
@@ -152,11 +140,10 @@ def test_debug_shows_where_an_error_was_raised(tmp_path, monkeypatch):
         cli.main(["train", "digit", "--debug"])
 
 
-def test_a_process_ends_with_the_exit_code_and_one_line(tmp_path):
-    process = started(["train", "digits", "--set", "optimizer.lrr=1"], tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert err == "error: digits: unknown key 'optimizer.lrr'; did you mean 'lr'?\n"
+def test_a_process_ends_with_the_exit_code_and_one_line(start, tmp_path):
+    done = start("train", "digits", sets=["optimizer.lrr=1"]).done()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: digits: unknown key 'optimizer.lrr'; did you mean 'lr'?\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,25 +200,24 @@ def test_a_change_of_the_result_is_refused_at_a_resume(run, tmp_path, capsys):
     assert "--accept-changes" in line
 
 
-def test_ctrl_c_saves_and_prints_the_resume_command_and_the_lock_names_its_holder(tmp_path, capsys, monkeypatch):
-    process = started(["train", "digits", *FAST, "--set", "run.epochs=20", "--run", "a run"], tmp_path)
-    try:
-        assert process.stdout is not None
-        while not process.stdout.readline().startswith("epoch"):
-            assert process.poll() is None
-        monkeypatch.chdir(tmp_path)
-        code, line = failing(["resume", "a run", "--quiet"], capsys)
-        assert code == 1
-        assert f"a run is in use by process {process.pid} on " in line
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 75
-    assert re.fullmatch(r"stopped by SIGINT after step \d+, saved; resume with: torchrelay resume '?a run'?\n", err)
-    out = say(["resume", "a run"], capsys)
-    assert "resuming after step" in out
-    assert "epoch 20: " in out
+def test_ctrl_c_saves_and_prints_the_resume_command_and_the_lock_names_its_holder(start, tmp_path, capsys, monkeypatch):
+    process = start("train", "digits", *FAST, "--run", "a run", sets=["run.epochs=400"])
+    process.until(lambda: "epoch   1: " in process.output)
+    monkeypatch.chdir(tmp_path)
+    code, line = failing(["resume", "a run", "--quiet"], capsys)
+    assert code == 1
+    assert f"a run is in use by process {process.pid} on " in line
+    process.send(signal.SIGINT)
+    done = process.done()
+    assert done.returncode == 75
+    stopped = re.fullmatch(
+        r"stopped by SIGINT after step (\d+), saved; resume with: torchrelay resume '?a run'?\n", done.stderr
+    )
+    assert stopped, done.stderr
+    steps = int(stopped[1]) + 5
+    out = say(["resume", "a run", "--set", f"run.max_steps={steps}"], capsys)
+    assert f"resuming after step {stopped[1]}" in out
+    assert checkpoint.find(Path("a run/checkpoints"), "last").name == f"step-{steps:08d}"
 
 
 def old_names(run: Path) -> None:

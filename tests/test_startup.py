@@ -3,11 +3,13 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 OPTIONAL = ("torchvision", "timm", "tensorboard", "matplotlib", "torchmetrics", "sklearn", "scipy", "pandas")
+DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed.tensor")
 
 
 def loaded_by(statements: str) -> set[str]:
@@ -15,6 +17,20 @@ def loaded_by(statements: str) -> set[str]:
     script = f"{statements}\nimport sys\nprint('loaded:', *sys.modules)"
     found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=120)
     return set(found.stdout.rpartition("loaded: ")[2].split())
+
+
+@pytest.fixture
+def newly_loaded(cli) -> Callable[[str], set[str]]:
+    """Return the modules of a process that has imported torch, and no library of `OPTIONAL`, after some statements."""
+
+    def loaded(statements: str) -> set[str]:
+        forgotten = ("torchrelay", *OPTIONAL, *DISTRIBUTED)
+        start = f"import sys; from forked import forget; forget(*{forgotten})"
+        done = cli(program=f"{start}\n{statements}\nprint('loaded:', *sys.modules)")
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.rpartition("loaded: ")[2].split())
+
+    return loaded
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "recipes", "train --help", "tune --help"])
@@ -32,16 +48,16 @@ def test_importing_torchrelay_loads_no_library():
     assert "torch" not in loaded_by("import torchrelay")
 
 
-def test_the_trainer_loads_no_optional_library():
-    loaded = loaded_by(
+def test_the_trainer_loads_no_optional_library(newly_loaded):
+    loaded = newly_loaded(
         "import torchrelay as tr\ntr.Trainer, tr.Recipe, tr.data, tr.optim, tr.models, tr.augment\n"
         "import torchrelay.recipe.trained"
     )
     assert "torch" in loaded
-    assert loaded & {*OPTIONAL, "torch.distributed.fsdp", "torch.distributed.tensor"} == set()
+    assert loaded & {*OPTIONAL, *DISTRIBUTED} == set()
 
 
-def test_training_does_not_load_torchmetrics():
+def test_training_does_not_load_torchmetrics(newly_loaded):
     trainings = [
         f"data = torch.randn(9, 3), {targets}\n"
         f"tr.Trainer(torch.nn.Linear(3, 2), data, data, task={task}, epochs=1).fit()"
@@ -50,7 +66,7 @@ def test_training_does_not_load_torchmetrics():
             ("tr.MultiLabel(labels=2)", "torch.eye(2)[torch.arange(9) % 2]"),
         )
     ]
-    assert "torchmetrics" not in loaded_by("\n".join(["import torch, torchrelay as tr", *trainings]))
+    assert "torchmetrics" not in newly_loaded("\n".join(["import torch, torchrelay as tr", *trainings]))
 
 
 def test_each_public_name_exists():

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,15 +251,15 @@ def test_the_package_imports_no_pickle():
         assert len(re.findall(r"(?<!safetensors\.)torch\.load\(", text)) == text.count("weights_only=True"), file
 
 
-def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(tmp_path):
+def test_a_kill_between_any_two_steps_of_writing_leaves_the_old_or_the_new(cli, tmp_path):
     """An audit hook kills a real process at each operation that changes the disk."""
-    script = """
+    program = """
 import os, sys
-from dataclasses import replace
 from pathlib import Path
 import torch
 from torchrelay import checkpoint
 from torchrelay.checkpoint import Contents
+folder = Path(sys.argv[1])
 def hook(event, arguments):
     global countdown
     watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -269,28 +267,19 @@ def hook(event, arguments):
         countdown -= 1
         if countdown == 0:
             os.kill(os.getpid(), 9)
-for line in sys.stdin:  # one interpreter, of which each moment gets a fork
-    countdown = int(line)
+for countdown in (*range(1, 21), 99):  # each moment gets a fork
     if (child := os.fork()) == 0:
         sys.addaudithook(hook)
-        checkpoint.write(Path(sys.argv[1]), Contents(2, {"w": torch.full((10,), 2.0)}, {"step": 2}))
+        checkpoint.write(folder, Contents(2, {"w": torch.full((10,), 2.0)}, {"step": 2}))
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    newest = checkpoint.newest(folder, lambda text: None)
+    assert newest.model["w"].tolist() == [newest.step] * 10
+    print(newest.step, code)
+    if code == 0:
+        break
 """
     checkpoint.write(tmp_path, Contents(1, {"w": torch.full((10,), 1.0)}, {"step": 1}))
-    seen = set()
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        for moment in (*range(1, 21), 99):
-            print(moment, file=process.stdin, flush=True)
-            code = int(process.stdout.readline())
-            newest = checkpoint.newest(tmp_path, silent)
-            assert newest.model["w"].tolist() == [newest.step] * 10
-            seen.add((newest.step, code))
-            if code == 0:
-                break
-        process.stdin.close()
-    assert (1, -9) in seen
-    assert (2, 0) in seen
+    done = cli(tmp_path, program=program)
+    assert done.returncode == 0, done.stderr
+    assert {"1 -9", "2 0"} <= {*done.stdout.splitlines()}

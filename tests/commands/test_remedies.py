@@ -1,6 +1,7 @@
 """What a message says to do can be done: each command, option, key and extra that it names exists and helps."""
 
 import ast
+import functools
 import re
 import shlex
 import tomllib
@@ -24,6 +25,7 @@ KEYS = {f"{section}.{key}" for section in Recipe.model_fields for key in type(ge
 KEYS |= {f"optimizer.{key}" for key in tr.optim.Muon.model_fields}
 
 
+@functools.cache
 def texts() -> list[str]:
     """Return all strings of the package but its docstrings; a value within one becomes VALUE."""
     found = []
@@ -40,11 +42,8 @@ def texts() -> list[str]:
     return found
 
 
-TEXTS = texts()
-
-
 def named(pattern: str) -> set[str]:
-    return {match for text in TEXTS for match in re.findall(pattern, text)}
+    return {match for text in texts() for match in re.findall(pattern, text)}
 
 
 def test_the_extras_that_messages_name_are_declared():

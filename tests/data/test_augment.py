@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import Field, ValidationError
-from scipy import stats
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as V
 
@@ -194,6 +193,8 @@ def test_a_crop_is_a_window_of_the_padded_image(mode, numpy_mode, padding):
 
 
 def test_crop_offsets_are_uniform():
+    from scipy import stats
+
     positions = torch.arange(81, dtype=torch.uint8).view(1, 1, 9, 9).expand(20_000, 1, 9, 9)
     found = augment.PaddedCrop(padding=4, mode="zeros")(positions, draw(20_000))
     middle = torch.bincount(found[:, 0, 4, 4].long(), minlength=81)  # the pixel that came to the middle
@@ -258,6 +259,8 @@ def test_a_random_resized_crop_equals_torchvisions_resized_crop(size):
 
 
 def test_random_crops_have_the_given_scale_and_ratio():
+    from scipy import stats
+
     transform = augment.RandomResizedCrop(size=8, scale=(0.2, 0.4), ratio=(0.5, 2.0))
     boxes = torch.tensor([transform.box(numbers, 1000, 1000) for numbers in draw(5000).uniform(4).tolist()]).double()
     top, left, height, width = boxes.unbind(1)
@@ -427,6 +430,8 @@ def test_a_policy_applies_the_chosen_operation_to_each_image(operation):
 
 
 def test_trivial_augment_draws_operations_and_strengths_uniformly():
+    from scipy import stats
+
     choices = augment.TrivialAugment().choose(draw(20_000))
     for values, count in (
         ([policies.OPERATIONS.index(choice.operation) for choice in choices], 14),
@@ -448,6 +453,8 @@ def test_rand_augment_changes_more_with_its_magnitude():
 
 @pytest.mark.parametrize("alpha", [0.2, 0.4, 1.0, 2.0])
 def test_mixing_ratios_have_the_beta_distribution(alpha):
+    from scipy import stats
+
     u = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
     found = mixing.beta_quantile(alpha, u).numpy()
     assert np.abs(found - stats.beta(alpha, alpha).ppf(u.numpy())).max() < 2e-6
@@ -493,6 +500,8 @@ def test_mixed_targets_sum_to_one(transform):
 
 
 def test_mixup_blends_images_and_targets_by_each_samples_ratio():
+    from scipy import stats
+
     images, whole = photos(12), draw(12)
     found, targets = augment.Mixup(alpha=0.7)(images, torch.eye(12), whole, (12,))
     shares = stats.beta(0.7, 0.7).ppf(whole.uniform(2)[:, 0].double().numpy())

@@ -2,11 +2,7 @@
 
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from collections import namedtuple
@@ -454,11 +450,7 @@ def test_a_killed_worker_is_named_within_15_seconds():
         list(batches(dataset(Suicidal()), workers=2).epoch())
 
 
-def test_too_little_shared_memory_is_an_error_with_the_remedy():
-    if shutil.which("unshare") is None:
-        pytest.skip("there is no `unshare` here")
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine doesn't let a user mount anything")
+def test_too_little_shared_memory_is_an_error_with_the_remedy(namespace, tmp_path):
     program = """
         import torch
         from torchrelay.data.augment import Pipeline
@@ -480,9 +472,9 @@ def test_too_little_shared_memory_is_an_error_with_the_remedy():
         except RelayError as error:
             print(error)
         """
-    shell = 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$0" -c "$1"'
-    command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    namespace.shell("mount -t tmpfs -o size=4m tmpfs /dev/shm")
+    done = namespace.server.start(program=program, folder=tmp_path).done()
+    namespace.shell("umount /dev/shm")
     assert "shm, which is full: enlarge it" in done.stdout, done.stdout + done.stderr
 
 

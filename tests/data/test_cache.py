@@ -2,11 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -34,11 +31,6 @@ class Fill:
 
 def whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
-
-
-def start(program: str, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
@@ -138,9 +130,10 @@ def test_an_error_while_decoding_leaves_nothing_behind(tmp_path):
     assert whole(tmp_path) == []
 
 
-def test_a_cache_whose_builder_was_killed_is_rebuilt(tmp_path):
+def test_a_cache_whose_builder_was_killed_is_rebuilt(start, tmp_path):
     process = start(
-        """
+        tmp_path,
+        program="""
         import sys, time
         from pathlib import Path
         from torchrelay.data import cache
@@ -152,12 +145,10 @@ def test_a_cache_whose_builder_was_killed_is_rebuilt(tmp_path):
 
         cache.cached(Path(sys.argv[1]), "place", "key", (6, 3, 8, 8), slow)
         """,
-        tmp_path,
     )
-    assert process.stdout.readline() == "decoding\n"
-    process.send_signal(signal.SIGKILL)
+    process.until(lambda: process.output == "decoding\n")
+    process.send(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     assert [path.name for path in whole(tmp_path)] == [".place-key.partial"]
     fill = Fill()
     found = cache.cached(tmp_path, "place", "key", SHAPE, fill)
@@ -172,7 +163,7 @@ def test_leftovers_of_a_killed_process_are_removed_even_after_the_folder_changed
     assert [path.name for path in whole(tmp_path)] == ["place-new"]
 
 
-def test_two_concurrent_processes_build_the_cache_once(tmp_path):
+def test_two_concurrent_processes_build_the_cache_once(start, tmp_path):
     program = """
         import sys, time
         from pathlib import Path
@@ -180,44 +171,29 @@ def test_two_concurrent_processes_build_the_cache_once(tmp_path):
 
         def slow(images):
             print("decoding", flush=True)
-            time.sleep(1)
+            while not Path("go").exists():
+                time.sleep(0.01)
             images[...] = 3
             return []
 
         print("ready", flush=True)
-        sys.stdin.readline()
         found = cache.cached(Path(sys.argv[1]), "place", "key", (6, 3, 8, 8), slow)
         print(found.images.min(), found.content)
         """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as other:
-        assert (one.stdout.readline(), other.stdout.readline()) == ("ready\n", "ready\n")
-        for process in (one, other):
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        said = [process.communicate()[0].splitlines() for process in (one, other)]
+    both = [start(tmp_path / "cache", program=program) for _ in range(2)]
+    for process in both:
+        process.until(lambda process=process: "ready" in process.output)
+    time.sleep(0.3)  # the other one waits for the cache, or would decode too
+    (tmp_path / "go").touch()
+    said = [process.done().stdout.splitlines() for process in both]
     assert sum("decoding" in lines for lines in said) == 1
     assert said[0][-1] == said[1][-1]
     assert said[0][-1].startswith("3 ")
 
 
-def run_on_small_disk(mount: str, program: str, *arguments: object) -> str:
-    """Run a program with its own file system at `mount`; skip if mounting isn't allowed."""
-    if shutil.which("unshare") is None:
-        pytest.skip("there is no `unshare` here")
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine doesn't let a user mount anything")
-    shell = f'{mount} && exec "$0" "$@"'
-    command = ["unshare", "-rm", "sh", "-c", shell, sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout + done.stderr
-
-
-def test_a_full_disk_is_an_error_with_the_bytes_needed_and_free(tmp_path):
-    said = run_on_small_disk(
-        f"mount -t tmpfs -o size=4m tmpfs {tmp_path}",
-        """
+def test_a_full_disk_is_an_error_with_the_bytes_needed_and_free(namespace, tmp_path):
+    namespace.shell(f"mount -t tmpfs -o size=4m tmpfs {tmp_path}")
+    program = """
         import sys
         from pathlib import Path
         from torchrelay.data import cache
@@ -228,18 +204,18 @@ def test_a_full_disk_is_an_error_with_the_bytes_needed_and_free(tmp_path):
         except RelayError as error:
             print(error)
         print(sorted(path.name for path in folder.iterdir()))
-        """,
-        tmp_path,
-    )
-    message, left = said.splitlines()
+        """
+    done = namespace.server.start(tmp_path, program=program, folder=tmp_path).done()
+    message, left = (done.stdout + done.stderr).splitlines()
     assert "No space left on device" in message
     assert "it needs 30,720,000 bytes and 4,1" in message
     assert "data.cache_dir" in message
     assert left == "['place.lock']"
 
 
-def test_a_cache_on_a_disk_that_cannot_be_written_is_used(tmp_path):
+def test_a_cache_on_a_disk_that_cannot_be_written_is_used(namespace, tmp_path):
     cache.cached(tmp_path, "place", "key", SHAPE, Fill())
+    namespace.shell(f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}")
     program = """
         import sys
         from pathlib import Path
@@ -251,10 +227,8 @@ def test_a_cache_on_a_disk_that_cannot_be_written_is_used(tmp_path):
             except RelayError as error:
                 print(error)
         """
-    said = run_on_small_disk(
-        f"mount --bind {tmp_path} {tmp_path} && mount -o remount,ro,bind {tmp_path}", program, tmp_path
-    )
-    found, refused = said.splitlines()
+    done = namespace.server.start(tmp_path, program=program, folder=tmp_path).done()
+    found, refused = (done.stdout + done.stderr).splitlines()
     assert found == "4"
     assert "Read-only file system" in refused
 
@@ -307,12 +281,14 @@ def test_a_cached_folder_is_not_decoded_again_until_a_file_changes(tmp_path):
 # ------------------------------------------------------------------------------------------------ other systems
 
 
-def test_data_modules_import_without_posix_modules():
+def test_data_modules_import_without_posix_modules(cli):
     program = """
         import mmap, os, pkgutil, sys
         from importlib import import_module
 
-        import PIL.Image, portalocker, pydantic, simplejpeg, torch, torch.utils.data, torchrelay
+        from forked import forget
+
+        forget("torchrelay")
         for name in ("fcntl", "grp", "pwd", "resource", "termios"):
             sys.modules[name] = None
         for name in ("uname", "fork", "posix_fallocate", "sched_getaffinity"):
@@ -325,8 +301,7 @@ def test_data_modules_import_without_posix_modules():
             import_module(module.name)
         print("imported")
         """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = cli(program=program)
     assert done.stdout == "imported\n", done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Several processes, forked from one that has imported PyTorch."""
+"""Several processes, forked from one that has imported PyTorch; and what a forked process needs."""
 
 import faulthandler
 import os
@@ -17,6 +17,15 @@ def preload() -> None:
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
     assert tensorboard
+
+
+def forget(*libraries: str) -> None:
+    """Let this process import these libraries anew, as if it had not imported them."""
+    for name in [*sys.modules]:
+        if any(name == each or name.startswith(f"{each}.") for each in libraries):
+            parent, _, own = name.rpartition(".")
+            vars(sys.modules.get(parent, sys)).pop(own if parent else "", None)
+            del sys.modules[name]
 
 
 def fork(size: int, run: Callable[[int], None]) -> None:

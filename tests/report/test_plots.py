@@ -3,8 +3,7 @@
 import io
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -286,14 +285,14 @@ def test_dollars_and_underscores_in_a_runs_name_are_literal(tmp_path: Path) -> N
     assert "lr_$0.1$_" in texts(draw_curves(lines_of(2), folder.name))
 
 
-def test_plots_restore_matplotlib_and_need_no_display(tmp_path: Path) -> None:
+def test_plots_restore_matplotlib_and_need_no_display(tmp_path: Path, cli: Callable[..., Any]) -> None:
     folder = written(tmp_path / "run", lines_of(2))
-    script = f"""
+    program = f"""
 import sys
+from forked import forget
+forget("matplotlib.pyplot")
 from pathlib import Path
-from torchrelay.report.plots import confusion_matrix
-from torchrelay.report.plots import curves
-assert "matplotlib" not in sys.modules
+from torchrelay.report.plots import confusion_matrix, curves
 import matplotlib, torch
 def settings():  # asking for the backend would choose one, and import pyplot
     return {{name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}}
@@ -303,8 +302,19 @@ confusion_matrix(torch.eye(3).long()).savefig(Path({str(folder)!r}) / "confusion
 assert settings() == before
 print("matplotlib.pyplot" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    done = cli(program=program)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_matplotlib_is_imported_when_a_plot_is_drawn(cli: Callable[..., Any]) -> None:
+    program = """
+import sys
+from forked import forget
+forget("torchrelay", "matplotlib")
+from torchrelay.report.plots import confusion_matrix, curves
+print("matplotlib" in sys.modules)
+"""
+    assert cli(program=program).stdout == "False\n"
 
 
 # ------------------------------------------------------------------------------------------------ the confusion matrix

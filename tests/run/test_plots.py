@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -93,9 +95,12 @@ time.sleep(60)
         time.sleep(0.01)
 
 
-def test_a_training_with_a_run_folder_imports_no_matplotlib(tmp_path: Path) -> None:
-    script = f"""
-import sys, torch, torchrelay as tr
+def test_a_training_with_a_run_folder_imports_no_matplotlib(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    program = f"""
+import sys
+from forked import forget
+forget("torchrelay", "matplotlib")
+import torch, torchrelay as tr
 from torchrelay.run.terminal import Terminal
 data = torch.rand(64, 3, 8, 8), torch.arange(64) % 2
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
@@ -103,8 +108,8 @@ run = {str(tmp_path / "run")!r}
 tr.Trainer(model, data, data, epochs=2, batch_size=32, run=run, terminal=Terminal(quiet=True)).fit()
 print("matplotlib" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    done = cli(program=program, plots=True)
+    assert done.stdout == "False\n", done.stderr
     assert (tmp_path / "run" / "curves.png").exists()
 
 

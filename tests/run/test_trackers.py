@@ -4,8 +4,7 @@ import io
 import json
 import math
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def test_a_line_is_one_event(tmp_path: Path) -> None:
     assert len(list(RawEventFileLoader(str(file)).Load())) == 1 + len(lines_of(epochs=1))
 
 
-def test_after_a_resume_no_point_is_duplicate_or_missing(tmp_path: Path) -> None:
+def test_after_a_resume_no_point_is_duplicate_or_missing(tmp_path: Path, cli: Callable[..., Any]) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     board = TensorBoard(whole)
     for line in lines_of(epochs=4):
@@ -114,19 +113,18 @@ def test_after_a_resume_no_point_is_duplicate_or_missing(tmp_path: Path) -> None
     board.close()
 
     killed_in_epoch_3 = f"""
-import json, os, signal, sys, torch
+import os, signal, torch
 from pathlib import Path
 from torchrelay.run.trackers import TensorBoard
 board = TensorBoard(Path({str(broken)!r}))
 board.images("first batch", torch.rand(4, 3, 8, 8), None, None, step=0)
-for line in json.load(sys.stdin):
+for line in {lines_of(epochs=3)!r}:
     board.write(line)
-board._writers[".scalars"].flush()
+for writer in board._writers.values():
+    writer.flush()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    metrics = json.dumps(lines_of(epochs=3))
-    killed = subprocess.run([sys.executable, "-c", killed_in_epoch_3], input=metrics, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert cli(program=killed_in_epoch_3).returncode == -signal.SIGKILL
     assert len(scalars(broken)["loss/test"]) == 3
     board = TensorBoard(broken)
     board.rewrite(lines_of(epochs=2))  # its last checkpoint is that of epoch 2
@@ -139,17 +137,19 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert files(broken) == [".media", ".scalars"]
 
 
-def test_nothing_is_opened_or_imported_before_it_is_needed(tmp_path: Path) -> None:
-    script = f"""
+def test_nothing_is_opened_or_imported_before_it_is_needed(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    program = f"""
 import sys
+from forked import forget
+lazy = ("tensorboard", "torch.utils.tensorboard", "matplotlib", "torchvision")
+forget("torchrelay", *lazy)
 from pathlib import Path
 from torchrelay.run.trackers import TensorBoard
 board = TensorBoard(Path({str(tmp_path)!r}))
 board.close()
-print([name for name in ("tensorboard", "torch.utils.tensorboard", "matplotlib", "torchvision") if name in sys.modules])
+print([name for name in ("torchrelay.run.trackers", *lazy) if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert cli(program=program).stdout == "['torchrelay.run.trackers']\n"
     assert list(tmp_path.iterdir()) == []
 
 

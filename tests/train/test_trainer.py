@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -591,8 +589,8 @@ def test_ema_weights_are_evaluated_and_raw_ones_saved(digits, quiet, tmp_path):
     assert plain.evaluate().values["loss"] == trainer.evaluate().values["loss"]
 
 
-def test_the_second_signal_ends_the_process_at_once(tmp_path):
-    script = """
+def test_the_second_signal_ends_the_process_at_once(cli):
+    program = """
 import os, signal, time
 from torchrelay.train.signals import StopSignal
 with StopSignal() as stop:
@@ -603,7 +601,7 @@ with StopSignal() as stop:
     time.sleep(5)
     print("not reached")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    done = cli(program=program, timeout=30)
     assert done.stdout.strip() == "SIGTERM"
     assert done.returncode == 128 + signal.SIGTERM
 
@@ -637,11 +635,10 @@ def test_a_script_that_a_signal_stopped_ends_with_the_exit_code_and_one_line(sta
         assert says in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_a_signal_does_not_end_an_interactive_session(tmp_path):
+def test_a_signal_does_not_end_an_interactive_session(cli, tmp_path):
     (tmp_path / "script.py").write_text(STOPPED)
-    typed = "exec(open('script.py').read())\nprint('goes', 'on')\n"
-    command = [sys.executable, "-i"]
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    typed = ["exec(open('script.py').read())", "print('goes', 'on')", "exit()"]
+    done = cli(program=f"import code; code.interact(readfunc=lambda prompt, typed=iter({typed}): next(typed))")
     assert "Interrupted: stopped by SIGTERM after step 3" in done.stderr
     assert done.stdout.splitlines()[-1] == "goes on"
 
