@@ -11,8 +11,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
-import torch
-
 
 def side_by_side(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, list[float]]:
     """Return the seconds of each case. The cases take turns, so that other load slows all of them alike."""
@@ -41,6 +39,9 @@ def installed() -> dict[str, str]:
 
 def machine() -> str:
     """Return the machine, the threads and the torch version, in one line."""
+    # Here, since a new process imports this module first, whatever it measures.
+    import torch
+
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     threads = torch.get_num_threads()
     return f"{processor()}, {os.cpu_count()} cores, {threads} threads{gpu}, torch {torch.__version__}"

@@ -26,6 +26,7 @@ import sys
 import termios
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def preload() -> None:
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
     torch.use_deterministic_algorithms(True)  # so that what it imports is imported
     torch.use_deterministic_algorithms(False)
+    weakref.finalize._registry.clear()  # torch takes its hundreds of operators down when a process exits
     gc.freeze()  # the garbage collector of a fork doesn't touch, and so copy, the imported modules
     use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
@@ -140,7 +142,8 @@ def become(request: dict[str, Any]) -> None:
         os.close(opened)
     # The server's own were opened for another kind of file, and would seek in a terminal.
     sys.stdin = open(0, closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", buffering=1 if terminal else -1, closefd=False)  # noqa: SIM115
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdout = open(1, "w", buffering=1 if terminal else -1, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     if terminal:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -101,7 +101,7 @@ class Process:
 
     @property
     def output(self) -> str:
-        return self.streams[0].read_text() if self.streams else ""
+        return self.streams[0].read_text(errors="replace") if self.streams else ""
 
     @property
     def errors(self) -> str:

@@ -525,7 +525,7 @@ def test_a_run_started_from_python_is_resumed_by_its_script(digits, quiet, tmp_p
 
 @pytest.mark.parametrize("weights", ["balanced", "[1,1,1,1,1,1,1,1,1,2.5]"])
 def test_label_smoothing_and_class_weights_train(weights, tmp_path, capsys):
-    command = ["train", "digits", *FAST, "--run", str(tmp_path / "run"), "--set", "run.epochs=4"]
+    command = ["train", "digits", *FAST, "--run", str(tmp_path / "run"), "--set", "run.epochs=2"]
     say([*command, "--set", "loss.label_smoothing=0.1", "--set", f"loss.class_weights={weights}"], capsys)
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"] > 0.8
 

@@ -2,10 +2,7 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -108,13 +105,12 @@ def test_profile_prints_a_table_and_writes_a_plot_and_a_trace(tmp_path, capsys, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_pytorch_profiler_prints_nothing_and_an_encoding_may_lack_the_bar(tmp_path):
-    command = [sys.executable, "-m", "torchrelay", "profile", "digits", "--steps", "1", "--out", tmp_path / "found"]
-    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
-    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, env=environment)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"USDT" not in done.stdout
-    assert b"samples a second" in done.stdout
+def test_the_pytorch_profiler_prints_nothing_and_an_encoding_may_lack_the_bar(cli, tmp_path):
+    command = ("profile", "digits", "--steps=1", "--out", tmp_path / "found")
+    done = cli(*command, environment={"PYTHONIOENCODING": "cp1252"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "USDT" not in done.stdout
+    assert "samples a second" in done.stdout
 
 
 def test_a_trainer_with_a_run_folder_is_refused(quiet, tmp_path):

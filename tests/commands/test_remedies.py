@@ -99,6 +99,7 @@ def test_a_remedy_that_is_followed_helps(typed, remedy, desk, tmp_path, monkeypa
     monkeypatch.chdir(desk)
     torch.set_num_threads(1)
     short = ["--set", "run.max_steps=1", "--set", "run.evaluate_batches=1", "--quiet"]
+    short += ["--set", "device.precision=float32"]  # where a processor emulates bf16, a step takes ten seconds
     assert cli.main([*shlex.split(typed), "--run", str(tmp_path / "typed"), *short]) in (1, 2)
     assert capsys.readouterr().err.startswith("error: ")
     assert cli.main([*shlex.split(remedy), "--run", str(tmp_path / "remedy"), *short]) == 0, capsys.readouterr().err

@@ -35,6 +35,12 @@ def images():
 """
 
 
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    """The steps to compare differ by 20 ms."""
+    monkeypatch.setattr(tune, "_LONG_ENOUGH", 0.05)
+
+
 ONLY = ("precision", "channels_last", "batch_size")  # not compile, which takes long
 
 

@@ -271,7 +271,7 @@ torch.save(found, "found.pt")
 """
 
 
-@pytest.fixture(scope="module", params=["default", "avx2"])
+@pytest.fixture(scope="module", params=["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def elsewhere(request, tmp_path_factory) -> tuple[Path, list[torch.Tensor]]:
     """A folder of images, and what a processor with fewer instructions makes of them."""
     folder = tmp_path_factory.mktemp("elsewhere")

@@ -109,14 +109,14 @@ def test_a_frozen_weight_and_an_evaluation_need_no_product(products):
 
 
 def test_the_fast_network_trains_with_it_and_resumes_exactly(products, quiet, tmp_path):
-    images = torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, steps in (("whole", None), ("resumed", 1), ("resumed", None)):
         torch.manual_seed(0)
         trainer = tr.Trainer(
             tr.models.build(tr.models.ModelSettings(name="fast-cnn"), classes=4, channels=3, image_size=32, log=print),
-            (images, torch.arange(16) % 4),
+            (images, torch.arange(8) % 4),
             epochs=1,
-            batch_size=8,
+            batch_size=4,
             optimizer=tr.optim.SGD(lr=0.01, momentum=0.9),
             device=DeviceSettings(name="cpu", precision="bf16", channels_last=True),
             settings=tr.RunSettings(max_steps=steps),

@@ -97,7 +97,7 @@ def test_the_small_cnn_learns_the_digits_in_seconds() -> None:
     model = make("small-cnn", channels=1, image_size=8)
     assert 50_000 < count(model) < 100_000
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    batches = [batch for _ in range(12) for batch in train[torch.randperm(len(train))].split(64)]
+    batches = [batch for _ in range(5) for batch in train[torch.randperm(len(train))].split(64)]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for batch in batches:
         optimizer.zero_grad()
@@ -107,7 +107,7 @@ def test_the_small_cnn_learns_the_digits_in_seconds() -> None:
     model.eval()
     with torch.no_grad():
         accuracy = (model(images[test]).argmax(1) == targets[test]).float().mean()
-    assert accuracy >= 0.98
+    assert accuracy >= 0.96
 
 
 # ------------------------------------------------------------------------------------------------ fast-cnn

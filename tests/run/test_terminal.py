@@ -30,7 +30,7 @@ from torchrelay.run.terminal import (
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
-# A training of 1.2 s: three epochs of two steps each, with an evaluation in the second.
+# A training of 0.7 s: three epochs of two steps each, with an evaluation in the second.
 TRAINING = """
     import sys, time
     from torchrelay.run.terminal import Counters, Terminal
@@ -49,11 +49,11 @@ TRAINING = """
         for epoch in (1, 2, 3):
             state.epoch = epoch
             for _ in range(2):
-                time.sleep(0.15)
+                time.sleep(0.07)
                 state.step, state.samples, state.loss = state.step + 195, state.samples + 512, 1.5921
             if epoch == 2:
                 state.phase = "evaluating"
-                time.sleep(0.3)
+                time.sleep(0.25)
             state.phase = ""
             terminal.say(f"epoch {epoch}: done")
         print("printed by a user")
@@ -198,7 +198,7 @@ def test_a_training_continues_after_its_output_is_closed(tmp_path: Path) -> None
         from torchrelay.run.terminal import Terminal
         terminal = Terminal()
         terminal.say("first")
-        time.sleep(0.5)
+        time.sleep(0.2)
         for _ in range(100):
             terminal.say(1000 * "more ")
         Path({str(tmp_path / "end")!r}).write_text("reached")
@@ -282,7 +282,7 @@ def test_the_bar_polls_five_times_a_second() -> None:
     script = TRAINING.replace('terminal.say("over")', 'terminal.say(f"reads: {state.reads}")')
     found = re.search(r"reads: (\d+)", run_in_terminal(script, 80))
     assert found is not None
-    assert 4 <= int(found[1]) <= 30  # 1.2 s, each line said above it, and its start and end
+    assert 2 <= int(found[1]) <= 30  # 0.7 s, each line said above it, and its start and end
     assert "reads: 0" in run_in_pipe(script).stdout
 
 
