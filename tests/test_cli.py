@@ -572,3 +572,14 @@ def test_a_pytorch_error_is_one_line_and_debug_shows_the_traceback(tmp_path, cap
     assert line.endswith("; --debug shows the traceback")
     with pytest.raises(Exception, match="Expected tensor for argument"):
         cli.main([*arguments[:-2], str(tmp_path / "other"), "--debug"])
+
+
+def test_a_message_is_one_line_without_control_characters_and_of_limited_length(capsys):
+    code, line = failing(["train", "digits", "--set", "a\x1b[2J\x85.b\udce6=1"], capsys)
+    assert code == 2
+    assert line.isprintable()
+    assert "\\x1b[2J" in line
+    _, line = failing(["train", "digits", "--set", f"run.epochs={'A' * 100_000}"], capsys)
+    assert len(line) < 5_000
+    assert line.startswith("error: digits: run.epochs should be a whole number")
+    assert line.endswith("(such as epochs = 10)")

@@ -22,6 +22,7 @@ from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, n
 
 COMMANDS = ("train", "resume", "evaluate", "predict", "recipes", "recipe", "doctor", "profile", "tune")
 _FAILED = 1
+_LONGEST = 4_000  # characters of a message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,10 +86,17 @@ def _describe(error: Exception) -> str:
 
 def _print_error(text: str, stopped: bool = False) -> None:
     """Print an error in one line; a run that a signal stopped and that is saved isn't one."""
+    line = one_line(text)
+    print(line if stopped else f"error: {line}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line that a terminal shows as it is, whatever a file or an argument put into it."""
+    if len(text) > _LONGEST:  # the cause stands at the start, the remedy at the end
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
     # A path may contain a line break; in a command to paste, the shell must understand it.
     line = re.sub(r"(?<!\w)'[^']*\n[^']*'", lambda match: "$" + match[0].replace("\\", r"\\"), text)
-    line = line.replace("\n", r"\n")
-    print(line if stopped else f"error: {line}", file=sys.stderr)
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,10 +8,13 @@ ends with the command's exit code.
 import difflib
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# What readers raise where a content has another form than they expect.
+_DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, zlib.error)
 STOPPED = 75  # exit code (EX_TEMPFAIL of sysexits.h): a signal stopped the run, and it can be resumed
 
 
@@ -69,6 +72,24 @@ def explained(doing: str, remedy: str = "make room or repair the disk, then resu
         yield
     except OSError as error:
         raise RelayError(f"can't {doing}: {error.strerror or error}; {remedy}") from error
+
+
+@contextmanager
+def intact(what: object, remedy: str) -> Iterator[None]:
+    """Say what is damaged where its content isn't what we write: whatever a reader stumbles over in it.
+
+    Args:
+        what: such as the file.
+        remedy: what the user can do.
+
+    Raises:
+        RelayError: the content has another form or other types.
+    """
+    try:
+        yield
+    except _DAMAGE as error:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise RelayError(f"{what} is damaged or isn't ours ({cause[:200]}): {remedy}") from error
 
 
 class RenamedWarning(FutureWarning):

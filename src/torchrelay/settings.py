@@ -13,6 +13,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from itertools import pairwise
 from typing import Any, get_args, get_origin
 
@@ -143,6 +144,7 @@ class Settings(BaseModel):
         return values
 
     @classmethod
+    @cache
     def meanings(cls) -> dict[str, str]:
         """Return the docstring under each field, by the field's name.
 

@@ -283,3 +283,43 @@ for countdown in (*range(1, 21), 99):  # each moment gets a fork
     done = cli(tmp_path, program=program)
     assert done.returncode == 0, done.stderr
     assert {"1 -9", "2 0"} <= {*done.stdout.splitlines()}
+
+
+# ------------------------------------------------------------------------------------------------ what a fuzzer found
+
+
+def forge_state(saved: Path, forge, content: bytes) -> None:
+    """Replace a checkpoint's state under a right manifest, as a forger would."""
+    (saved / "state.json").write_bytes(content)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": _sha256(saved / "state.json")}
+    forge(saved, manifest)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b'{"$tensor": "none"}', b'{"a": {"$tensor": 3}}', b'{"$float": "x"}', b'{"$float": []}', b'{"$tuple": 3}'),
+        *(b'{"$items": [1]}', b'{"$items": [[[], 1]]}', b"[]", b"3", b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}"),
+    ],
+)
+def test_a_forged_state_is_refused_with_a_line(tmp_path, forge, content):
+    saved = checkpoint.write(tmp_path, contents(7))
+    forge_state(saved, forge, content)
+    with pytest.raises(RelayError, match=r"state\.json (is damaged or isn't ours|can't be read)"):
+        checkpoint.read(saved)
+
+
+def test_a_state_of_millions_of_lists_is_refused_before_it_fills_the_memory(tmp_path, forge):
+    saved = checkpoint.write(tmp_path, contents(7))
+    forge_state(saved, forge, b'{"a": [' + b"[]," * 2_000_000 + b"[]]}")
+    with pytest.raises(RelayError, match="more than any checkpoint's"):
+        checkpoint.read(saved)
+
+
+def test_a_state_too_large_to_be_read_again_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrelay.checkpoint.format._MOST_NESTED", 100)
+    written = replace(contents(7), state={"callbacks": [{"seen": [[]] * 200}]})
+    with pytest.raises(RelayError, match="too many for a checkpoint: return less"):
+        checkpoint.write(tmp_path, written)
+    assert checkpoint.complete(tmp_path) == []

@@ -1,5 +1,6 @@
 """Builtin datasets."""
 
+import gzip
 import hashlib
 import pickle
 
@@ -171,3 +172,16 @@ def test_a_damaged_compressed_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(RelayError, match="can't be read"):
         mnist(tmp_path)
+
+
+def test_a_compressed_file_that_expands_to_a_gigabyte_is_refused_at_its_head(tmp_path):
+    head = bytes((0, 0, 8, 3)) + np.array((2**20, 32, 32), dtype=">u4").tobytes()
+    (tmp_path / "x.gz").write_bytes(gzip.compress(head + bytes(10**6)))
+    with pytest.raises(RelayError, match="expands to more than 768 MiB: decompress it, by gunzip"):
+        read_idx(tmp_path / "x.gz")
+
+
+def test_a_head_that_promises_more_than_there_is_allocates_nothing(tmp_path):
+    (tmp_path / "x").write_bytes(bytes((0, 0, 8, 3)) + b"\xff" * 12 + b"abc")
+    with pytest.raises(RelayError, match="cut off"):
+        read_idx(tmp_path / "x")

@@ -311,3 +311,21 @@ def test_a_cache_is_mapped_without_posix_flags(tmp_path, monkeypatch):
     first, second = (cache.cached(tmp_path, "place", "key", SHAPE, Fill()).images for _ in range(2))
     first[4] = 99
     assert second[4].max() == 4
+
+
+@pytest.mark.parametrize("missing", [["x"], [6], [-1], 3, None])
+def test_a_cache_whose_facts_are_not_ours_is_made_again(tmp_path, missing):
+    fill = Fill()
+    cache.cached(tmp_path, "source", "key", SHAPE, fill)
+    facts = {"shape": list(SHAPE), "missing": missing}
+    (whole(tmp_path)[0] / "facts.json").write_text(json.dumps({**facts, "checksum": cache.key_of(facts)}))
+    assert cache.cached(tmp_path, "source", "key", SHAPE, fill).missing == []
+    assert fill.asked == 2
+
+
+def test_a_cache_with_deeply_nested_facts_is_made_again(tmp_path):
+    fill = Fill()
+    cache.cached(tmp_path, "source", "key", SHAPE, fill)
+    (whole(tmp_path)[0] / "facts.json").write_text("[" * 5000)
+    cache.cached(tmp_path, "source", "key", SHAPE, fill)
+    assert fill.asked == 2

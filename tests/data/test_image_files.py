@@ -1,5 +1,6 @@
 """JPEG files decoded without PIL have PIL's pixels, byte for byte; files that could differ go through PIL."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -139,3 +140,44 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
 def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(RelayError, match=r"gone\.jpg can't be read: No such file or directory; restore it"):
         read_pixels(str(tmp_path / "gone.jpg"), 3)
+
+
+# ------------------------------------------------------------------------------------------------ what a fuzzer found
+
+
+def test_a_format_that_pil_reads_by_running_a_program_is_refused_whatever_its_suffix(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.format == "EPS"  # PIL would start Ghostscript
+    with pytest.raises(RelayError, match="it isn't an image"):
+        open_image(str(tmp_path / "x.png"), 3)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_more_pixels_than_a_gigabyte_holds_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGBA", (8, 8)).save(path)
+    content = path.read_bytes()
+    header = b"IHDR" + (12_000).to_bytes(4, "big") * 2 + content[24:29]
+    path.write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
+    with pytest.raises(RelayError, match="it has more than 120 million pixels"):
+        read_pixels(str(path), 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "I;16"])
+def test_an_image_converted_in_tiles_has_the_pixels_of_the_whole(tmp_path, monkeypatch, mode):
+    path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
+    picture = scene(70, 45)
+    if mode == "P":
+        picture.quantize(16).save(path, transparency=3)
+    elif mode == "I;16":
+        Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(path)
+    else:
+        if mode in ("RGBA", "LA"):
+            picture.putalpha(picture.convert("L").rotate(90))
+        picture.convert(mode).save(path)
+    for channels in (1, 3):
+        at_once = read_pixels(str(path), channels)
+        with monkeypatch.context() as patched:
+            patched.setattr(image_files, "_TILE", 16)
+            assert np.array_equal(read_pixels(str(path), channels), at_once)

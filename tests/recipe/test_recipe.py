@@ -320,3 +320,17 @@ def test_a_recipe_file_may_contain_a_recorded_environment(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('[run]\nepochs = 2\n[environment]\ntorch = "9.9"\n')
     assert recipe.load(str(file)).run.epochs == 2
+
+
+# ------------------------------------------------------------------------------------------------ what a fuzzer found
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "9" * 5000])
+def test_toml_that_python_cannot_hold_is_refused_with_a_line(tmp_path, capsys, text):
+    (tmp_path / "x.toml").write_text(f"[run]\nepochs = {text}")
+    assert "isn't TOML" in said_of(capsys, name=str(tmp_path / "x.toml"))
+    said_of(capsys, f"run.epochs={text}")
+
+
+def test_an_override_that_is_not_unicode_is_refused_with_a_line(capsys):
+    said_of(capsys, "run.\udce6=3")

@@ -1,5 +1,6 @@
 """The run folder: its name, its lock, its files, and errors when it can't be written."""
 
+import gzip
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from torch import nn
 
 import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.run.folder import RunFolder, free_folder
+from torchrelay.run.folder import RunFolder, check_free, free_folder
 from torchrelay.run.metrics import read_metrics
 
 
@@ -196,3 +197,44 @@ def test_a_half_written_line_of_metrics_is_dropped_at_a_resume(digits, quiet, tm
     assert read_metrics(tmp_path / "torn")[-1]["step"] == 15
     train(digits, quiet, tmp_path / "torn").resume()
     same_runs(tmp_path / "undisturbed", tmp_path / "torn")
+
+
+# ------------------------------------------------------------------------------------------------ what a fuzzer found
+
+
+@pytest.mark.parametrize("content", [b"epochs = ", b"\xff", b"data = 3", b"a = " + b"[" * 5000, b"a = " + b"9" * 5000])
+def test_a_damaged_recipe_is_named_with_the_remedy(run, content):
+    (run.path / "recipe.toml").write_bytes(content)
+    with pytest.raises(RelayError, match=r"recipe\.toml is damaged or isn't ours .*restore it from a copy"):
+        run.read_recipe()
+    with pytest.raises(UsageError, match="holds a run already"):
+        check_free_with_a_checkpoint(run.path)
+
+
+def check_free_with_a_checkpoint(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text("{}\n")
+    check_free(folder)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b[:90] + b"\xff" * 9 + b[99:], lambda _: b"x"])
+def test_a_damaged_list_of_files_is_named_with_the_remedy(run, damage):
+    run.write_files({f"{number}.png": f"{number:032x}" for number in range(50)})
+    path = run.path / "files.json.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RelayError, match=r"files\.json\.gz.*remove it to resume|can't read"):
+        run.read_files()
+
+
+def test_a_list_of_files_that_expands_without_end_is_refused(run):
+    (run.path / "files.json.gz").write_bytes(gzip.compress(b'{"a": "' + b" " * 10**7 + b'"}'))
+    with pytest.raises(RelayError, match="is damaged or isn't ours"):
+        run.read_files()
+
+
+@pytest.mark.parametrize("line", ["3", "[]", '{"step": "x", "split": "train", "loss": 1}', '{"epoch": 1}', "[" * 5000])
+def test_a_damaged_line_of_metrics_is_refused_at_a_resume(run, line):
+    run.record({"step": 1, "epoch": 1, "split": "train", "loss": 0.5})
+    path = run.path / "metrics.jsonl"
+    path.write_text(f"{line}\n" + path.read_text())
+    with pytest.raises(RelayError, match=r"metrics\.jsonl is damaged"):
+        run.rewind(2)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,3 +236,13 @@ def test_the_detector_resumes_from_recent_losses():
         assert spike.finite
         assert "the loss of step 21 is 3.5; the median before was 1" in spike.what
     assert SpikeDetector(3.0).check(1, torch.tensor(1e9)) is None  # there is no median yet
+
+
+@pytest.mark.parametrize("harm", [{"sums": 3}, {"best": []}, {"optimizer": {}}, {"identity": {"threads": 10**9}}])
+def test_a_state_of_another_form_is_refused_with_a_line(tmp_path, quiet, harm):
+    build(quiet, tmp_path / "run", settings={"max_steps": 2}).fit()
+    resumed = build(quiet, tmp_path / "run", settings={"max_steps": 4})
+    path = checkpoint.complete(tmp_path / "run" / "checkpoints")[-1]
+    saved = checkpoint.read(path)
+    with pytest.raises(RelayError, match="the state in the newest checkpoint is damaged or isn't ours"):
+        resumed.session._restore(replace(saved, state=saved.state | harm), accept_changes=True)

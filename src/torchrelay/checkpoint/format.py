@@ -25,13 +25,14 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from torchrelay.errors import RelayError, explained
+from torchrelay.errors import RelayError, explained, intact
 
 FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
 _NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
 _INTERIM = "interim.txt"  # a file and not an entry of the manifest, whose fields earlier releases know
-_LARGEST_JSON = 64 * 2**20  # bytes; enough for a state of a million numbers, too small for a bomb
+# Bytes, and values that have a name or hold others; enough for a state of a million numbers, too few for a bomb.
+_LARGEST_JSON, _MOST_NESTED = 64 * 2**20, 2 * 10**6
 
 
 class LaterReleaseError(RelayError):
@@ -127,10 +128,10 @@ def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     """Put the tensors back into a skeleton from `pack`."""
+    if not skeleton or not isinstance(skeleton, list | dict):
+        return skeleton
     if isinstance(skeleton, list):
         return [unpack(value, tensors) for value in skeleton]
-    if not isinstance(skeleton, dict):
-        return skeleton
     match skeleton:
         case {"$tensor": path}:
             return tensors[path]
@@ -163,7 +164,7 @@ def write(folder: Path, contents: Contents) -> Path:
         if contents.ema is not None:
             _write_tensors(staging / "ema.safetensors", contents.ema)
         _write_tensors(staging / "state.safetensors", tensors)
-        _write_flushed(staging / "state.json", json.dumps(skeleton, allow_nan=False).encode())
+        _write_flushed(staging / "state.json", _state_json(skeleton))
         if contents.interim:
             _write_flushed(staging / _INTERIM, b"Saved as a signal stopped the run; the next checkpoint replaces it.\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
@@ -215,8 +216,11 @@ def read(path: Path) -> Contents:
                 raise RelayError(f"{file} has {file.stat().st_size:,} bytes instead of {entry.bytes:,}")
             if _sha256(file) != entry.sha256:
                 raise RelayError(f"{file} doesn't match its checksum")
-    skeleton = _read_json(path / "state.json")
-    state = unpack(skeleton, _read_tensors(path / "state.safetensors"))
+    skeleton, tensors = _read_json(path / "state.json"), _read_tensors(path / "state.safetensors")
+    with intact(path / "state.json", "remove this checkpoint to resume from the one before"):
+        state = unpack(skeleton, tensors)
+        if not isinstance(state, dict):
+            raise TypeError("it isn't a table")
     ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None
     model = _read_tensors(path / "model.safetensors")
     metrics = {name: math.nan if value is None else value for name, value in manifest.metrics.items()}
@@ -263,13 +267,29 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise RelayError(f"{path} can't be read: {error}") from error
 
 
+def _state_json(skeleton: Any) -> bytes:
+    """Return a state as JSON that `read` will take."""
+    content = json.dumps(skeleton, allow_nan=False).encode()
+    if _is_too_large(content):
+        raise RelayError(
+            f"the run's state has {len(content):,} bytes beside its tensors, too many for a checkpoint: return less "
+            "from the state_dict() of callbacks and datasets, or tensors in place of lists"
+        )
+    return content
+
+
 def _read_json(path: Path) -> Any:
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        content = path.read_bytes() if path.stat().st_size <= _LARGEST_JSON else None
+        if content is None or _is_too_large(content):
             raise RelayError(f"{path} has {path.stat().st_size:,} bytes, more than any checkpoint's")
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise RelayError(f"{path} can't be read: {error}") from error
+
+
+def _is_too_large(content: bytes) -> bool:
+    return len(content) > _LARGEST_JSON or sum(content.count(each) for each in (b"[", b"{", b":")) > _MOST_NESTED
 
 
 def _write_flushed(path: Path, content: bytes) -> None:

@@ -112,16 +112,15 @@ def recipe_of_run(options: argparse.Namespace) -> "Recipe":
     Raises:
         UsageError: the folder holds no run, or its run needs the Python code that it was started with.
     """
-    import tomllib
-
     from torchrelay.recipe import recipe
+    from torchrelay.run.record import read_record
 
     file = options.folder / "recipe.toml"
     if not file.is_file():
         raise UsageError(
             f"{options.folder} isn't a run: it has no recipe.toml; give a folder that 'torchrelay train' made"
         )
-    environment = tomllib.loads(file.read_text(encoding="utf-8")).get("environment", {})
+    environment = read_record(options.folder).get("environment", {})
     if environment.get("started_from") == "python":
         raise UsageError(
             f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that started it"

@@ -186,6 +186,7 @@ def text(source: str | Path, length: int = 64, test_share: float = 0.1) -> tuple
 # ------------------------------------------------------------------------------------------------ MNIST and its kin
 
 _UINT8 = 0x08
+_LARGEST_IDX = 3 * 2**28  # bytes that a compressed file may expand to
 _FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -224,15 +225,20 @@ def read_idx(path: Path) -> Tensor:
         RelayError: the file isn't one.
     """
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4)
+            sizes = file.read(4 * head[3]) if len(head) == 4 else b""
+            shape = np.frombuffer(sizes, dtype=">u4").tolist() if sizes and len(sizes) == 4 * head[3] else []
+            if path.suffix == ".gz" and prod(shape) > _LARGEST_IDX:
+                raise RelayError(f"{path} expands to more than {_LARGEST_IDX // 2**20} MiB: decompress it, by gunzip")
+            content = bytearray()  # which grows by what there is, whatever the head says
+            while len(content) <= prod(shape) and (chunk := file.read(2**20)):
+                content += chunk
     except (EOFError, OSError, zlib.error) as error:
         raise RelayError(f"{path} can't be read: {error}; copy it again") from None
-    dimensions = content[3] if len(content) > 3 else 0
-    start = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:start], dtype=">u4").tolist() if len(content) >= start else []
-    if content[:3] != bytes((0, 0, _UINT8)) or not shape or len(content) != start + prod(shape):
+    if head[:3] != bytes((0, 0, _UINT8)) or not shape or len(content) != prod(shape) or not content:
         raise RelayError(f"{path} isn't an idx file of bytes, or it is cut off: copy it again")
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+    return torch.frombuffer(content, dtype=torch.uint8).view(shape)
 
 
 def _find(root: str | Path, name: str) -> Path:

@@ -112,10 +112,10 @@ def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
         if facts.pop("checksum") != key_of(facts) or facts["shape"] != list(shape):
             return None
         marks = (target / "marks.txt").read_text().split()
-        if len(marks) != shape[0]:
+        if len(marks) != shape[0] or not set(facts["missing"]) <= set(range(shape[0])):
             return None
         return Decoded(_mapped(target / "images.bin", shape), facts["missing"], tuple(marks))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

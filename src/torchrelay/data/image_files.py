@@ -19,13 +19,29 @@ from torchrelay.errors import RelayError
 
 Pixels = NDArray[np.uint8]
 FITTING = 2  # incremented when `fitted` returns different pixels for the same input
-_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, EOFError, struct.error)  # what PIL raises for damaged files
+# What PIL raises for damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    ArithmeticError,
+    struct.error,
+)
 
 _HEIF = {".heic", ".heif", ".hif"}  # which the extra `heif` reads
 _HAS_HEIF, _HAS_AVIF = find_spec("pillow_heif") is not None, "avif" in features.modules and features.check("avif")
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 SUFFIXES |= _HEIF if _HAS_HEIF else set()
 SUFFIXES |= {".avif"} if _HAS_AVIF else set()
+# What a file with a suffix may be, whatever the suffix says. PIL knows more formats, and runs a program to read some.
+_READ = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", *["AVIF"] * bool(_HAS_AVIF))
+_READ += ("HEIF",) * _HAS_HEIF
+_MOST_PIXELS = 120 * 10**6  # which take less than 1 GiB; cameras have 102 million, and phones 108
+_TILE = 2048  # pixels, as high as wide, that are converted at a time where that takes more memory than the result
 # What a file without a suffix may be. The other formats begin as a text may.
 _FORMATS = ("JPEG", "PNG", "GIF", "TIFF", "WEBP", *["AVIF"] * bool(_HAS_AVIF))
 
@@ -75,9 +91,12 @@ def open_image(path: str, channels: int) -> Image.Image:
     """
     _register_heif()
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=_READ) as picture:
+            if picture.width * picture.height > _MOST_PIXELS:
+                raise ValueError(f"it has more than {_MOST_PIXELS // 10**6} million pixels")
             picture.load()
-            return _converted(ImageOps.exif_transpose(picture), "RGB" if channels == 3 else "L")
+            ImageOps.exif_transpose(picture, in_place=True)  # a copy would double the memory
+        return _in_mode(picture, "RGB" if channels == 3 else "L")
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # from the system, not from the decoder
             raise out_of_reach(path, error) from error
@@ -135,6 +154,18 @@ def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
 def channels_first(pixels: Pixels) -> Pixels:
     """Return (channels, height, width) from (height, width, channels) or (height, width)."""
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _in_mode(picture: Image.Image, mode: str) -> Image.Image:
+    """Return an image of any mode as RGB or L, a tile at a time."""
+    if max(picture.size) <= _TILE or (picture.mode == mode and "transparency" not in picture.info):
+        return _converted(picture, mode)
+    whole = Image.new(mode, picture.size)
+    for top in range(0, picture.height, _TILE):
+        for left in range(0, picture.width, _TILE):
+            box = (left, top, min(left + _TILE, picture.width), min(top + _TILE, picture.height))
+            whole.paste(_converted(picture.crop(box), mode), box)
+    return whole
 
 
 def _converted(picture: Image.Image, mode: str) -> Image.Image:

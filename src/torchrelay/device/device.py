@@ -21,6 +21,7 @@ from torchrelay.settings import Settings
 _NO_AUTOCAST = nullcontext()
 Precision = Literal["float32", "bf16", "fp16"]
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
+_MOST_THREADS = 4096
 
 
 class DeviceSettings(Settings):
@@ -104,9 +105,14 @@ class Device:
 
         Returns:
             Whether that changed the number.
+
+        Raises:
+            ValueError: no machine has so many.
         """
         if self.settings.threads is not None or threads == torch.get_num_threads():
             return False
+        if not 0 < threads <= _MOST_THREADS:
+            raise ValueError(f"{threads} threads")
         torch.set_num_threads(threads)
         return True
 

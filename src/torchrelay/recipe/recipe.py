@@ -90,6 +90,8 @@ def parse(table: Table, where: str) -> Recipe:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise UsageError(f"{where}: {explain(error, Recipe)}") from None
+    except UnicodeEncodeError:  # from pydantic; a path may have such bytes
+        raise UsageError(f"{where}: a key or a value isn't Unicode text: rename what it names") from None
     for key in _booleans_for_numbers(table, recipe.model_dump()):
         raise UsageError(f"{where}: {key} should be a number, not true or false")
     return recipe
@@ -121,7 +123,7 @@ def _read(name: str) -> Table:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{name} can't be read as text: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{name} isn't TOML: {error}") from None
 
 
@@ -133,7 +135,7 @@ def _apply(table: Table, override: str) -> None:
         raise UsageError(f"--set {override}: {remedy}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         # True and False are Python's spelling.
         value = {"True": True, "False": False}.get(text.strip(), text.strip())
         # The shell removes quotes that aren't quoted themselves.

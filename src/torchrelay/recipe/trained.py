@@ -1,6 +1,5 @@
 """Predict with a trained run: its folder suffices, and the model where a script built it."""
 
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,7 @@ from torchrelay.errors import RelayError, UsageError
 from torchrelay.models.factory import build as build_model
 from torchrelay.recipe import recipe as recipes
 from torchrelay.recipe.build import build_task, image_size
+from torchrelay.run.record import read_record
 from torchrelay.run.settings import Views
 from torchrelay.tasks.task import Task
 from torchrelay.train.assemble import dtype_of
@@ -204,7 +204,7 @@ def load(
     folder, file = Path(run), Path(run) / "recipe.toml"
     if not file.is_file():
         raise UsageError(f"{folder} isn't a run: it has no recipe.toml; give the folder of a run")
-    table = tomllib.loads(file.read_text(encoding="utf-8"))
+    table = read_record(folder)
     environment = table.get("environment", {})
     contents = read(find(folder / "checkpoints", which))
     if environment.get("started_from") == "python":

@@ -13,7 +13,6 @@ import shlex
 import shutil
 import socket
 import time
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,13 +20,15 @@ from typing import Any, TextIO
 import tomli_w
 from portalocker import AlreadyLocked, LockException
 
-from torchrelay.errors import RelayError, UsageError, explained
+from torchrelay.errors import RelayError, UsageError, explained, intact
 from torchrelay.run.lock import lock
 from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
+from torchrelay.run.record import read_record
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
 
+_RATIO = 200  # to which a list of files may expand: theirs is below 20, and a bomb's is 1,000
 # What a run writes into its folder; a start that failed may have left some of it behind.
 _OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
 _OWN |= {"evaluation.json", "model.txt", "files.json.gz", "recipe.partial", "elastic.json", "elastic.json.partial"}
@@ -42,7 +43,7 @@ def check_free(path: Path) -> None:
     if (path / "recipe.toml").exists():
         if has_only_begun(path):
             return
-        by_script = 'started_from = "python"' in (path / "recipe.toml").read_text(encoding="utf-8")
+        by_script = 'started_from = "python"' in (path / "recipe.toml").read_text(encoding="utf-8", errors="replace")
         way = "trainer.resume(), in place of fit()" if by_script else f"torchrelay resume {shlex.quote(str(path))}"
         raise UsageError(f"{path} holds a run already: choose another folder, or resume it by: {way}")
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -130,7 +131,9 @@ class RunFolder:
         if len(written) < lines:
             self.say(f"warning: {path} has {len(written)} lines, fewer than the {lines} that the checkpoint records")
         self.metrics_lines = min(lines, len(written))
-        self.tensorboard.rewrite(read_metrics(self.path))
+        lines_kept = read_metrics(self.path)
+        with intact(path, "remove its damaged lines, or move the file away to resume without charts of the past"):
+            self.tensorboard.rewrite(lines_kept)
 
     def flush(self) -> None:
         """Wait until metrics.jsonl is on disk: a checkpoint that relies on its lines must not outlive them."""
@@ -147,9 +150,7 @@ class RunFolder:
 
     def read_recipe(self) -> dict[str, Any]:
         """Return what `write_recipe` recorded."""
-        path = self.path / "recipe.toml"
-        with explained(f"read {path}"):
-            return tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_record(self.path)
 
     def write_files(self, marks: Mapping[str, str]) -> None:
         """Record the files that the data comes from, in files.json.gz: by name, what tells their content apart."""
@@ -165,8 +166,13 @@ class RunFolder:
         path = self.path / "files.json.gz"
         if not path.exists():
             return {}
-        with explained(f"read {path}"), gzip.open(path, "rt", encoding="utf-8") as file:
-            marks: dict[str, str] = json.load(file)
+        most = _RATIO * path.stat().st_size
+        with explained(f"read {path}"), intact(path, "remove it to resume without the names of changed files"):
+            with gzip.open(path) as file:
+                content = file.read(most + 1)
+            marks = json.loads(content)
+            if len(content) > most or not isinstance(marks, dict):
+                raise ValueError("it isn't a list of files")
         return marks
 
     def close(self) -> None:

@@ -43,8 +43,11 @@ def read_metrics(folder: Path) -> list[Line]:
     lines: list[Line] = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError("it isn't a table")  # noqa: TRY004, TRY301 - a damaged line like the others
+            lines.append(line)
+        except (ValueError, RecursionError) as error:
             if number < len(texts):
                 raise RelayError(f"line {number} of {path} is damaged: remove it to read the rest") from error
     return lines

@@ -1,6 +1,5 @@
 """Step 7: what the trainer's constructor makes of its arguments, in the order in which it needs it."""
 
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torchrelay.optim.groups import Freezing
 from torchrelay.optim.optimizers import OptimizerBase
 from torchrelay.optim.schedules import ScheduleBase
 from torchrelay.optim.update import Update
+from torchrelay.run.record import read_record
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.accept import TaskLike, as_task
 from torchrelay.tasks.targets import check_targets
@@ -76,8 +76,8 @@ def prepare_device(
     if isinstance(device, DeviceSettings):
         device = set_up(device, exact)
     group = init_process_group(device.device, parallel.timeout)
-    if parallel.replicas is None and run is not None and (recipe := Path(run) / "recipe.toml").exists():
-        recorded = tomllib.loads(recipe.read_text(encoding="utf-8")).get("parallel", {})
+    if parallel.replicas is None and run is not None and (Path(run) / "recipe.toml").exists():
+        recorded = read_record(Path(run)).get("parallel", {})
         parallel = parallel.model_copy(update={"replicas": recorded.get("replicas")})
     return device, group, count_replicas(parallel, group.size, exact)
 

@@ -12,7 +12,7 @@ from torchrelay import rng
 from torchrelay.checkpoint.checkpointer import Checkpointer, CheckpointSettings
 from torchrelay.checkpoint.format import Contents, read
 from torchrelay.data.files import differences
-from torchrelay.errors import Interrupted, RelayError, UsageError, interrupted
+from torchrelay.errors import Interrupted, RelayError, UsageError, intact, interrupted
 from torchrelay.models.factory import InitFromData
 from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
@@ -157,6 +157,7 @@ class Session:
         if state.ema is not None:
             state.ema.restart(state.model)
 
+    @intact("the state in the newest checkpoint", "remove that to resume from the one before")
     def _restore(self, contents: Contents, accept_changes: bool) -> None:
         state = self.state
         threads = contents.state["identity"]["threads"]
