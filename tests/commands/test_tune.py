@@ -99,12 +99,14 @@ def test_tune_keeps_to_its_time_limit(tmp_path):
     assert all("no time left" in trial.note for name, trial in found.items() if name != "the recipe's own")
 
 
-def test_tune_prints_a_table_and_lines_for_a_recipe(tmp_path, capsys):
+def test_tune_prints_a_table_and_lines_for_a_recipe(tmp_path, capsys, monkeypatch):
+    settings_of = tune._settings
+    monkeypatch.setattr(tune, "_settings", lambda found: [s for s in settings_of(found) if s[1] != "compile"])
     path = tmp_path / "code.py"
     path.write_text(CODE.format(last="pass", first="time.sleep(0.02)"))
     settings = ["data.name=images", "model.name=slow", "data.batch_size=32", "device.name=cpu", "data.augment=[]"]
     options = [part for setting in settings for part in ("--set", setting)]
-    assert main(["tune", "digits", *options, "--code", str(path), "--seconds", "5", "--quiet"]) == 0
+    assert main(["tune", "digits", *options, "--code", str(path), "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert "the recipe's own" in shown
     lines = shown.partition("[device]")[2].split("\n")
