@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fork_server import draw_nothing
 from processes import (  # noqa: F401 - fixtures
     SHARED,
     _namespace,
@@ -38,21 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _start_plots():
-    """A run draws no plots, which take more than a second of another process; shared fixtures draw none either."""
-    from torchrelay.run.plots import PlotProcess
-
-    started, PlotProcess.start = PlotProcess.start, lambda *_, **__: None
-    return started
+def _draw():
+    """Shared fixtures draw no pictures of a run."""
+    return draw_nothing()
 
 
 @pytest.fixture(autouse=True)
-def _plots(request, monkeypatch, _start_plots):
+def _pictures(request, _draw):
     """Only tests marked `plots` draw them."""
-    from torchrelay.run.plots import PlotProcess
-
     if "plots" in request.keywords:
-        monkeypatch.setattr(PlotProcess, "start", _start_plots)
+        _draw()
+    yield
+    if "plots" in request.keywords:
+        draw_nothing()
 
 
 @pytest.fixture(autouse=True)
@@ -121,46 +120,49 @@ def same_runs() -> Callable[[Path, Path], None]:
 
 # The files that take longest, as a first come first served order of theirs keeps two workers busy to the end.
 LONGEST = (
-    "run/test_tensorboard_page.py",
     "faults/test_processes.py",
-    "distributed/test_launch.py",
-    "train/test_trainer.py",
-    "test_examples.py",
-    "faults/test_stops.py",
-    "report/test_plots.py",
-    "train/test_streams.py",
     "docs/test_docs.py",
+    "test_examples.py",
+    "train/test_trainer.py",
+    "test_cli.py",
+    "faults/test_stops.py",
+    "distributed/test_launch.py",
+    "report/test_plots.py",
+    "benchmarks/test_gpu.py",
     "distributed/test_fsdp.py",
-    "data/test_cache.py",
     "distributed/test_fsdp_runs.py",
+    "faults/test_input.py",
+    "run/test_tensorboard_page.py",
+    "faults/test_checkpoints.py",
+    "train/test_callbacks.py",
     "distributed/test_exact_runs.py",
     "train/test_any_training.py",
     "faults/test_data.py",
-    "faults/test_checkpoints.py",
-    "benchmarks/test_gpu.py",
-    "test_cli.py",
+    "train/test_streams.py",
     "faults/test_disk.py",
     "benchmarks/test_benchmarks.py",
-    "distributed/test_process.py",
-    "benchmarks/test_lines_of_examples.py",
-    "train/test_callbacks.py",
-    "data/test_order.py",
-    "faults/test_hangs.py",
-    "data/test_folder.py",
-    "train/test_recovery.py",
-    "benchmarks/test_scale.py",
-    "faults/test_files.py",
-    "models/test_convolution.py",
-    "benchmarks/test_agreement.py",
-    "models/test_build.py",
-    "distributed/test_hosts.py",
-    "test_startup.py",
-    "test_platforms.py",
-    "run/test_plots.py",
-    "run/test_terminal.py",
-    "run/test_trackers.py",
-    "commands/test_profile.py",
     "commands/test_tune.py",
+    "run/test_terminal.py",
+    "run/test_plots.py",
+    "data/test_folder.py",
+    "benchmarks/test_scale.py",
+    "distributed/test_process.py",
+    "faults/test_hangs.py",
+    "benchmarks/test_agreement.py",
+    "data/test_batches.py",
+    "faults/test_files.py",
+    "tasks/test_task.py",
+    "data/test_order.py",
+    "train/test_recovery.py",
+    "models/test_build.py",
+    "data/test_cache.py",
+    "distributed/test_hosts.py",
+    "models/test_convolution.py",
+    "commands/test_profile.py",
+    "run/test_trackers.py",
+    "test_startup.py",
+    "models/test_small.py",
+    "device/test_allocator.py",
 )
 
 

@@ -27,6 +27,7 @@ import termios
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,28 @@ def preload() -> None:
     use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
     assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay, torchvision))
+
+
+def draw_nothing() -> Callable[[], None]:
+    """Leave out a run's pictures, which take longer than a short training: its plots and its first batch.
+
+    Returns:
+        A function that restores them.
+    """
+    from torchrelay.run.plots import PlotProcess
+    from torchrelay.run.trackers import TensorBoard
+
+    start, images = PlotProcess.start, TensorBoard.images
+
+    def images_but_the_first(board: TensorBoard, tag: str, *rest: Any, **more: Any) -> None:
+        if tag != "pictures/first batch":
+            images(board, tag, *rest, **more)
+
+    def restore() -> None:
+        PlotProcess.start, TensorBoard.images = start, images
+
+    PlotProcess.start, TensorBoard.images = lambda *_, **__: None, images_but_the_first
+    return restore
 
 
 def use_large_pages() -> None:
@@ -155,9 +178,7 @@ def become(request: dict[str, Any]) -> None:
         request["module"] = "torchrelay"
     sys.path[0] = str(Path(request["script"]).parent) if request["script"] else request["folder"]
     if not request["plots"]:
-        from torchrelay.run.plots import PlotProcess
-
-        PlotProcess.start = lambda *_, **__: None
+        draw_nothing()
     try:
         if request["script"]:
             runpy.run_path(request["script"], run_name="__main__")

@@ -162,7 +162,7 @@ class Server:
             terminal: the device of a terminal to run in, from `pty.openpty`.
             environment: additional variables.
             forks: whether the processes that it starts through PyTorch's launcher are also forked.
-            plots: whether runs draw their plots, which takes another process more than a second.
+            plots: whether runs draw their plots, which takes another process more than a second, and their first batch.
             network: the name of a network namespace to run in.
         """
         self._count += 1

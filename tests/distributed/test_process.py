@@ -25,7 +25,7 @@ TASK = {
     "SLURM_TASKS_PER_NODE": "4(x2)",
 }
 SETTINGS = (
-    *("device.name=cpu", "parallel.replicas=2", "run.epochs=6", 'checkpoint.every="3 steps"'),
+    *("device.name=cpu", "parallel.replicas=2", "run.epochs=4", 'checkpoint.every="3 steps"'),
     "model.options.widths=[4,8]",
 )
 
@@ -144,7 +144,7 @@ def test_a_requeued_job_resumes_to_the_same_bytes(start, cli, tmp_path, same_run
     one_line(refused[0], f"{run} holds a run already", code=2)
     second = [task.done() for task in tasks(SLURM_RESTART_COUNT="1")]
     assert [task.returncode for task in second] == [0, 0], second[0].stderr + second[1].stderr
-    assert f"resuming after step {stopped} of 138" in second[0].stdout
+    assert f"resuming after step {stopped} of 92" in second[0].stdout
     assert second[1].stdout == ""
     assert cli("train", "digits", "--run", "undisturbed", sets=SETTINGS).returncode == 0
     same_runs(run, tmp_path / "undisturbed")
@@ -193,7 +193,7 @@ def test_the_scripts_stop_requeue_and_resume(cluster, cli, tmp_path, same_runs, 
     again = cluster | {"SLURM_RESTART_COUNT": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=again, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert f"resuming after step {stopped[1]} of 138" in done.stdout
+    assert f"resuming after step {stopped[1]} of 92" in done.stdout
     assert cli("train", "digits", "--run", "undisturbed", sets=SETTINGS).returncode == 0
     same_runs(run, tmp_path / "undisturbed")
 

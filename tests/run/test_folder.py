@@ -6,8 +6,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,28 +102,22 @@ time.sleep(300)
 """
 
 
-def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(tmp_path, quiet):
+def test_the_lock_names_its_holder_and_is_free_once_it_is_killed(start, tmp_path, quiet):
     """Even if a forked child of the holder survives."""
     folder = tmp_path / "run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
-    try:
-        with pytest.raises(RelayError) as caught:
-            opened(folder, quiet, resume=True)
-        assert re.fullmatch(
-            rf"{folder} is in use by process {holder.pid} on {re.escape(os.uname().nodename)}: "
-            "wait for it, stop it, or choose another run folder",
-            str(caught.value),
-        )
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(30)
-        os.kill(child, 0)  # it lives
-        opened(folder, quiet, resume=True).close()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        holder.kill()
-        holder.stdout.close()
+    holder = start(folder, program=HOLDER)
+    child = int(holder.until(lambda: holder.output.endswith("\n") and holder.output))
+    with pytest.raises(RelayError) as caught:
+        opened(folder, quiet, resume=True)
+    assert re.fullmatch(
+        rf"{folder} is in use by process {holder.pid} on {re.escape(os.uname().nodename)}: "
+        "wait for it, stop it, or choose another run folder",
+        str(caught.value),
+    )
+    holder.send(signal.SIGKILL)
+    holder.wait(30)
+    os.kill(child, 0)  # it lives
+    opened(folder, quiet, resume=True).close()
 
 
 def test_a_file_system_without_locks_is_a_clear_error(tmp_path, quiet, monkeypatch):

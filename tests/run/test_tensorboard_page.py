@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean, std = float(digits.mean()), float(digits.std())
     folder = tmp_path_factory.mktemp("runs") / "digits"
     board = TensorBoard(folder / "tensorboard")
-    board.images("pictures/first batch", (digits - mean) / std, (mean,), (std,), step=0)
+    board.images("pictures/a batch", (digits - mean) / std, (mean,), (std,), step=0)
     for epoch in range(1, 11):
         place = {"step": 100 * epoch, "epoch": epoch, "time": 1.7e9 + epoch}
         for split, speed in (("train", 0.4), ("test", 0.3)):
@@ -186,7 +186,7 @@ def test_the_first_batch_and_the_confusion_matrix_are_shown(browser: Any, addres
 
     images = wait_for(loaded, lambda: seen(browser))
     said = " ".join(loader.text for loader in find("tf-image-loader"))
-    assert "pictures/first batch" in said
+    assert "pictures/a batch" in said
     assert "pictures/confusion matrix" in said
     sizes = [browser.execute_script("return arguments[0].naturalWidth", image) for image in images]
     assert 1056 in sizes  # eight digits of 128 pixels side by side, each in a frame
