@@ -1,4 +1,6 @@
-"""`torchrelay doctor`: show what this machine has, and what a run would use of it."""
+"""`torchrelay doctor`: show what this machine has, and what a run would use of it; or try a recipe's layers on it."""
+
+from __future__ import annotations
 
 import argparse
 import importlib.metadata
@@ -6,24 +8,113 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchrelay.commands.options import add_common, code_of, terminal_of
+from torchrelay.errors import RelayError
+
+if TYPE_CHECKING:
+    from torchrelay.train.layers import LayerCheck
+    from torchrelay.train.trainer import Trainer
 
 HELP = "show this machine's devices and libraries, and what a run would use"
 _PACKAGES = ("torchrelay", "torch", "torchvision", "timm", "torchmetrics", "tensorboard", "safetensors", "scikit-learn")
 
 
-def add_options(_parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the command has no options of its own."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument(
+        "--deep",
+        metavar="RECIPE",
+        help="try each layer of a recipe's model: against float64, twice, on one thread, in both memory formats",
+    )
+    add_common(parser)
 
 
-def run(_options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Print the findings as a table."""
     from rich.console import Console
     from rich.table import Table
+
+    if options.deep is not None:
+        examine(options)
+        return
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in findings().items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def examine(options: argparse.Namespace) -> None:
+    """Print what was found of each layer.
+
+    Raises:
+        RelayError: an exact run can't stand on one of them.
+    """
+    from torchrelay.recipe import recipe
+    from torchrelay.recipe.build import build_trainer
+    from torchrelay.train.layers import check_layers
+
+    loaded = recipe.load(options.deep, options.overrides)
+    trainer = build_trainer(loaded, code=code_of(options), terminal=terminal_of(options))
+    batch = next(iter(trainer.batches.epoch(0)))
+    trainer.model.train()
+    checks = list(check_layers(trainer.train_step, batch))
+    show(checks)
+    compiled = _compiled(trainer)
+    print(f"compiled with torch.compile: {compiled}")
+    bad = [each.name for each in checks if not each.is_good]
+    if bad:
+        raise RelayError(
+            f"{len(bad)} of {len(checks)} layers can't be trusted here ({', '.join(bad[:5])}): try "
+            "device.precision=float32, another memory format (device.channels_last) or another version of torch"
+        )
+    print(f"all {len(checks)} layers are right, and the same twice")
+
+
+def show(checks: list[LayerCheck]) -> None:
+    """Print a row for each layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("layer", "kind", "input"):
+        table.add_column(head, no_wrap=True, max_width=12 if head == "kind" else None)
+    for head in ("forward", "backward", "twice", "1 thread", "format"):
+        table.add_column(head, justify="right")
+    for each in checks:
+        row = (
+            each.name,
+            each.kind,
+            "×".join(map(str, each.shape)),
+            _error(each.forward),
+            _error(each.backward),
+            "same" if each.twice else "DIFFERS",
+            "" if each.one_thread is None else "same" if each.one_thread else "other",
+            _error(each.other_format),
+        )
+        table.add_row(*row, style=None if each.is_good else "bold red")
+    console = Console(highlight=False)
+    console.print(
+        "forward, backward: error against float64, as a part of the norm; format: in the other memory format; twice, 1 "
+        "thread: the bits"
+    )
+    console.print(table)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
+
+
+def _compiled(trainer: Trainer) -> str:
+    from torchrelay.train.layers import compile_error
+
+    try:
+        differ = compile_error(trainer.train_step, next(iter(trainer.batches.epoch(0))))
+    except Exception as error:  # noqa: BLE001 - a compiler may raise anything
+        return f"not possible here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    return f"gradients differ by {differ:.0e} of their norm from the eager ones"
 
 
 def findings() -> dict[str, str]:

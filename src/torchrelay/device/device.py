@@ -235,6 +235,11 @@ def has_amx() -> bool:
     return bool(_capabilities().get("amx_bf16"))
 
 
+def has_only_avx2() -> bool:
+    """Return whether this CPU has AVX2 and not AVX-512."""
+    return bool(_capabilities().get("avx2")) and not _capabilities().get("avx512_f")
+
+
 def identity_of(device: torch.device) -> dict[str, str | int | bool]:
     """Return what decides the last bits of a result on this machine."""
     facts: dict[str, str | int | bool] = {}

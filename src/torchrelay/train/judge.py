@@ -1,11 +1,12 @@
 """Step 7: when to evaluate, which evaluation is the best, and what people are told of it."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
 from torchrelay.duration import seconds_of, steps_between
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.optim.schedules import Schedule
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
@@ -13,6 +14,7 @@ from torchrelay.train import hints
 from torchrelay.train.callbacks import Callback, EarlyStopping, Training, notify
 from torchrelay.train.evaluation import Evaluation, Evaluator, score
 from torchrelay.train.logs import epoch_text, step_text
+from torchrelay.train.self_check import self_check
 from torchrelay.train.session import Session
 
 Found = dict[str, dict[str, float]]  # metrics by the part of the data
@@ -52,6 +54,7 @@ class Judge:
                 "clock would decide what is computed: give epochs or steps"
             )
         self._evaluated_at, self._recorded_step = time.monotonic(), -1
+        self._unchecked, self._exact = True, settings.exact
 
     def rehearse(self) -> None:
         """Evaluate a task of the user's on a batch or two, so that a mistake shows before an epoch is trained.
@@ -86,6 +89,27 @@ class Judge:
             return
         if hint is not None:
             self._session.say(hint)
+
+    def checked(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return batches; before the first one of a session, its gradients are checked: see `self_check`."""
+        if not self._unchecked:
+            return batches
+        self._unchecked = False
+        return self._check_first(iter(batches))
+
+    def _check_first(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            try:
+                note = self_check(self._session.state.train_step, batch, self._progress.step, exact=self._exact)
+                if self._session.run is not None:
+                    self._session.run.note(note)
+            except RelayError as error:
+                if self._exact:
+                    raise
+                self._session.say(f"warning: {error}")
+            yield batch
+            break
+        yield from batches
 
     def is_due(self) -> bool:
         """Return whether an evaluation is due after this step; all processes ask at the same time."""

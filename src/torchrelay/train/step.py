@@ -84,6 +84,9 @@ class TrainStep:
         before_update: called before each update, when staged weights must have been copied.
         freezing: of the parameter groups that are trained in a part of the run only.
 
+    Attributes:
+        model: what the task computes with: the strategy if it calls the model once for a batch, else the module.
+
     Raises:
         UsageError: `device.graph` is set, and such steps can't be recorded; or the optimizers aren't the task's.
     """
@@ -116,11 +119,11 @@ class TrainStep:
         self.schedule = schedule or Constant().bind(1, 1)
         self.ema, self.detector = ema, detector or SpikeDetector()
         self.scaler = device.scaler()
-        self._replicas, self._seed, self._before_update = replicas, seed, before_update
+        self._replicas, self.seed, self._before_update = replicas, seed, before_update
         # fp16 overflows on purpose: its scaler skips such a step.
-        self._watch_norm = watch_norm and not self.scaler.is_enabled()
+        self.watch_norm = watch_norm and not self.scaler.is_enabled()
         self._measure = measure and type(task).measure is not Task.measure
-        self._model = strategy if calls_once(task) else strategy.module
+        self.model = strategy if calls_once(task) else strategy.module
         # A process without samples must know whether a weight is a tensor.
         several = strategy.group.size > 1 and dummy_batch is not None
         self._dummy_weight = weight(task, dummy_batch()) if several and dummy_batch else 0.0
@@ -176,7 +179,7 @@ class TrainStep:
         """Compute an update's gradient, look at its loss, and update the weights."""
         if update.wants_closure:
             self.strategy.buffers.keep()
-        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
+        rng.reseed(rng.step_seed(self.seed, update.stream, step, 0), self.device.device)
         if self._graph is not None and mark is _unmarked:
             result = self._graph(batch)  # calls, records or replays `_take`
         else:
@@ -206,7 +209,7 @@ class TrainStep:
         """Compute this process's replicas, the first one last; add the gradients and losses of all processes."""
         losses = []
         for number, replica in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
-            rng.reseed(rng.step_seed(self._seed, update.stream, step, number), self.device.device)
+            rng.reseed(rng.step_seed(self.seed, update.stream, step, number), self.device.device)
             with self.strategy.replica(last=number == batch.first_replica):
                 losses.append(self._replica(replica, result, update, mark))
         return self.strategy.reduce(losses)
@@ -219,7 +222,7 @@ class TrainStep:
             return torch.zeros((), device=self.device.device)
         log.begin(first=batch.first_replica == 0)
         with self.device.autocast():
-            loss, outputs = loss_and_outputs(self.task, self._model, batch, update.name)
+            loss, outputs = loss_and_outputs(self.task, self.model, batch, update.name)
         logged, sum_of_loss = log.end(), total(loss, self.task)
         mark("forward")
         backward_from_mean(sum_of_loss, result.weight, self.scaler.scale)
@@ -242,7 +245,7 @@ class TrainStep:
     def _again(self, update: Update, batch: Batch, step: int) -> Tensor:
         """Compute an update's gradient again, with the same random numbers, at the weights as they are now."""
         self.strategy.buffers.restore()
-        rng.reseed(rng.step_seed(self._seed, update.stream, step, 0), self.device.device)
+        rng.reseed(rng.step_seed(self.seed, update.stream, step, 0), self.device.device)
         return self.backward(batch, step, update=update).loss
 
     def _parts_of(self, loss: Loss, update: Update, result: StepResult, batch: Batch) -> Logged:
@@ -276,10 +279,10 @@ class TrainStep:
     def _clip(self, update: Update) -> Tensor | None:
         """Scale the gradient down to `clip_norm`; return its norm before, if somebody asks for it."""
         if update.clip_norm is None:
-            return self.strategy.grad_norm(update.parameters) if self._watch_norm else None
+            return self.strategy.grad_norm(update.parameters) if self.watch_norm else None
         self.scaler.unscale_(update.optimizer)
         norm = self.strategy.clip_grad_norm(update.parameters, update.clip_norm)
-        return norm if self._watch_norm else None
+        return norm if self.watch_norm else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of everything that a step changes beside the weights."""

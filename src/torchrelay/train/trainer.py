@@ -201,7 +201,7 @@ class Trainer(Parts):
                 return
             if improved or self.session.save_due:
                 self.save(training_continues=True)
-        for batch in self.batches.epoch(progress.epochs_done, start=progress.position):
+        for batch in self.judge.checked(self.batches.epoch(progress.epochs_done, start=progress.position)):
             if progress.step + 1 not in progress.skipped:
                 if self._hooks["on_batch"]:
                     notify(self._hooks["on_batch"], "on_batch", self, batch)

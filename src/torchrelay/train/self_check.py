@@ -1,0 +1,174 @@
+"""Step 7: the self-check: are the gradients of one batch the same twice, before a run stands on them?
+
+Deterministic mode refuses the kernels that are known to vary. It can't know of a kernel that reads memory which it
+didn't write; PyTorch 2.15 has one (docs/evidence/kernels.md). So a run computes the gradients of its first batch
+twice, with other values in the allocator's free memory each time.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrelay import rng
+from torchrelay.data.batch import Batch
+from torchrelay.device.device import has_only_avx2
+from torchrelay.device.private import fill_free_memory
+from torchrelay.errors import RelayError
+from torchrelay.optim.update import Update, alone
+from torchrelay.tasks.task import Task, held_modules, loss_and_outputs, total
+from torchrelay.train.record import log
+from torchrelay.train.step import TrainStep
+
+# What free memory is filled with before each pass: bytes that are large as numbers of any type, and then no numbers.
+FILLINGS = (0x7E, 0xFF)
+_MOST = 64 * 2**20  # bytes to fill, which takes some 20 ms
+_GROSS = 0.1  # of a gradient's largest element, by which no two orders of the same sums differ
+# Nodes that only hand a parameter on; the kernel is behind them.
+_HANDS_ON = ("ToCopy", "T", "View", "Transpose", "Permute", "Reshape", "Expand", "UnsafeView", "Clone", "Slice")
+
+
+def self_check(train_step: TrainStep, batch: Batch, step: int, *, exact: bool = True) -> str:
+    """Compute the gradients of a batch's first replica twice; return what is to be noted in the run's log.
+
+    Weights, gradients, buffers, attributes of the model and the task, and all random numbers stay as they are.
+
+    Args:
+        train_step: whose task and model compute them.
+        batch: this process's part of the first global batch.
+        step: its number, counted from 0.
+        exact: whether their bits must be the same; otherwise, they may differ by rounding.
+
+    Raises:
+        RelayError: they differ, or one isn't finite though the loss is; the text names the layer and the kernel.
+    """
+    strategy = train_step.strategy
+    if strategy.collective_forward or (strategy.group.size > 1 and not exact):
+        return "self-check: left out, as all processes would have to take part"
+    first = next((replica for replica in batch.replicas() if replica.samples), None)
+    if first is None:
+        return "self-check: left out, as this process has no sample"
+    _refuse_overrun(train_step)
+    began = time.perf_counter()
+    for update in train_step.updates:
+        with alone(update, train_step.updates) if len(train_step.updates) > 1 else nullcontext():
+            try:
+                passes = [_pass(train_step, update, first, step, filling) for filling in FILLINGS]
+            except Exception as error:  # noqa: BLE001 - the first step meets it too, and names its sample
+                return f"self-check: left out, after {type(error).__name__}: {error}"
+        _compare(train_step, passes, exact)
+    took = 1000 * (time.perf_counter() - began)
+    return f"self-check: the first batch's gradients are the same twice ({took:.0f} ms)"
+
+
+Pass = tuple[Tensor, dict[str, tuple[Tensor, str]]]  # the loss; by parameter, its gradient and its kernel
+
+
+def _pass(train_step: TrainStep, update: Update, batch: Batch, step: int, filling: int) -> Pass:
+    model, task, device = train_step.strategy.model, train_step.task, train_step.device
+    named = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    with unchanged(model, task), rng.kept(device.device), log.muted():
+        rng.reseed(rng.step_seed(train_step.seed, update.stream, step, batch.first_replica), device.device)
+        fill_free_memory(filling, min(_MOST, 4 * sum(each.nbytes for each in named.values())), device.device)
+        with device.autocast():
+            loss = total(loss_and_outputs(task, train_step.model, batch, update.name)[0], task)
+        kernels = kernels_of(loss, named)
+        gradients = torch.autograd.grad(loss / batch.samples, list(named.values()), allow_unused=True)
+    found = {name: each for name, each in zip(named, gradients, strict=True) if each is not None}
+    return loss.detach(), {name: (each, kernels.get(name, "unknown")) for name, each in found.items()}
+
+
+def _compare(train_step: TrainStep, passes: list[Pass], exact: bool) -> None:
+    (loss, first), (again, second) = passes
+    if not (loss.isfinite() and again.isfinite()):
+        return  # a loss spike, which the step sees
+    here = f"{train_step.device.describe()}; torch {torch.__version__}"
+    # Gradients go from the last layer to the first, so the last one that is wrong is where it begins.
+    for name, (gradient, kernel) in reversed(first.items()):
+        other = second[name][0]
+        if not _are_same(gradient.nan_to_num(), other.nan_to_num(), exact):
+            raise RelayError(
+                f"the gradient of {name} (by {kernel}; {here}) isn't the same twice for the same batch: "
+                f"{_remedy(train_step)}"
+            )
+        if not gradient.isfinite().all() and not train_step.watch_norm:
+            raise RelayError(
+                f"the gradient of {name} (by {kernel}; {here}) isn't finite in the first batch, though the loss is "
+                f"{loss.item():.4g}: look for a root of 0 or a division by 0 after that layer; otherwise "
+                f"{_remedy(train_step)}"
+            )
+
+
+def _are_same(first: Tensor, second: Tensor, exact: bool) -> bool:
+    if torch.equal(first, second):
+        return True
+    return not exact and bool((first - second).abs().max() <= _GROSS * torch.maximum(first.abs(), second.abs()).max())
+
+
+def _refuse_overrun(train_step: TrainStep) -> None:
+    """Refuse convolutions whose weight gradient corrupts memory: oneDNN issue 6035, seen with torch 2.15 (AVX2)."""
+    device = train_step.device
+    is_affected = device.device.type == "cpu" and device.settings.channels_last and has_only_avx2()
+    is_affected = is_affected and device.settings.precision == "float32"
+    for name, layer in train_step.strategy.model.named_modules() if is_affected else ():
+        is_strided = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and set(layer.stride) != {1}
+        if is_strided and layer.groups == 1 and 2 < layer.in_channels < 8:
+            raise RelayError(
+                f"{name} is {layer}, whose gradient writes past its memory on a processor without AVX-512 (oneDNN "
+                "issue 6035): set device.channels_last=false, or give it 8 channels or more"
+            )
+
+
+def _remedy(train_step: TrainStep) -> str:
+    reduced = train_step.device.settings.precision != "float32"
+    return (
+        f"{'set device.precision=float32, or ' * reduced}replace the layer or the version of torch, or what draws "
+        "from a random generator of its own (torchrelay doctor --deep RECIPE tries each layer alone); run.exact=false "
+        "trains all the same"
+    )
+
+
+@contextmanager
+def unchanged(model: nn.Module, task: Task | None = None) -> Iterator[None]:
+    """Leave a model, a task and what that holds as they were: weights, buffers and attributes.
+
+    Some models write to their weights in a forward pass, to normalize them.
+    """
+    held = [] if task is None else held_modules(task)
+    modules = [part for each in (model, *held) for part in each.modules()]
+    places: list[dict[str, Any]] = [*map(vars, modules), *(each._buffers for each in modules)]
+    places += [] if task is None else [vars(task)]
+    before = [(place, dict(place)) for place in places]
+    tensors = [value for _, values in before for value in values.values() if isinstance(value, Tensor)]
+    tensors += [parameter for each in modules for parameter in each._parameters.values() if parameter is not None]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        for place, values in before:
+            place.clear()
+            place.update(values)
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies, strict=True):
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+
+
+def kernels_of(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Return the name of the operation that uses each parameter, from the graph of a loss: its last one, if several."""
+    names = {id(parameter): name for name, parameter in named.items()}
+    kernels, seen, nodes = dict[str, str](), set[Any](), [(loss.grad_fn, "")]
+    while nodes:
+        node, kernel = nodes.pop()
+        if node is None or (node, kernel) in seen:
+            continue
+        seen.add((node, kernel))
+        parameter = names.get(id(getattr(node, "variable", None)))
+        if parameter is not None:
+            kernels.setdefault(parameter, kernel)
+        own = node.name().split("Backward")[0].rpartition("::")[2]
+        nodes += [(each, kernel if own in _HANDS_ON else own) for each, _ in node.next_functions]
+    return kernels

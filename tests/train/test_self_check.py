@@ -1,0 +1,215 @@
+"""The self-check of an exact run's first gradients finds kernels that can't be trusted, and changes nothing."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchrelay as tr
+from torchrelay.errors import RelayError
+from torchrelay.train.self_check import kernels_of, unchanged
+
+
+class Unwritten(torch.autograd.Function):
+    """A product whose weight gradient leaves a row as it finds it in memory, as some kernels do."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        return inputs @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        of_weight = torch.empty_like(weight)
+        of_weight[1:] = (gradient.T @ inputs)[1:]
+        return gradient @ weight, of_weight
+
+
+class Varying(torch.autograd.Function):
+    """A product whose weight gradient is other in its last bits each time."""
+
+    calls = itertools.count()
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        return inputs @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        return gradient @ weight, (gradient.T @ inputs) * (1 + next(Varying.calls) * 1e-6)
+
+
+class Planted(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(32, 64) / 8), function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function.apply(inputs, self.weight)
+
+
+class Root(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs - inputs).sqrt() + inputs
+
+
+def trainer(*layers: nn.Module, **options) -> tr.Trainer:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(96, 64, generator=generator), torch.randint(10, (96,), generator=generator)
+    torch.manual_seed(0)
+    first = nn.Linear(64, 64)
+    return tr.Trainer(nn.Sequential(first, nn.ReLU(), *layers), data, epochs=1, batch_size=32, device="cpu", **options)
+
+
+@pytest.mark.parametrize("function", [Unwritten, Varying])
+def test_a_gradient_that_is_other_the_second_time_stops_the_run_with_its_layer_and_kernel(function):
+    refused = trainer(Planted(function), nn.ReLU(), nn.Linear(32, 10))
+    with pytest.raises(RelayError, match=f"the gradient of 2.weight .by {function.__name__}; .*isn't the same twice"):
+        refused.fit()
+    assert refused.step == 0, "no step was taken"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_its_loss_is():
+    with pytest.raises(RelayError, match=r"the gradient of 0\.bias .by Addmm; .*isn't finite in the first batch"):
+        trainer(Root(), nn.Linear(64, 10)).fit()
+
+
+def test_a_rollback_is_left_to_skip_a_gradient_that_is_not_finite(tmp_path):
+    settings = tr.RunSettings(on_spike="rollback", max_skipped=1)
+    with pytest.raises(RelayError, match="skip"):
+        trainer(Root(), nn.Linear(64, 10), settings=settings, run=tmp_path / "run").fit()
+
+
+def test_a_run_that_is_not_exact_goes_on_where_last_bits_differ_and_is_warned_of_garbage(capsys):
+    settings = tr.RunSettings(exact=False)
+    for function, warned in ((Varying, False), (Unwritten, True)):
+        unchecked = trainer(Planted(function), nn.ReLU(), nn.Linear(32, 10), settings=settings)
+        unchecked.fit()
+        assert unchecked.step == 3
+        assert ("warning: the gradient of 2.weight" in capsys.readouterr().out) == warned
+
+
+class Counting(nn.Module):
+    """Has all that a forward pass may change: a buffer, a number, a tensor, and it draws from all generators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.calls, self.last = 0, torch.zeros(64)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.seen += len(inputs)
+            self.replaced = self.replaced + 1
+            self.calls += 1
+            self.last = inputs.detach().mean(0)
+        return F.dropout(inputs, 0.5, self.training) + random.random() + np.random.rand()
+
+
+class Remembering(tr.Classification):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def compute(self, model, batch, update):
+        self.steps += 1
+        tr.log("steps", self.steps)
+        return super().compute(model, batch, update)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_check_leaves_model_task_and_random_numbers_as_they_were(tmp_path, same_runs, replicas):
+    found = []
+    for checks in (True, False):
+        random.seed(1)
+        np.random.seed(1)
+        run = tmp_path / str(checks)
+        options = {"task": Remembering(), "run": run, "parallel": tr.ParallelSettings(replicas=replicas)}
+        made = trainer(nn.BatchNorm1d(64), Counting(), nn.Linear(64, 10), **options)
+        made.judge._unchecked = checks
+        made.fit()
+        log = (run / "log.txt").read_text(encoding="utf-8")
+        assert ("the first batch's gradients are the same twice" in log) == checks
+        found.append((made.model[3].calls, made.model[3].last, made.task.steps))
+    assert found[0][0] == found[1][0] == 3 * replicas
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
+    same_runs(tmp_path / "True", tmp_path / "False")
+
+
+def test_the_gradients_of_a_kept_state_are_not_touched():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with unchanged(model, tr.Classification()):
+        model(torch.randn(8, 4)).sum().backward()
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_kernel_is_named_behind_what_only_hands_a_parameter_on():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(2, 3, 3, 3)).float().sum()
+    named = dict(model.named_parameters())
+    kernels = kernels_of(loss, named)
+    assert kernels["0.weight"] == kernels["0.bias"] == "Convolution"
+    assert kernels["1.weight"] == "NativeBatchNorm"
+    assert kernels["3.weight"] == "Addmm"
+
+
+class Two(tr.Task):
+    """Two updates, of which the second meets the planted kernel."""
+
+    updates = ("body", "head")
+
+    def compute(self, model, batch, update):
+        return F.cross_entropy(model(batch.inputs), batch.targets, reduction="sum")
+
+
+def test_each_update_of_a_step_is_checked():
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(32, 64, generator=generator), torch.randint(10, (32,), generator=generator)
+    model = nn.Sequential()
+    model.body, model.head = nn.Sequential(nn.Linear(64, 64)), nn.Sequential(Planted(Varying), nn.Linear(32, 10))
+    optimizers = {"body": tr.optim.SGD(), "head": tr.optim.SGD()}
+    with pytest.raises(RelayError, match=r"the gradient of head\.0\.weight"):
+        tr.Trainer(model, data, task=Two(), optimizer=optimizers, epochs=1, batch_size=32, device="cpu").fit()
+
+
+def test_weights_that_a_forward_pass_writes_to_are_as_they_were():
+    class Normed(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.weight.div_(self.weight.norm())
+            return super().forward(inputs)
+
+    model = Normed(4, 4)
+    before = model.weight.detach().clone()
+    with unchanged(model):
+        model(torch.randn(2, 4))
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_convolution_that_corrupts_memory_is_refused_before_it_computes(monkeypatch):
+    monkeypatch.setattr("torchrelay.train.self_check.has_only_avx2", lambda: True)
+    images = torch.randn(32, 3, 8, 8), torch.zeros(32, dtype=torch.int64)
+
+    def fit(channels_last: bool) -> tr.Trainer:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2), nn.Flatten(), nn.Linear(128, 2))
+        device = tr.DeviceSettings(name="cpu", channels_last=channels_last)
+        made = tr.Trainer(model, images, epochs=1, batch_size=16, device=device)
+        made.fit()
+        return made
+
+    with pytest.raises(RelayError, match=r"^0 is Conv2d\(3, 8, .*set device\.channels_last=false"):
+        fit(channels_last=True)
+    assert fit(channels_last=False).step == 2
