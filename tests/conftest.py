@@ -100,7 +100,7 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def assert_same_runs(one: Path, other: Path) -> None:
-    """Assert that two runs are equal: checkpoints byte for byte, metrics except for the clock fields."""
+    """Assert that two runs are equal: checkpoints and receipts byte for byte, metrics except for the clock fields."""
     from torchrelay import checkpoint
 
     mine, others = checkpoint.complete(one / "checkpoints"), checkpoint.complete(other / "checkpoints")
@@ -111,6 +111,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
         for file in sorted(a.iterdir()):
             assert file.read_bytes() == (b / file.name).read_bytes(), f"{file} differs"
     assert metrics_of(one) == metrics_of(other)
+    assert (one / "receipt.jsonl").read_bytes() == (other / "receipt.jsonl").read_bytes()
 
 
 @pytest.fixture

@@ -179,7 +179,9 @@ def differences(one: Path, other: Path) -> list[str]:
     """Return which files of two run folders differ, clock fields aside."""
     found = []
     names = {path.relative_to(folder) for folder in (one, other) for path in (folder / "checkpoints").rglob("*")}
-    for name in sorted(names | {Path("evaluation.json"), Path("recipe.toml"), Path("model.txt")}):
+    for name in sorted(
+        names | {Path("evaluation.json"), Path("receipt.jsonl"), Path("recipe.toml"), Path("model.txt")}
+    ):
         a, b = one / name, other / name
         if a.is_dir() and b.is_dir():
             continue

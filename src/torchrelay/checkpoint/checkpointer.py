@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, field_validator
 
 from torchrelay.checkpoint import retention
-from torchrelay.checkpoint.format import Contents, step_of
+from torchrelay.checkpoint.format import Contents, Manifest, read_manifest, step_of
 from torchrelay.checkpoint.writer import Writer
 from torchrelay.duration import Duration
 from torchrelay.settings import Settings
@@ -53,6 +53,7 @@ class Checkpointer:
         steps_per_epoch: global batches per epoch.
         total_steps: steps of the whole run.
         before_write: called on the background thread before each write.
+        after_write: called on the background thread with the manifest of each checkpoint that is on disk.
         warn: called with a message about an old checkpoint that can't be deleted, once for each.
     """
 
@@ -64,6 +65,7 @@ class Checkpointer:
         steps_per_epoch: int,
         total_steps: int,
         before_write: Callable[[], None] = lambda: None,
+        after_write: Callable[[Manifest], None] = lambda _: None,
         warn: Callable[[str], None] = print,
     ) -> None:
         self.folder = folder
@@ -71,7 +73,7 @@ class Checkpointer:
         self._seconds = settings.every.seconds
         self._steps = settings.every.steps(steps_per_epoch, total_steps) if self._seconds is None else 0
         self._saved_at = time.monotonic()
-        self._before_write = before_write
+        self._before_write, self._after_write = before_write, after_write
         self._warn = warn
         self._warned: set[str] = set()
         self._writer: Writer | None = None
@@ -97,7 +99,8 @@ class Checkpointer:
         """
         self._saved_at = time.monotonic()
         if self._writer is None:
-            self._writer = Writer(self.folder, self.settings.keep, self.settings.keep_best, self._before_write)
+            keep, keep_best = self.settings.keep, self.settings.keep_best
+            self._writer = Writer(self.folder, keep, keep_best, self._before_write, self._after_write)
         self._writer.save(contents, training_continues=training_continues)
         self._warn_once(self._writer.undeleted)
 
@@ -150,6 +153,10 @@ class Checkpointer:
     def find(self, which: str) -> Path:
         """Return the checkpoint called "best", "last" or by its step; see `retention.find`."""
         return retention.find(self.folder, which)
+
+    def manifest(self, step: int) -> Manifest:
+        """Read the manifest of a step's checkpoint; see `format.read_manifest`."""
+        return read_manifest(self.find(str(step)))
 
     def tidy(self, step: int) -> None:
         """Finish what a process that died may have left undone: delete what the settings don't keep.

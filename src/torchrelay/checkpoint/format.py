@@ -29,7 +29,8 @@ from torchrelay.errors import RelayError, explained, intact
 
 FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
-_NEEDED = {"model.safetensors", "state.safetensors", "state.json"}
+WEIGHTS = "model.safetensors"
+_NEEDED = {WEIGHTS, "state.safetensors", "state.json"}
 _INTERIM = "interim.txt"  # a file and not an entry of the manifest, whose fields earlier releases know
 # Bytes, and values that have a name or hold others; enough for a state of a million numbers, too few for a bomb.
 _LARGEST_JSON, _MOST_NESTED = 64 * 2**20, 2 * 10**6
@@ -160,7 +161,7 @@ def write(folder: Path, contents: Contents) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         skeleton, tensors = pack(contents.state)
-        _write_tensors(staging / "model.safetensors", contents.model)
+        _write_tensors(staging / WEIGHTS, contents.model)
         if contents.ema is not None:
             _write_tensors(staging / "ema.safetensors", contents.ema)
         _write_tensors(staging / "state.safetensors", tensors)
@@ -222,7 +223,7 @@ def read(path: Path) -> Contents:
         if not isinstance(state, dict):
             raise TypeError("it isn't a table")
     ema = _read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest.files else None
-    model = _read_tensors(path / "model.safetensors")
+    model = _read_tensors(path / WEIGHTS)
     metrics = {name: math.nan if value is None else value for name, value in manifest.metrics.items()}
     return Contents(manifest.step, model, state, ema, manifest.score, metrics, interim=manifest.is_interim)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchrelay.checkpoint.format import Contents, write
+from torchrelay.checkpoint.format import Contents, Manifest, read_manifest, write
 from torchrelay.checkpoint.retention import clean, prune
 from torchrelay.run.lock import around_fork
 
@@ -109,14 +109,20 @@ class Writer:
         keep: how many of the newest to keep.
         keep_best: how many of the best to keep as well.
         before_write: called on the thread before each write.
+        after_write: called on the thread with the manifest of what was written.
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_best: int, before_write: Callable[[], None] = lambda: None
+        self,
+        folder: Path,
+        keep: int,
+        keep_best: int,
+        before_write: Callable[[], None] = lambda: None,
+        after_write: Callable[[Manifest], None] = lambda _: None,
     ) -> None:
         self.folder = folder
         self.keep, self.keep_best = keep, keep_best
-        self._before_write = before_write
+        self._before_write, self._after_write = before_write, after_write
         clean(folder)
         self._memory: dict[str, Tensor] = {}  # of the last copy; free to reuse once that is written
         self._queue: queue.Queue[tuple[Contents, list[_Copy]] | None] = queue.Queue(maxsize=1)
@@ -195,7 +201,7 @@ class Writer:
             self._staged.set()
         self._before_write()
         contents.check_finite()  # here, where training doesn't wait for it
-        write(self.folder, contents)
+        self._after_write(read_manifest(write(self.folder, contents)))
         self.undeleted = prune(self.folder, self.keep, self.keep_best)
 
 

@@ -1,7 +1,7 @@
 """Step 1: the run folder: its lock, log, metrics and recipe.
 
-A run can be read from these files alone: `recipe.toml`, `log.txt`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
-`curves.png`.
+A run can be read from these files alone: `recipe.toml`, `log.txt`, `metrics.jsonl`, `receipt.jsonl`, `tensorboard/`,
+`checkpoints/`, `curves.png`.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ from torchrelay.errors import RelayError, UsageError, explained, intact
 from torchrelay.run.lock import lock
 from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
+from torchrelay.run.receipt import NAME as RECEIPT
+from torchrelay.run.receipt import Receipt
 from torchrelay.run.record import read_record
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
@@ -32,6 +34,7 @@ _RATIO = 200  # to which a list of files may expand: theirs is below 20, and a b
 # What a run writes into its folder; a start that failed may have left some of it behind.
 _OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
 _OWN |= {"evaluation.json", "model.txt", "files.json.gz", "recipe.partial", "elastic.json", "elastic.json.partial"}
+_OWN |= {RECEIPT}
 
 
 def check_free(path: Path) -> None:
@@ -89,6 +92,7 @@ class RunFolder:
                 shutil.rmtree(self.checkpoints)  # of step 0: see `check_free`
             self._log = (path / "log.txt").open("a", encoding="utf-8")
             self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+            self.receipt = Receipt(path / RECEIPT, fresh=not resume)
         except OSError as error:
             raise RelayError(
                 f"can't write in the run folder {path}: {error.strerror or error}; choose another by --run"
@@ -136,9 +140,10 @@ class RunFolder:
             self.tensorboard.rewrite(lines_kept)
 
     def flush(self) -> None:
-        """Wait until metrics.jsonl is on disk: a checkpoint that relies on its lines must not outlive them."""
+        """Wait until metrics and receipt are on disk: a checkpoint that relies on their lines must not outlive them."""
         with explained(f"flush {self._metrics.name} before a checkpoint, which isn't saved"):
             os.fsync(self._metrics.fileno())
+            self.receipt.flush()
 
     def write_recipe(self, record: dict[str, Any]) -> None:
         """Record what runs, in recipe.toml; from then on the folder holds a run."""
@@ -180,7 +185,7 @@ class RunFolder:
         self.plots.finish()
         for tracker in self.trackers:
             tracker.close()
-        for file in (self._metrics, self._log, self._lock):
+        for file in (self.receipt, self._metrics, self._log, self._lock):
             # Each line was flushed when written; a failure was reported then.
             with contextlib.suppress(OSError):
                 file.close()

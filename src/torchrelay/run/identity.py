@@ -69,24 +69,36 @@ def compare_recipes(saved: dict[str, Any], now: dict[str, Any], accept_changes: 
         RelayError: a change would lead to another result, and `accept_changes` is off.
     """
     changes, refused = [], []
-    saved, now = rename_keys(saved, warn=False), rename_keys(now, warn=False)
     code, code_now = (table.get("environment", {}).get("code_sha256") for table in (saved, now))
     if code != code_now and code is not None:
         changes.append("the file of --code is not the one that the run was started with")
         refused.append(changes[0])
-    for section in sorted({*saved, *now} - {"environment"}):
-        before, after = saved.get(section, {}), now.get(section, {})
-        for key in sorted({*before, *after}):
-            if before.get(key) == after.get(key):
-                continue
-            name = f"{section}.{key}"
-            change = f"{name} was {before.get(key, 'unset')} and is {after.get(key, 'unset')}"
-            changes.append(change)
-            if name not in _MAY_CHANGE:
-                refused.append(change)
+    for name, (before, after) in differing(saved, now).items():
+        change = f"{name} was {'unset' if before is None else before} and is {'unset' if after is None else after}"
+        changes.append(change)
+        if name not in _MAY_CHANGE:
+            refused.append(change)
     if refused and not accept_changes:
         raise RelayError(
             f"this run can't continue to the same result: {', '.join(refused)}; undo it, or resume with "
             "--accept-changes"
         )
     return changes
+
+
+def differing(one: dict[str, Any], other: dict[str, Any], *, result: bool = False) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which two recorded recipes differ, with both values; None: unset.
+
+    Args:
+        one: a recipe as recipe.toml has it.
+        other: another.
+        result: whether only keys count by which the result changes.
+    """
+    one, other = rename_keys(one, warn=False), rename_keys(other, warn=False)
+    return {
+        name: values
+        for section in sorted({*one, *other} - {"environment"})
+        for key in sorted({*one.get(section, {}), *other.get(section, {})})
+        if (values := (one.get(section, {}).get(key), other.get(section, {}).get(key)))[0] != values[1]
+        and not ((name := f"{section}.{key}") in _MAY_CHANGE and result)
+    }

@@ -57,7 +57,6 @@ class StepLog(Callback):
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self.last: float | None = None
-        self._losses: list[Tensor | float] = []
         self._samples = 0
         self._since = 0.0
 
@@ -69,34 +68,44 @@ class StepLog(Callback):
         """Keep the loss without reading it; where a line is due, read and record."""
         if trainer.run is None:
             return
+        record, norm = self._progress.logged, self._progress.grad_norm
         # On the CPU as a number: small tensors that outlive their step fragment the heap.
-        self._losses.append(loss.item() if loss.is_cpu else loss)
+        record.losses.append(loss.item() if loss.is_cpu else loss)
+        if norm is not None:
+            record.norms.append(norm.item() if norm.is_cpu else norm)
         self._samples += batch.size
         if not self._progress.lines.due:
             return
         now = time.perf_counter()
-        self.last = math.fsum(map(float, self._losses)) / len(self._losses)
+        tail = self._progress.tail()
+        self.last = math.fsum(tail.losses) / len(tail.losses)
         rates = {
             "lr": float(trainer.optimizer.param_groups[0]["lr"]),
             "samples_per_second": round(self._samples / (now - self._since), 1),
         }
-        logged = self._progress.sums.lap() | self._progress.logged.take_scalars()
+        logged = self._progress.sums.lap() | record.take_scalars()
         trainer.record_line("step", {"loss": self.last, **rates, **logged})
-        for (kind, name), value in self._progress.logged.take_media().items():
+        for (kind, name), value in record.take_media().items():
             trainer.run.tensorboard.show(kind, name, value, trainer.step)
-        self._losses.clear()
+        trainer.run.receipt.add(trainer.step, tail)
+        record.losses.clear()
+        record.norms.clear()
         self._samples, self._since = 0, now
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses, and what callbacks have logged, since the last line."""
-        logged = {name: [float(total), float(count)] for name, (total, count) in self._progress.logged.scalars.items()}
-        return {"losses": [float(loss) for loss in self._losses]} | ({"logged": logged} if logged else {})
+        """Return the losses and the gradient's norms, and what callbacks have logged, since the last line."""
+        record = self._progress.logged
+        logged = {name: [float(total), float(count)] for name, (total, count) in record.scalars.items()}
+        losses = record.read_losses()
+        norms = {"norms": list(record.norms)} if record.norms else {}
+        return {"losses": losses} | ({"logged": logged} if logged else {}) | norms
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue to collect."""
-        self._losses = list(state["losses"])
+        record = self._progress.logged
+        record.losses, record.norms = list(state["losses"]), list(state.get("norms", ()))
         logged = state.get("logged", {})
-        self._progress.logged.scalars = {name: (total, count) for name, (total, count) in logged.items()}
+        record.scalars = {name: (total, count) for name, (total, count) in logged.items()}
 
 
 class Pictures(Callback):

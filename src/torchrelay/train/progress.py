@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.run.receipt import Tail
 from torchrelay.train.clock import Lines, Stopwatch
 from torchrelay.train.record import Logged, Record
 from torchrelay.train.step import StepResult
@@ -181,6 +182,7 @@ class Progress:
         stopwatch: of the running epoch, for people.
         last_loss: the last mean loss on record, for people.
         logged: what `tr.log` was given, except by the replicas.
+        grad_norm: of the last step, where it is computed.
         phase: what happens instead of training, such as "evaluating"; for people.
         lines: when a line of metrics is written.
     """
@@ -208,6 +210,7 @@ class Progress:
         self.evaluated_at: tuple[int, dict[str, float], float | None] = (-1, {}, None)
         self.stopwatch = Stopwatch()
         self.last_loss: float | None = None
+        self.grad_norm: Tensor | None = None
         self.phase = ""
         self._epoch_ended_at = 0
 
@@ -250,6 +253,7 @@ class Progress:
     def record(self, result: StepResult, samples: int) -> None:
         """Count a step of so many samples, and add its loss and measures to the epoch's sums."""
         self.step += 1
+        self.grad_norm = result.grad_norm
         self.stopwatch.count(samples)
         self.sums.add_loss(result.loss, result.weight)
         for measures, count in result.measures:
@@ -258,6 +262,11 @@ class Progress:
             self.sums.add_logged(logged)
         if self.lines.count(self.step):
             self.sums.read_logged()
+
+    def tail(self) -> Tail:
+        """Return the last steps, for the receipt."""
+        losses = self.logged.read_losses()
+        return Tail(losses, list(map(float, self.logged.norms)), self.skipped)
 
     def end_epoch(self) -> None:
         """Count the epoch, unless `max_steps` ended it before its last batch."""

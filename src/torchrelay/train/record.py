@@ -23,17 +23,27 @@ class Record:
     Attributes:
         scalars: of callbacks.
         media: the last value of each image, text and histogram, by kind and name.
+        losses: of the steps.
+        norms: of their gradients, where they are computed.
     """
 
     def __init__(self) -> None:
         self.scalars: Logged = {}
         self.media: dict[tuple[str, str], Any] = {}
+        self.losses: list[Tensor | float] = []
+        self.norms: list[Tensor | float] = []
 
     def take_scalars(self) -> dict[str, float]:
         """Return the means of the scalars, and forget them."""
         means = {name: float(total) / float(count) for name, (total, count) in self.scalars.items()}
         self.scalars.clear()
         return means
+
+    def read_losses(self) -> list[float]:
+        """Return the losses; from now on they and the norms are kept as numbers."""
+        losses = [float(loss) for loss in self.losses]
+        self.losses[:], self.norms[:] = losses, map(float, self.norms)
+        return losses
 
     def take_media(self) -> dict[tuple[str, str], Any]:
         """Return the last images, texts and histograms, and forget them."""

@@ -10,11 +10,9 @@ from typing import Any
 
 from torchrelay import rng
 from torchrelay.checkpoint.checkpointer import Checkpointer, CheckpointSettings
-from torchrelay.checkpoint.format import Contents, read
-from torchrelay.data.files import differences
+from torchrelay.checkpoint.format import WEIGHTS, Contents, Manifest, read
 from torchrelay.errors import Interrupted, RelayError, UsageError, intact, interrupted
 from torchrelay.models.factory import InitFromData
-from torchrelay.run import identity
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
 from torchrelay.train import recovery
@@ -74,6 +72,7 @@ class Session:
                 steps_per_epoch=state.progress.steps_per_epoch,
                 total_steps=state.progress.total_steps,
                 before_write=lambda: self.run.flush() if self.run is not None else None,
+                after_write=self._tell_receipt,
                 warn=self.say,
             )
 
@@ -135,11 +134,14 @@ class Session:
             contents = recovery.newest(self.checkpoints, self._group, self.say)
             if contents is None:
                 self.say("no checkpoint was saved yet: starting from the beginning")
-                self._rewind(0)
+                if self.run is not None:
+                    self.run.rewind(0)
         if contents is not None:
             self._restore(contents, accept_changes)
         else:
             self._begin()
+            if self.run is not None:
+                self.run.receipt.begin()
         if self.run is not None:
             self.run.write_files(self.state.files())
             self.run.write_recipe(self.record)  # which may now ask for more epochs
@@ -164,8 +166,7 @@ class Session:
         if state.train_step.device.keep_threads(threads):
             plural = "s" * (threads > 1)
             self.say(f"resuming with {threads} thread{plural} per operation, as the run began (see device.threads)")
-        if self.run is not None:
-            self._compare(self.run, contents, accept_changes)
+        changed = {} if self.run is None else state.compare(self.run, self.record, contents, accept_changes, self.say)
         groups = state.train_step.groups
         options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         state.restore(contents)
@@ -173,6 +174,8 @@ class Session:
             for group, fresh in zip(state.train_step.groups, options, strict=True):
                 group.update(fresh)
         self._rewind(contents.state["metrics_lines"])
+        if self.run is not None:
+            self.run.receipt.change(contents.step, changed)
         progress = state.progress
         # A signal before the next step must not make a regular checkpoint one of its own; and one that a signal came
         # before is saved after the evaluation, as in an undisturbed run.
@@ -182,20 +185,6 @@ class Session:
             self.say(f"the run is done: {progress.step:,} steps")
         else:
             self.say(f"resuming after step {progress.step:,} of {progress.total_steps:,}")
-
-    def _compare(self, run: RunFolder, contents: Contents, accept_changes: bool) -> None:
-        """Compare what the run was started with and what it is resumed with."""
-        # The recipe first: another seed also changes which samples are set apart for validation.
-        for change in identity.compare_recipes(run.read_recipe(), self.record, accept_changes):
-            self.say(f"changed: {change}")
-        files = self.state.files()
-        for warning in identity.compare(
-            contents.state["identity"],
-            self.state.identity(),
-            accept_changes,
-            data_changes=lambda: differences(run.read_files(), files),
-        ):
-            self.say(f"warning: {warning}")
 
     def is_due(self) -> bool:
         """Return whether a checkpoint is due after this step; set `progress.interrupted` if a signal came."""
@@ -254,6 +243,9 @@ class Session:
         self._saved_at = contents.step
         self.save_due = False
         if self.run is not None:
+            if not contents.interim:
+                self.checkpoints.wait()  # then the receipt knows the weights of the one before
+                self.run.receipt.add(contents.step, self.state.progress.tail(), weights=True)
             self.checkpoints.save(contents, training_continues=training_continues)
             paused = 1000 * (time.perf_counter() - began)
             self.run.note(f"saving after step {contents.step:,}; training paused for {paused:.1f} ms")
@@ -328,8 +320,16 @@ class Session:
         return interrupted(text, saved=saved)
 
     def _rewind(self, lines: int) -> None:
-        if self.run is not None:
+        if self.run is not None and self.checkpoints is not None:
             self.run.rewind(lines)
+            saved = self.checkpoints.manifest(self.state.progress.step)
+            weights = None if saved.is_interim else saved.files[WEIGHTS].sha256
+            self.run.receipt.rewind(saved.step, self.state.progress.tail(), weights)
+
+    def _tell_receipt(self, manifest: Manifest) -> None:
+        """Tell the receipt the hash of a checkpoint's weights; on the thread that has written it."""
+        if self.run is not None:
+            self.run.receipt.know(manifest.step, manifest.files[WEIGHTS].sha256)
 
     def say(self, text: str) -> None:
         """Write a line to the terminal and to the run's log."""

@@ -1,6 +1,6 @@
 """Step 7: everything that a checkpoint holds, collected from the parts and restored to them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from torchrelay.checkpoint.format import Contents, pack
 from torchrelay.data.batches import Batches
-from torchrelay.data.files import Marks, together
+from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
 from torchrelay.data.sources import ArraySource
 from torchrelay.data.stream_reader import StreamReader
 from torchrelay.device.device import Device, identity_of
 from torchrelay.errors import RelayError, UsageError
-from torchrelay.run.identity import Identity
+from torchrelay.run.folder import RunFolder
+from torchrelay.run.identity import Identity, compare, compare_recipes, differing
+from torchrelay.run.receipt import Change
 from torchrelay.train.callbacks import Callback
 from torchrelay.train.progress import Progress
 from torchrelay.train.step import TrainStep
@@ -151,6 +153,30 @@ class TrainingState:
             "replicas": self.batches.replicas,
             "precision": device.settings.precision,
         }
+
+    def compare(
+        self,
+        run: RunFolder,
+        record: dict[str, Any],
+        contents: Contents,
+        accept_changes: bool,
+        say: Callable[[str], None],
+    ) -> Change:
+        """Compare what a run was started with and what it is resumed with; return what changes the result.
+
+        Raises:
+            RelayError: something does, and `accept_changes` is off.
+        """
+        before, files = run.read_recipe(), self.files()
+        # The recipe first: another seed also changes which samples are set apart for validation.
+        for change in compare_recipes(before, record, accept_changes):
+            say(f"changed: {change}")
+        saved = contents.state["identity"]
+        for warning in compare(
+            saved, self.identity(), accept_changes, data_changes=lambda: differences(run.read_files(), files)
+        ):
+            say(f"warning: {warning}")
+        return differing(before, record, result=True)
 
     def files(self) -> Marks:
         """Return all files that the data comes from."""
