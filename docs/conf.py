@@ -13,7 +13,7 @@ import torchrelay
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "src" / "torchrelay"
-ROOT_PAGES = ("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md")
+ROOT_PAGES = ("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 project = "torchrelay"
 author = "The torchrelay authors"

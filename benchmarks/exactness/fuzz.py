@@ -4,7 +4,7 @@
 
 An input is a valid one with a few changes: of its structure (wrong types, missing keys, huge numbers, deep nesting) or
 of its bytes. A reader either takes it or refuses it with a `RelayError` of one line. Anything else is a finding:
-another exception, a crash, more than five seconds, more than 1 GiB of memory, a process, an import or a file that the
+another exception, a crash, more than ten seconds, more than 1 GiB of memory, a process, an import or a file that the
 input caused. Each finding names its input:
 
     python -m benchmarks.exactness.fuzz --only NAME --seed 0 --input NUMBER
@@ -36,7 +36,7 @@ from benchmarks.exactness.mutations import Form, mutated
 from torchrelay.cli import one_line
 from torchrelay.errors import RelayError
 
-SECONDS, BYTES = 5.0, 2**30  # that an input may take
+SECONDS, BYTES = 10.0, 2**30  # that an input may take
 _A_CHILD = 5_000  # inputs that a process runs before its memory starts afresh
 _M_ARENA_MAX = -8
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}

@@ -6,14 +6,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis.strategies as some
 import pytest
 import torch
+from hypothesis import given, settings
 from safetensors.torch import load_file
 
 import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint import Checkpointer, CheckpointSettings, Contents
-from torchrelay.checkpoint.format import _sha256, pack
+from torchrelay.checkpoint.format import _sha256, pack, unpack
 from torchrelay.checkpoint.retention import prune
 from torchrelay.errors import RelayError, UsageError
 
@@ -323,3 +325,23 @@ def test_a_state_too_large_to_be_read_again_is_not_written(tmp_path, monkeypatch
     with pytest.raises(RelayError, match="too many for a checkpoint: return less"):
         checkpoint.write(tmp_path, written)
     assert checkpoint.complete(tmp_path) == []
+
+
+_LEAVES = some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False) | some.text(max_size=9)
+_LEAVES |= some.integers(0, 9).map(torch.tensor)
+_TREES = some.recursive(
+    _LEAVES,
+    lambda inner: (
+        some.lists(inner, max_size=4)
+        | some.lists(inner, max_size=4).map(tuple)
+        | some.dictionaries(some.text(max_size=4).filter(lambda key: key[:1] != "$"), inner, max_size=4)
+        | some.dictionaries(some.integers(), inner, max_size=4)
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(_TREES)
+def test_any_state_survives_json(tree):
+    skeleton, tensors = pack(tree)
+    assert repr(unpack(json.loads(json.dumps(skeleton, allow_nan=False)), tensors)) == repr(tree)

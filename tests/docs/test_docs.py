@@ -26,7 +26,14 @@ from torchrelay.recipe import recipe
 ROOT = Path(__file__).parents[2]
 CHINESE = ROOT / "README.zh-CN.md", ROOT / "docs" / "zh"
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "root")
-PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *DOCS]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "README.zh-CN.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *DOCS,
+]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.DOTALL)
 
 
