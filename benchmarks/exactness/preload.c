@@ -2,7 +2,10 @@
  *
  * FAULT_FOLDER  the folder, absolute; calls for other files aren't counted
  * FAULT_PARENT  only children of the process with this id act, and not what they start in turn
- * FAULT_LOG     a file outside of the folder that gets a line "number call path" for each call
+ * FAULT_LOG     a file outside of the folder that gets a line "number call path" for each call, with tabs; a rename's also
+ *               has the old path, and a flush's the file's size
+ * FAULT_BACKUP  a folder on the same disk that gets a link, by the call's number, to each file that a call unlinks or a
+ *               rename replaces
  * FAULT_AT      the number of the call to act at, from 1; unset: none
  * FAULT_ERROR   the errno that the call returns; unset: the process is killed before the call
  */
@@ -24,8 +27,8 @@
 
 static atomic_int calls;
 
-/* Return whether this call must fail, with errno set. */
-static int fails(const char *call, const char *path) {
+/* Return whether this call must fail, with errno set; `detail` goes into the log. */
+static int fails_with(const char *call, const char *path, const char *detail) {
     const char *folder = getenv("FAULT_FOLDER");
     if (!folder || !path || strncmp(path, folder, strlen(folder))) return 0;
     const char *parent = getenv("FAULT_PARENT");
@@ -33,17 +36,25 @@ static int fails(const char *call, const char *path) {
     int number = atomic_fetch_add(&calls, 1) + 1;
     const char *log = getenv("FAULT_LOG"), *at = getenv("FAULT_AT"), *error = getenv("FAULT_ERROR");
     if (log) {
-        char line[PATH_MAX + 64];
-        int length = snprintf(line, sizeof line, "%d %s %s\n", number, call, path + strlen(folder));
+        char line[2 * PATH_MAX + 64];
+        int length = snprintf(line, sizeof line, "%d\t%s\t%s\t%s\n", number, call, path + strlen(folder), detail);
         int file = syscall(SYS_open, log, O_WRONLY | O_CREAT | O_APPEND, 0644);
         syscall(SYS_write, file, line, length);
         syscall(SYS_close, file);
+    }
+    const char *backup = getenv("FAULT_BACKUP");
+    if (backup && (!strncmp(call, "unlink", 6) || !strcmp(call, "rename"))) {
+        char kept[PATH_MAX];
+        snprintf(kept, sizeof kept, "%s/%d", backup, number);
+        syscall(SYS_link, path, kept);
     }
     if (!at || number != atoi(at)) return 0;
     if (!error) kill(getpid(), SIGKILL);
     errno = atoi(error);
     return 1;
 }
+
+static int fails(const char *call, const char *path) { return fails_with(call, path, ""); }
 
 static const char *absolute(const char *path, char *buffer) {
     if (!path || path[0] == '/') return path;
@@ -67,6 +78,13 @@ static const char *below(int descriptor, const char *path, char *buffer) {
     strncat(buffer, "/", PATH_MAX - strlen(buffer) - 1);
     strncat(buffer, path, PATH_MAX - strlen(buffer) - 1);
     return buffer;
+}
+
+static int flush_fails(const char *call, int file) {
+    char path[PATH_MAX], size[32] = "";
+    struct stat found;
+    if (!fstat(file, &found)) snprintf(size, sizeof size, "%lld", (long long)found.st_size);
+    return fails_with(call, of_descriptor(file, path), size);
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
@@ -105,15 +123,22 @@ OPENAT(openat)
 OPENAT(openat64)
 ON_FILE(ssize_t, write, (int file, const void *data, size_t size), file, (file, data, size))
 ON_FILE(ssize_t, pwrite64, (int file, const void *data, size_t size, off64_t at), file, (file, data, size, at))
-ON_FILE(int, fsync, (int file), file, (file))
-ON_FILE(int, fdatasync, (int file), file, (file))
 ON_FILE(int, ftruncate64, (int file, off64_t size), file, (file, size))
 ON_PATH(int, -1, truncate64, (const char *path, off64_t size), path, (path, size))
 ON_PATH(int, -1, mkdir, (const char *path, mode_t mode), path, (path, mode))
 ON_PATH(int, -1, rmdir, (const char *path), path, (path))
 ON_PATH(int, -1, unlink, (const char *path), path, (path))
-ON_PATH(int, -1, rename, (const char *from, const char *to), to, (from, to))
 ON_PATH(DIR *, NULL, opendir, (const char *path), path, (path))
+
+int fsync(int file) { return flush_fails("fsync", file) ? -1 : REAL(fsync)(file); }
+int fdatasync(int file) { return flush_fails("fdatasync", file) ? -1 : REAL(fdatasync)(file); }
+
+int rename(const char *from, const char *to) {
+    char old[PATH_MAX], new[PATH_MAX];
+    const char *folder = getenv("FAULT_FOLDER"), *path = absolute(from, old);
+    int below_folder = folder && !strncmp(path, folder, strlen(folder));
+    return fails_with("rename", absolute(to, new), below_folder ? path + strlen(folder) : "") ? -1 : REAL(rename)(from, to);
+}
 
 int unlinkat(int folder, const char *path, int flags) {
     char buffer[PATH_MAX];

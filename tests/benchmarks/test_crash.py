@@ -17,7 +17,7 @@ def crash(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--errors",)])
+@pytest.mark.parametrize("options", [(), ("--errors",), ("--power", "--every", "90")])
 def test_a_run_resumes_to_the_same_files_after_a_fault_at_every_thirtieth_call(options):
     done = crash("--every", "30", *options)
     assert done.returncode == 0, done.stdout + done.stderr

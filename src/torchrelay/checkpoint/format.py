@@ -12,7 +12,6 @@ that was moved aside to be replaced by another of the same step.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from torchrelay.errors import RelayError, explained, intact
+from torchrelay.run.disk import flush, flush_folder
 
 FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
@@ -178,14 +178,14 @@ def write(folder: Path, contents: Contents) -> Path:
         )
         manifest.checksum = manifest.own_checksum()
         _write_flushed(staging / "manifest.json", manifest.model_dump_json(indent=1).encode())
-        _flush_folder(staging)
+        flush_folder(staging)
         before = folder / f".{target.name}.before"
         # A checkpoint of the same step, from before a resume: rename can't replace a folder that isn't empty.
         if target.exists():
             shutil.rmtree(before, ignore_errors=True)
             target.rename(before)
         staging.rename(target)
-        _flush_folder(folder)
+        flush_folder(folder)
         shutil.rmtree(before, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -258,7 +258,7 @@ def step_of(path: Path) -> int:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     safetensors.torch.save_file(ordered, path, metadata={"format": "pt"})
-    _flush(path)
+    flush(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -295,23 +295,7 @@ def _is_too_large(content: bytes) -> bool:
 
 def _write_flushed(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Flush a folder's entries to disk; Windows can neither open a folder nor needs to."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)
 
 
 def _finite(value: float | None) -> float | None:

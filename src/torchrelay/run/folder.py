@@ -21,6 +21,7 @@ import tomli_w
 from portalocker import AlreadyLocked, LockException
 
 from torchrelay.errors import RelayError, UsageError, explained, intact
+from torchrelay.run import disk
 from torchrelay.run.lock import lock
 from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
@@ -33,7 +34,7 @@ from torchrelay.run.trackers import TensorBoard, Tracker
 _RATIO = 200  # to which a list of files may expand: theirs is below 20, and a bomb's is 1,000
 # What a run writes into its folder; a start that failed may have left some of it behind.
 _OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
-_OWN |= {"evaluation.json", "model.txt", "files.json.gz", "recipe.partial", "elastic.json", "elastic.json.partial"}
+_OWN |= {"evaluation.json", "model.txt", "files.json.gz", "elastic.json", "elastic.json.partial"}
 _OWN |= {RECEIPT}
 
 
@@ -148,10 +149,8 @@ class RunFolder:
     def write_recipe(self, record: dict[str, Any]) -> None:
         """Record what runs, in recipe.toml; from then on the folder holds a run."""
         path = self.path / "recipe.toml"
-        staging = path.with_suffix(".partial")
         with explained(f"write {path}", "no checkpoint is touched: make room or repair the disk, then start again"):
-            staging.write_text(tomli_w.dumps(record), encoding="utf-8")
-            staging.replace(path)
+            disk.write(path, tomli_w.dumps(record))
 
     def read_recipe(self) -> dict[str, Any]:
         """Return what `write_recipe` recorded."""
@@ -164,7 +163,7 @@ class RunFolder:
             with explained(f"write {path}"):
                 with gzip.open(staging, "wt", encoding="utf-8", compresslevel=1) as file:
                     json.dump(dict(marks), file)
-                staging.replace(path)
+                disk.replace(path, staging)
 
     def read_files(self) -> dict[str, str]:
         """Return what `write_files` recorded; empty if the data comes from no files."""

@@ -21,4 +21,6 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
         record = tomllib.loads(path.read_text(encoding="utf-8"))
         if wrong := [name for name, section in record.items() if not isinstance(section, dict)]:
             raise ValueError(f"'{wrong[0]}' isn't a section")
+        if "run" not in record:  # an empty file would train another run
+            raise ValueError("it has no section [run]")
     return record

@@ -15,6 +15,7 @@ from torchrelay.data.sources import ArraySource, Source
 from torchrelay.distributed.replicas import device_counts
 from torchrelay.errors import explained
 from torchrelay.models.summary import summarize
+from torchrelay.run import disk
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline
 from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric, step_line
@@ -150,7 +151,7 @@ class Pictures(Callback):
             path = run.path / "model.txt"
             try:
                 summary = summarize(trainer.model, batch.inputs[:1])
-                path.write_text(f"{summary}\n", encoding="utf-8")
+                disk.write(path, f"{summary}\n")
             except Exception as error:  # noqa: BLE001 - any model may raise anything, and no summary is worth a run
                 run.say(f"no summary of the model: {type(error).__name__}: {error}")
                 return
