@@ -1,5 +1,7 @@
 """Choosing and configuring the device; each setting trains."""
 
+import os
+import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +14,9 @@ from torch import nn
 import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.device.device import DeviceSettings, identity_of, set_up
-from torchrelay.errors import UsageError
+from torchrelay.distributed.process_group import ProcessGroup
+from torchrelay.distributed.strategy import Strategy
+from torchrelay.errors import Interrupted, UsageError
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
@@ -152,6 +156,61 @@ def test_a_compiled_model_trains_and_saves_a_plain_checkpoint(digits, quiet, tmp
     assert "compiled" in compiled.device.describe()
     log = (tmp_path / "compiled" / "log.txt").read_text()
     assert "compiled" in log
+
+
+class Endless(nn.Module):
+    """A module without parts to count, and one whose truth can't be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Net()
+
+    def __bool__(self) -> bool:
+        raise TypeError("it has no truth")
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+def test_a_model_is_never_asked_for_its_length_or_truth(digits, quiet):
+    trainer = tr.Trainer(Endless(), *digits, epochs=1, batch_size=600, terminal=quiet, device="cpu")
+    assert trainer.fit()["accuracy"] > 0
+    # dynamo compiles nothing here, but wraps the module as it would for any compiler
+    forward = torch.compile(nn.Identity(), backend="eager")
+    assert (
+        Strategy(nn.Identity(), ProcessGroup(0, 1, torch.device("cpu")), exact=True, forward=forward).module is forward
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_module_without_a_length_resumes_to_the_same_bytes(digits, quiet, tmp_path, same_runs):
+    def build(run, **options) -> tr.Trainer:
+        torch.manual_seed(0)
+        device = DeviceSettings(name="cpu", compile=True)
+        options |= {"checkpoint": tr.CheckpointSettings(every="2 steps", keep=9), "terminal": quiet}
+        return tr.Trainer(Endless(), *digits, epochs=2, batch_size=300, device=device, run=tmp_path / run, **options)
+
+    build("whole", callbacks=[StopAfter(0)]).fit()
+    stopped = build("parted", callbacks=[StopAfter(5)])
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    build("parted", callbacks=[StopAfter(0)]).resume()
+    same_runs(tmp_path / "whole", tmp_path / "parted")
+
+
+class StopAfter(tr.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer, batch, loss) -> None:
+        if trainer.step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UsageError, match=r"device\.compile needs a C\+\+ compiler"):
+        set_up(DeviceSettings(name="cpu", compile=True), exact=False)
 
 
 def listening() -> set[str]:

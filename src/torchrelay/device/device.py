@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -171,6 +172,11 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
         raise UsageError("device.precision 'fp16' isn't for the CPU: use 'bf16' or 'float32'")
     if exact and settings.benchmark:
         raise UsageError("device.benchmark gives other bits each time: leave it off, or --set run.exact=false")
+    if settings.compile and device.type == "cpu" and not _has_compiler():
+        raise UsageError(
+            "device.compile needs a C++ compiler, and there is neither g++ nor one that CXX names: install one (on "
+            "Debian: apt install g++), or leave device.compile out"
+        )
     if device.type == "cpu":
         private.keep_freed_memory()
     if settings.threads is not None:
@@ -185,6 +191,10 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
     # It would help to find reads of uninitialized memory, and costs memory traffic at each allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Device(device, settings)
+
+
+def _has_compiler() -> bool:
+    return os.name == "nt" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def _choose(name: str) -> str:

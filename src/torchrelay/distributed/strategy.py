@@ -84,7 +84,8 @@ class Strategy:
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffers = Buffers(model)
-        self._forward = forward or model
+        # A module may have a length, and a compiled one asks it for that: either is false where it is 0 or missing.
+        self._forward = model if forward is None else forward
         self._tree: GradientTree | None = None  # of the current step
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
