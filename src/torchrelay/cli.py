@@ -20,7 +20,19 @@ from torchrelay.distributed import process
 from torchrelay.distributed.failures import LaunchError, report
 from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, nearest
 
-COMMANDS = ("train", "resume", "evaluate", "predict", "recipes", "recipe", "doctor", "profile", "tune")
+COMMANDS = (
+    "train",
+    "resume",
+    "evaluate",
+    "predict",
+    "recipes",
+    "recipe",
+    "doctor",
+    "profile",
+    "tune",
+    "audit",
+    "bisect",
+)
 _FAILED = 1
 _LONGEST = 4_000  # characters of a message
 

@@ -31,6 +31,7 @@ FORMAT = 1  # raised whenever an older release can no longer read what we write
 CHECKPOINT_NAME = re.compile(r"\.?step-(\d{8,})(\.before)?")  # with a dot and a suffix: moved aside
 WEIGHTS = "model.safetensors"
 _NEEDED = {WEIGHTS, "state.safetensors", "state.json"}
+_METADATA = {"format": "pt"}  # of each file of tensors
 _INTERIM = "interim.txt"  # a file and not an entry of the manifest, whose fields earlier releases know
 # Bytes, and values that have a name or hold others; enough for a state of a million numbers, too few for a bomb.
 _LARGEST_JSON, _MOST_NESTED = 64 * 2**20, 2 * 10**6
@@ -255,9 +256,17 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    """Return the SHA-256 that the file of these weights has in a checkpoint."""
+    return hashlib.sha256(safetensors.torch.save(_ordered(weights), metadata=_METADATA)).hexdigest()
+
+
+def _ordered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+
+
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    ordered = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    safetensors.torch.save_file(ordered, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(_ordered(tensors), path, metadata=_METADATA)
     flush(path)
 
 

@@ -27,11 +27,10 @@ from torchrelay.run.metrics import Line, read_metrics
 from torchrelay.run.plots import PlotProcess
 from torchrelay.run.receipt import NAME as RECEIPT
 from torchrelay.run.receipt import Receipt
-from torchrelay.run.record import read_record
+from torchrelay.run.record import read_files, read_record
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
 
-_RATIO = 200  # to which a list of files may expand: theirs is below 20, and a bomb's is 1,000
 # What a run writes into its folder; a start that failed may have left some of it behind.
 _OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
 _OWN |= {"evaluation.json", "model.txt", "files.json.gz", "elastic.json", "elastic.json.partial"}
@@ -167,17 +166,7 @@ class RunFolder:
 
     def read_files(self) -> dict[str, str]:
         """Return what `write_files` recorded; empty if the data comes from no files."""
-        path = self.path / "files.json.gz"
-        if not path.exists():
-            return {}
-        most = _RATIO * path.stat().st_size
-        with explained(f"read {path}"), intact(path, "remove it to resume without the names of changed files"):
-            with gzip.open(path) as file:
-                content = file.read(most + 1)
-            marks = json.loads(content)
-            if len(content) > most or not isinstance(marks, dict):
-                raise ValueError("it isn't a list of files")
-        return marks
+        return read_files(self.path)
 
     def close(self) -> None:
         """Finish the plots, close the files and release the folder."""
@@ -186,7 +175,7 @@ class RunFolder:
             tracker.close()
         for file in (self.receipt, self._metrics, self._log, self._lock):
             # Each line was flushed when written; a failure was reported then.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RelayError):
                 file.close()
 
 

@@ -1,10 +1,14 @@
-"""Step 1: what recipe.toml records of a run that has started."""
+"""Step 1: what a run's folder records of its start: the recipe in recipe.toml, and the files of its data."""
 
+import gzip
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from torchrelay.errors import explained, intact
+
+_RATIO = 200  # to which a list of files may expand: theirs is below 20, and a bomb's is 1,000
 
 
 def read_record(folder: Path) -> dict[str, dict[str, Any]]:
@@ -24,3 +28,22 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
         if "run" not in record:  # an empty file would train another run
             raise ValueError("it has no section [run]")
     return record
+
+
+def read_files(folder: Path) -> dict[str, str]:
+    """Return what tells the content of each file of a run's data apart, by name; empty if there are no files.
+
+    Raises:
+        RelayError: the list can't be read, or is damaged.
+    """
+    path = folder / "files.json.gz"
+    if not path.exists():
+        return {}
+    most = _RATIO * path.stat().st_size
+    with explained(f"read {path}"), intact(path, "remove it to resume without the names of changed files"):
+        with gzip.open(path) as file:
+            content = file.read(most + 1)
+        marks = json.loads(content)
+        if len(content) > most or not isinstance(marks, dict):
+            raise ValueError("it isn't a list of files")
+    return marks

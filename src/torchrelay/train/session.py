@@ -167,12 +167,7 @@ class Session:
             plural = "s" * (threads > 1)
             self.say(f"resuming with {threads} thread{plural} per operation, as the run began (see device.threads)")
         changed = {} if self.run is None else state.compare(self.run, self.record, contents, accept_changes, self.say)
-        groups = state.train_step.groups
-        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        state.restore(contents)
-        if accept_changes:  # then the recipe's rates and decays count, not the saved ones
-            for group, fresh in zip(state.train_step.groups, options, strict=True):
-                group.update(fresh)
+        state.restore(contents, fresh_options=accept_changes)
         self._rewind(contents.state["metrics_lines"])
         if self.run is not None:
             self.run.receipt.change(contents.step, changed)

@@ -75,10 +75,20 @@ class TrainingState:
             trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
         )
 
-    def restore(self, contents: Contents) -> None:
-        """Continue from a checkpoint."""
+    def restore(self, contents: Contents, *, fresh_options: bool = False) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            contents: its contents.
+            fresh_options: whether the rates and decays of the recipe count, not the saved ones.
+        """
+        groups = self.train_step.groups
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         self.load_weights(contents)
         self.load_state_dict(contents.state)
+        if fresh_options:
+            for group, fresh in zip(self.train_step.groups, options, strict=True):
+                group.update(fresh)
         self.progress.evaluated_at = (contents.step, contents.metrics, contents.score)
 
     def load_weights(self, contents: Contents) -> None:
