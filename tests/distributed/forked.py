@@ -24,7 +24,8 @@ def forget(*libraries: str) -> None:
     for name in [*sys.modules]:
         if any(name == each or name.startswith(f"{each}.") for each in libraries):
             parent, _, own = name.rpartition(".")
-            vars(sys.modules.get(parent, sys)).pop(own if parent else "", None)
+            if parent in sys.modules:  # a parent may be forgotten already
+                vars(sys.modules[parent]).pop(own, None)
             del sys.modules[name]
 
 
