@@ -1,5 +1,7 @@
 """`torchrelay doctor`: what this machine has; and with --deep, whether a recipe's layers can be trusted on it."""
 
+import re
+
 import pytest
 
 from torchrelay.cli import main
@@ -34,6 +36,12 @@ def test_a_table_shows_what_the_machine_has(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "threads" in out
+    rates = [
+        float(rate.replace(",", "")) for rate in re.findall(r"(?:float32|bf16) products +([\d,.e+]+) GFLOP/s", out)
+    ]
+    assert len(rates) == 2
+    assert rates[0] > 0
+    assert ("slower: keep device.precision float32" in out) == (rates[1] < rates[0])
     assert "torch " in out
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from torchrelay.commands.options import add_common, code_of, terminal_of
 from torchrelay.errors import RelayError
 
 if TYPE_CHECKING:
+    import torch
+
     from torchrelay.train.layers import LayerCheck
     from torchrelay.train.trainer import Trainer
 
@@ -124,7 +127,6 @@ def findings() -> dict[str, str]:
     from torchrelay.device.device import DeviceSettings, instructions, processor_name, set_up
 
     device = set_up(DeviceSettings(), exact=True)
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return {
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "processor": f"{processor_name()}, {os.cpu_count()} cores, {instructions()}",
@@ -133,12 +135,41 @@ def findings() -> dict[str, str]:
         "CUDA": _cuda(),
         "MPS": "yes" if torch.backends.mps.is_available() else "no",
         "device.name auto": device.describe(),
-        "bf16 on the CPU": "in hardware" if has_bf16 else "emulated: keep device.precision float32",
+        **_products(device.device),
         # Loader workers hand over their batches through it.
         "shared memory": _free("/dev/shm"),  # noqa: S108
         "disk here": _free("."),
         **{name: _version(name) for name in _PACKAGES},
     }
+
+
+def _products(device: torch.device) -> dict[str, str]:
+    """Return how fast this device multiplies matrices in each precision, and what follows for `device.precision`."""
+    import torch
+
+    rates = {name: _rate(dtype, device) for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16))}
+    rows = {f"{name} products": f"{rate:.3g} GFLOP/s" for name, rate in rates.items()}
+    gain = rates["bf16"] / rates["float32"]
+    advice = f", {gain:.1f} times as fast as float32" if gain >= 1 else ", slower: keep device.precision float32"
+    return rows | {"bf16 products": rows["bf16 products"] + advice}
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Return how many GFLOP/s products of square matrices reach: of 1024 rows, of fewer where that takes too long."""
+    import torch
+
+    best = 0.0
+    for size in (128, 512, 1024):
+        one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        times, began = list[float](), time.perf_counter()
+        while len(times) < 2 or time.perf_counter() - began < 0.1:  # the first one chooses kernels
+            start = time.perf_counter()
+            (one @ other)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * size**3 / min(times) / 1e9)
+        if min(times) > 0.005:  # the next size takes up to 64 times as long
+            break
+    return best
 
 
 def _memory() -> str:
