@@ -162,12 +162,12 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
     for size in (128, 512, 1024):
         one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         times, began = list[float](), time.perf_counter()
-        while len(times) < 2 or time.perf_counter() - began < 0.1:  # the first one chooses kernels
+        while len(times) < 5 or time.perf_counter() - began < 0.15:  # the first one chooses kernels
             start = time.perf_counter()
             (one @ other)[0, 0].item()  # waits for the device
             times.append(time.perf_counter() - start)
         best = max(best, 2 * size**3 / min(times) / 1e9)
-        if min(times) > 0.005:  # the next size takes up to 64 times as long
+        if min(times) > 0.01:  # the next size takes up to 64 times as long
             break
     return best
 
