@@ -155,21 +155,17 @@ def _products(device: torch.device) -> dict[str, str]:
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Return how many GFLOP/s products of square matrices reach: of 1024 rows, of fewer where that takes too long."""
+    """Return how many GFLOP/s products of 512x512 matrices reach: the best of a quarter of a second."""
     import torch
 
-    best = 0.0
-    for size in (128, 512, 1024):
-        one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        times, began = list[float](), time.perf_counter()
-        while len(times) < 5 or time.perf_counter() - began < 0.15:  # the first one chooses kernels
-            start = time.perf_counter()
-            (one @ other)[0, 0].item()  # waits for the device
-            times.append(time.perf_counter() - start)
-        best = max(best, 2 * size**3 / min(times) / 1e9)
-        if min(times) > 0.01:  # the next size takes up to 64 times as long
-            break
-    return best
+    size = 512
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times, began = list[float](), time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < 0.25:  # the first one chooses kernels
+        start = time.perf_counter()
+        (one @ other)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / 1e9
 
 
 def _memory() -> str:
