@@ -583,3 +583,8 @@ def test_a_message_is_one_line_without_control_characters_and_of_limited_length(
     assert len(line) < 5_000
     assert line.startswith("error: digits: run.epochs should be a whole number")
     assert line.endswith("(such as epochs = 10)")
+
+
+def test_an_empty_argument_after_an_unknown_option_is_no_crash(capsys):
+    code, line = failing(["train", "digits", "--epoch", ""], capsys)
+    assert (code, "there is no option '--epoch'" in line) == (2, True)

@@ -37,6 +37,39 @@ from torchrelay.cli import one_line
 from torchrelay.errors import RelayError
 
 SECONDS, BYTES = 10.0, 2**30  # that an input may take
+# What the first rounds found.
+FOUND = (
+    (
+        "a checkpoint's state",
+        "two dozen kinds of `KeyError`, `TypeError` and the like; more than 5 s for 31 MB of `[]`",
+        "a line",
+    ),
+    ("tensors of a checkpoint", "`KeyError` for one that the state names and the file lacks", "a line"),
+    ("the number of threads in a state", "any number was taken", "a line"),
+    (
+        "recipes, a run's `recipe.toml`",
+        "`RecursionError`, 5,000 digits, text that isn't Unicode, a section that is none",
+        "a line",
+    ),
+    (
+        "`--set`",
+        "surrogates; control characters reached the terminal; messages of 100,000 characters",
+        "escaped, shortened",
+    ),
+    ("`torchrelay recipe`", "keys that need quotes were written without, so that the result wasn't TOML", "quoted"),
+    ("the command line", "`IndexError` for an empty argument after an option that there isn't", "a line"),
+    ("`files.json.gz`", "`zlib.error`, `EOFError`; a bomb of a megabyte filled a gigabyte", "a line"),
+    ("`metrics.jsonl`", "a line that is no table, or lacks its step or split", "a line"),
+    ("a cache's facts", "deep nesting; positions of missing images that are none", "it is made again"),
+    ("idx files", "a compressed file expands without a bound, and was held twice", "768 MiB at most, once"),
+    ("images", "a PostScript file named `.png` is one for Pillow, which starts Ghostscript to read it", "refused"),
+    (
+        "images",
+        "13,000 x 13,000 transparent pixels of a small file take more than 1 GiB",
+        "120 million pixels at most, in tiles",
+    ),
+    ("AVIF", "`RuntimeError` from a damaged file ended a run with `on_error=skip`", "left out"),
+)
 _A_CHILD = 5_000  # inputs that a process runs before its memory starts afresh
 _M_ARENA_MAX = -8
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect"}
@@ -166,8 +199,9 @@ class _Guard:
 
 
 def _is_text(code: Any) -> bool:
-    """Return whether code was compiled from a text; libraries write dataclasses and named tuples likewise."""
-    return code.co_filename == "<string>" and code.co_name == "<module>" and "__create_fn__" not in code.co_names
+    """Return whether code was compiled from a text; libraries that are imported late write named tuples likewise."""
+    writer = sys._getframe(2).f_code.co_name
+    return code.co_filename == "<string>" and writer not in ("namedtuple", "_create_fn")
 
 
 # ------------------------------------------------------------------------------------------------ many inputs
@@ -292,7 +326,9 @@ def page(outcomes: list[Outcome], seed: int, command: str) -> str:
         f"exception, a crash, more than {SECONDS:g} s or {BYTES // 2**20:,} MiB, code that runs, a file that is\n"
         f"written elsewhere. {machine()}; made by\n`{command}`."
     )
-    return f"{before}\n\n{markdown(head, rows)}\n" + ("\n" + "\n".join(found) + "\n" if found else "")
+    now = "\n".join(found) + "\n" if found else "Now nothing is found.\n"
+    past = "What the first rounds found, each with a test:\n\n" + markdown(("reader", "what happened", "now"), FOUND)
+    return f"{before}\n\n{markdown(head, rows)}\n\n{now}\n{past}\n"
 
 
 def main() -> None:

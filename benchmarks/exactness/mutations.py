@@ -119,7 +119,7 @@ def change_tree(chance: random.Random, tree: Tree) -> Tree:
         case 2 if isinstance(holder, dict):
             holder[chance.choice(_MARKERS)] = odd_value(chance)
         case 2 if isinstance(holder, list):
-            holder.extend([holder[key]] * chance.choice((1, 7, 1000)))
+            holder.extend([holder[key]] * chance.choice((1, 7, 1000 if len(repr(holder[key])) < 1000 else 1)))
         case 3:
             other, name = chance.choice(places)
             holder[key] = json.loads(json.dumps(other[name], default=str)) if name in _keys(other) else None

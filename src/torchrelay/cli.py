@@ -169,7 +169,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:  # argparse would name the whole program, which doesn't know a command's options
         first, given = rest[0], options.arguments[options.arguments.index(rest[0]) + 1 :]
         # Its value may have been taken for the recipe.
-        value = [given[0]] if "=" not in first and first.startswith("-") and given and given[0][0] != "-" else []
+        value = [given[0]] if "=" not in first and first.startswith("-") and given and given[0][:1] != "-" else []
         commands.choices[options.command].error(f"unrecognized arguments: {' '.join([first, *value])}")
     return options
 

@@ -181,3 +181,16 @@ def test_an_image_converted_in_tiles_has_the_pixels_of_the_whole(tmp_path, monke
         with monkeypatch.context() as patched:
             patched.setattr(image_files, "_TILE", 16)
             assert np.array_equal(read_pixels(str(path), channels), at_once)
+
+
+@pytest.mark.skipif(".avif" not in image_files.SUFFIXES, reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_file_is_unreadable_and_nothing_else(tmp_path):
+    scene(16, 16).save(tmp_path / "x.avif")
+    content, ended = (tmp_path / "x.avif").read_bytes(), set()
+    for at in range(0, len(content), 3):
+        (tmp_path / "x.avif").write_bytes(content[:at] + b"\xff\xff" + content[at + 2 :])
+        try:
+            read_pixels(str(tmp_path / "x.avif"), 3)
+        except image_files.UnreadableImageError as error:
+            ended.add(type(error.__cause__))
+    assert RuntimeError in ended

@@ -334,3 +334,8 @@ def test_toml_that_python_cannot_hold_is_refused_with_a_line(tmp_path, capsys, t
 
 def test_an_override_that_is_not_unicode_is_refused_with_a_line(capsys):
     said_of(capsys, "run.\udce6=3")
+
+
+def test_keys_that_need_quotes_are_written_so_that_they_can_be_read():
+    made = recipe.load("digits", ['model.options={"a b" = 1, "\\n" = 2, "" = {"é.x" = 3}}'])
+    assert recipe.parse(tomllib.loads(made.to_toml()), "again") == made

@@ -196,7 +196,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if value is None:
@@ -204,3 +204,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool | int | float | str):
         return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()
     return tomli_w.dumps({"v": str(value)}).removeprefix("v = ").strip()
+
+
+def _toml_key(name: str) -> str:
+    """Return a key as TOML writes it: in quotes where it has other characters than a name."""
+    return tomli_w.dumps({name: 0}).rpartition(" = ")[0]
