@@ -78,7 +78,7 @@ def pictures(tmp_path_factory) -> tuple[list[Path], list[int]]:
         ("train digits --sett run.epochs=1", "there is no option '--sett'; did you mean '--set'?"),
         ("train digits --rum=x", "there is no option '--rum'; did you mean '--run'?"),
         ("train digits more", "unrecognized arguments: more; see 'torchrelay train --help'"),
-        ("doctor --foo", "there is no option '--foo'; see 'torchrelay doctor --help'"),
+        ("recipes --foo", "there is no option '--foo'; see 'torchrelay recipes --help'"),
         ("train digit", "there is no recipe 'digit', neither a shipped one nor a file; did you mean 'digits'?"),
         ("train nothing.toml", "there is no recipe 'nothing.toml', neither a shipped one nor a file"),
         ("train digits --set run.epoch=3", "digits: unknown key 'run.epoch'; did you mean 'epochs'?"),

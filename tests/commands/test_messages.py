@@ -63,7 +63,7 @@ MESSAGES = [
     ("train digits --gpu 1", "there is no option '--gpu'; write CUDA_VISIBLE_DEVICES=1 before the command", 2),
     ("train digits --resume", "there is no option '--resume'; write torchrelay resume FOLDER", 2),
     ("train digits run.epochs=3", "unrecognized arguments: run.epochs=3; write --set run.epochs=3", 2),
-    ("doctor --epochs 3", "there is no option '--epochs'; see 'torchrelay doctor --help'", 2),
+    ("recipes --epochs 3", "there is no option '--epochs'; see 'torchrelay recipes --help'", 2),
     # keys without their section, or in another one
     ("train digits --set lr=0.1", "--set lr=0.1: write --set optimizer.lr=0.1", 2),
     ("train digits --set epochs=3", "--set epochs=3: write --set run.epochs=3", 2),

@@ -38,7 +38,7 @@ def test_good_layers_pass_in_both_memory_formats_and_random_ones_are_not_compare
     assert all(each.is_good for each in found.values())
     assert found["0"].forward < 1e-5
     assert found["0"].other_format < 1e-4
-    assert found["0"].shape == (16, 3, 8, 8)
+    assert found["0"].input_shape == (16, 3, 8, 8)
     assert found["3"].forward is None, "dropout"
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     assert all(parameter.grad is None for parameter in made.model.parameters())

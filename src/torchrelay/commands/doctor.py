@@ -90,7 +90,7 @@ def show(checks: list[LayerCheck]) -> None:
         row = (
             each.name,
             each.kind,
-            "×".join(map(str, each.shape)),
+            "×".join(map(str, each.input_shape)),
             _error(each.forward),
             _error(each.backward),
             "same" if each.twice else "DIFFERS",

@@ -84,7 +84,7 @@ class Bisection:
 
     good: Side
     bad: Side
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = field(default_factory=lambda: print)
     _starts: dict[int, Contents | None] = field(default_factory=dict)
 
     def run(self) -> str:

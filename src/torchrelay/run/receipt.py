@@ -15,7 +15,7 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchrelay.errors import RelayError, explained
 
@@ -24,7 +24,8 @@ FORMAT = 1
 Change = Mapping[str, Sequence[Any]]  # by a recipe's key, the value before and after
 
 
-class Tail(NamedTuple):
+@dataclass(frozen=True)
+class Tail:
     """The last steps of a run.
 
     Attributes:

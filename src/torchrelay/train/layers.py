@@ -33,7 +33,7 @@ class LayerCheck:
     Attributes:
         name: within the model.
         kind: its class.
-        shape: of its first input.
+        input_shape: of its first input.
         forward: error of the outputs against float64, as a part of their norm.
         backward: largest error of the gradients with respect to inputs and parameters, as a part of each one's norm.
         twice: whether a second pass, with other values in free memory, has the same bits.
@@ -44,7 +44,7 @@ class LayerCheck:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
     forward: float | None
     backward: float | None
     twice: bool
