@@ -238,6 +238,15 @@ def test_the_plots_of_a_run_are_not_blank(digits, quiet, tmp_path):
     assert all(tag in media.read_bytes() for tag in (b"pictures/first batch", b"pictures/confusion matrix"))
 
 
+def test_a_summary_that_a_failing_disk_left_out_is_made_when_the_run_is_resumed(digits, quiet, tmp_path):
+    run = tmp_path / "run"
+    build(digits, quiet, run, epochs=1).fit()
+    summary = (run / "model.txt").read_text()
+    (run / "model.txt").unlink()
+    build(digits, quiet, run, epochs=2).resume()
+    assert (run / "model.txt").read_text() == summary
+
+
 def test_the_last_evaluation_is_written_to_a_file(digits, quiet, tmp_path):
     trainer = build(digits, quiet, tmp_path / "run")
     found = trainer.fit()

@@ -141,10 +141,12 @@ class Pictures(Callback):
         if self._progress.step == 0:
             for hint in hints.at_start(self._batches, trainer.task, self._progress.total_steps):
                 trainer.say(hint)
-        if run is None or self._progress.step > 0:
+        resumed = self._progress.step > 0
+        if run is None or (resumed and not self._lacks_summary(run)):
             return
         batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline
-        run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        if not resumed:
+            run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
         if self._evaluator.collective_forward:
             run.say("no summary of the model: its weights are divided over several processes")
         elif isinstance(batch.inputs, Tensor):
@@ -160,6 +162,11 @@ class Pictures(Callback):
                 f"{summary.activation_bytes / 2**20:.2f} MiB of activations; {summary.trainable:,} parameters are "
                 f"trained (layers in {path})"
             )
+
+    def _lacks_summary(self, run: RunFolder) -> bool:
+        """Return whether a resumed run has no summary and can make one: the disk may have failed when it began."""
+        can = self._batches.stream is None and not self._evaluator.collective_forward
+        return can and not (run.path / "model.txt").exists()
 
     def on_epoch(self, trainer: Training, epoch: int, values: dict[str, float]) -> None:  # noqa: ARG002
         """Say once that the loss is absurd; redraw the curves now and then; the last epoch's are drawn by `on_end`."""
