@@ -17,7 +17,7 @@ if sys.platform.startswith("linux"):
     from benchmarks.exactness.targets import TARGETS
     from torchrelay.errors import RelayError
 
-INPUTS = 150
+INPUTS = 80
 
 
 @pytest.mark.parametrize("name", TARGETS)

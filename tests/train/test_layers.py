@@ -1,5 +1,6 @@
 """Each layer of a model is tried alone: what computes wrongly, or otherwise the second time, is found."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ def test_a_layer_is_found_that_is_wrong_or_differs_the_second_time():
     assert found["2"].forward > 0.1
 
 
+@pytest.mark.slow
 def test_the_gradients_of_a_compiled_model_are_compared():
     torch.manual_seed(0)
     made = trainer(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 8))

@@ -154,6 +154,9 @@ class Pictures(Callback):
             try:
                 summary = summarize(trainer.model, batch.inputs[:1])
                 disk.write(path, f"{summary}\n")
+            except OSError as error:
+                run.say(f"warning: {path} can't be written ({error.strerror}): the next resume does it")
+                return
             except Exception as error:  # noqa: BLE001 - any model may raise anything, and no summary is worth a run
                 run.say(f"no summary of the model: {type(error).__name__}: {error}")
                 return
