@@ -80,10 +80,12 @@ def test_vae_learns_and_shows_new_digits(tmp_path, start):
     assert {"reconstruction", "divergence"} <= lines[-1].keys()
 
 
+@pytest.mark.slow
 def test_siamese_separates_equal_from_different_pairs(tmp_path, start):
     assert called(start, "siamese", "main(epochs=1)", tmp_path) > 0.75
 
 
+@pytest.mark.slow
 def test_gan_generates_images_with_the_mean_of_the_data(tmp_path, start):
     assert called(start, "gan", "main(epochs=4)", tmp_path) < 0.25
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_the_digits_recipe_agrees_with_the_hand_written_loop_to_the_last_bit(start, tmp_path):
     out = tmp_path / "table.md"
     done = start("--epochs", "2", "--out", out, module="benchmarks.exactness.agreement", folder=ROOT).done()

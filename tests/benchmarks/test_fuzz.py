@@ -47,7 +47,7 @@ PLANTED = {
     "KeyError": lambda folder: {}["step"],
     "more than 0.3 s": lambda folder: time.sleep(5),
     "more than 0.3 s, in a loop": lambda folder: all(True for _ in iter(int, 1)),
-    "memory": lambda folder: b"1" * (2**30 + 2**28),
+    "memory": lambda folder: b"1" * (2**31 + 2**28),
     "Forbidden: an input ran code": lambda folder: subprocess.run(["true"], check=True),
     "Forbidden: an input ran code: eval": lambda folder: eval("[].append(1)", {}),  # noqa: S307
     "Forbidden: an input wrote a file": lambda folder: (folder / ".." / ".." / "elsewhere").write_text("x"),

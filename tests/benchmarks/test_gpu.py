@@ -175,6 +175,7 @@ def images(tmp_path) -> Images:
     return Images(tmp_path / "photographs", "image-folder", tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_script_is_killed_after_its_runs(tmp_path, images):
     assert records.beside_on(images, script(tmp_path), 3, 60) == [Run(0.25 + n / 1e4, n + 2.5) for n in range(3)]
 
@@ -186,6 +187,7 @@ def test_a_slow_or_failing_script_is_reported(tmp_path):
         records.beside(script(tmp_path, loading="open('cifar10/train.pt')"), tmp_path, 3, 60)
 
 
+@pytest.mark.slow
 def test_the_records_table_compares_our_times_with_the_scripts(tmp_path, images, monkeypatch):
     monkeypatch.setattr(
         records, "OURS", {"cifar10-94": ("run.epochs=1",), "cifar10-94, broken": ("model.name=nothing",)}

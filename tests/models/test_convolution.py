@@ -108,6 +108,7 @@ def test_a_frozen_weight_and_an_evaluation_need_no_product(products):
     assert not products
 
 
+@pytest.mark.slow
 def test_the_fast_network_trains_with_it_and_resumes_exactly(products, quiet, tmp_path):
     images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, steps in (("whole", None), ("resumed", 1), ("resumed", None)):
