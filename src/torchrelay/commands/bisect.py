@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     from torchrelay.recipe.bisect import Bisection
 
     good, bad = (_side(folder, options.code) for folder in (options.good, options.bad))
-    print(f"verdict: {Bisection(good, bad).run()}")
+    print(f"verdict: {Bisection(good, bad, print).run()}")
 
 
 def _side(folder: Path, code: list[Path]) -> "Side":

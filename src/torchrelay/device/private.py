@@ -1,7 +1,7 @@
 """Calls that PyTorch and the C library don't document as public, all in one place, each with what it gains.
 
 Everything else uses public functions only. Each call here falls back to a public one, or does nothing, where it is
-missing. docs/decisions.md has the measurements.
+missing. docs/explanation/decisions.md has the measurements.
 """
 
 import ctypes
@@ -36,18 +36,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, TypeError, OSError):  # another C library
         return False
     return not configured and all((mallopt(_MMAP_THRESHOLD, _LARGEST), mallopt(_TRIM_THRESHOLD, _KEPT)))
-
-
-def fill_free_memory(byte: int, size: int, device: torch.device) -> None:
-    """Leave a value in so many bytes of the memory that the allocator will hand out next, in blocks of all sizes.
-
-    Nothing of it is sure: it depends on the allocator's own order. On the CPU it needs `keep_freed_memory`.
-    """
-    sizes = [2**power for power in range(8, max(size, 256).bit_length())]
-    share = size // len(sizes)
-    counts = {each: min(max(share // each, 1), 64) for each in sizes}
-    blocks = [torch.full((n,), byte, dtype=torch.uint8, device=device) for n in sizes for _ in range(counts[n])]
-    blocks.clear()
 
 
 def use_deterministic_algorithms(deterministic: bool, compiles: bool) -> None:

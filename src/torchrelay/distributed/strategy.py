@@ -84,7 +84,7 @@ class Strategy:
         self.exact = exact
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffers = Buffers(model)
-        # A module may have a length, and a compiled one asks it for that: either is false where it is 0 or missing.
+        # Not `forward or model`: a module's truth is its length, which may be 0 or missing.
         self._forward = model if forward is None else forward
         self._tree: GradientTree | None = None  # of the current step
 

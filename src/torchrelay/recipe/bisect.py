@@ -84,7 +84,7 @@ class Bisection:
 
     good: Side
     bad: Side
-    say: Callable[[str], None] = field(default_factory=lambda: print)
+    say: Callable[[str], None]
     _starts: dict[int, Contents | None] = field(default_factory=dict)
 
     def run(self) -> str:

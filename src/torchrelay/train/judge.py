@@ -1,4 +1,4 @@
-"""Step 7: when to evaluate, which evaluation is the best, and what people are told of it."""
+"""Step 7: what is tried before the first step, when to evaluate, which evaluation is best, and what people are told."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torchrelay import rng
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device
-from torchrelay.device.private import fill_free_memory
 from torchrelay.tasks.task import loss_and_outputs
 from torchrelay.train.record import log
-from torchrelay.train.self_check import FILLINGS, unchanged
+from torchrelay.train.self_check import FILLINGS, fill_free_memory, unchanged
 from torchrelay.train.step import TrainStep
 
 # The largest errors that rounding explains, as a part of the norm of a tensor.

@@ -1,8 +1,8 @@
 """Step 7: the self-check: are the gradients of one batch the same twice, before a run stands on them?
 
 Deterministic mode refuses the kernels that are known to vary. It can't know of a kernel that reads memory which it
-didn't write; PyTorch 2.15 has one (docs/evidence/kernels.md). So a run computes the gradients of its first batch
-twice, with other values in the allocator's free memory each time.
+didn't write; PyTorch 2.15 is reported to have one (docs/evidence/kernels.md). So a run computes the gradients of its
+first batch twice, with other values in the allocator's free memory each time.
 """
 
 import time
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchrelay import rng
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import has_only_avx2
-from torchrelay.device.private import fill_free_memory
 from torchrelay.errors import RelayError
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.task import Task, held_modules, loss_and_outputs, total
@@ -129,6 +128,18 @@ def _remedy(train_step: TrainStep) -> str:
         "from a random generator of its own (torchrelay doctor --deep RECIPE tries each layer alone); run.exact=false "
         "trains all the same"
     )
+
+
+def fill_free_memory(byte: int, size: int, device: torch.device) -> None:
+    """Leave a value in so many bytes of the memory that the allocator will hand out next, in blocks of all sizes.
+
+    Nothing of it is sure: it depends on the allocator's own order. On the CPU it needs `keep_freed_memory`.
+    """
+    sizes = [2**power for power in range(8, max(size, 256).bit_length())]
+    share = size // len(sizes)
+    counts = {each: min(max(share // each, 1), 64) for each in sizes}
+    blocks = [torch.full((n,), byte, dtype=torch.uint8, device=device) for n in sizes for _ in range(counts[n])]
+    blocks.clear()
 
 
 @contextmanager
