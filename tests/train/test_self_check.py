@@ -55,9 +55,9 @@ class Root(nn.Module):
         return (inputs - inputs).sqrt() + inputs
 
 
-def trainer(*layers: nn.Module, **options) -> tr.Trainer:
+def trainer(*layers: nn.Module, samples: int = 96, **options) -> tr.Trainer:
     generator = torch.Generator().manual_seed(0)
-    data = torch.randn(96, 64, generator=generator), torch.randint(10, (96,), generator=generator)
+    data = torch.randn(samples, 64, generator=generator), torch.randint(10, (samples,), generator=generator)
     torch.manual_seed(0)
     first = nn.Linear(64, 64)
     return tr.Trainer(nn.Sequential(first, nn.ReLU(), *layers), data, epochs=1, batch_size=32, device="cpu", **options)
@@ -85,9 +85,10 @@ def test_a_rollback_is_left_to_skip_a_gradient_that_is_not_finite(tmp_path):
 def test_a_run_that_is_not_exact_goes_on_where_last_bits_differ_and_is_warned_of_garbage(capsys):
     settings = tr.RunSettings(exact=False)
     for function, warned in ((Varying, False), (Unwritten, True)):
-        unchecked = trainer(Planted(function), nn.ReLU(), nn.Linear(32, 10), settings=settings)
+        # One step: garbage in the weights may make the loss of a second one nan.
+        unchecked = trainer(Planted(function), nn.ReLU(), nn.Linear(32, 10), settings=settings, samples=32)
         unchecked.fit()
-        assert unchecked.step == 3
+        assert unchecked.step == 1
         assert ("warning: the gradient of 2.weight" in capsys.readouterr().out) == warned
 
 
