@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 import torchrelay as tr
 from torchrelay.errors import RelayError
-from torchrelay.train.self_check import kernels_of, unchanged
+from torchrelay.train.self_check import Comparison, kernels_of, unchanged
 
 
 class Unwritten(torch.autograd.Function):
@@ -209,3 +210,30 @@ def test_a_convolution_that_corrupts_memory_is_refused_before_it_computes(monkey
     with pytest.raises(RelayError, match=r"^0 is Conv2d\(3, 8, .*set device\.channels_last=false"):
         fit(channels_last=True)
     assert fit(channels_last=False).step == 2
+
+
+def test_a_sparse_gradient_is_compared_too():
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(50, 8, sparse=True), nn.Linear(8, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.last(self.table(inputs).mean(1))
+
+    data = torch.arange(480).reshape(96, 5) % 50, torch.arange(96) % 3
+    plain = tr.optim.SGD(lr=0.1, momentum=0, weight_decay=0)
+    trained = tr.Trainer(Words(), data, epochs=1, batch_size=32, device="cpu", optimizer=plain)
+    trained.fit()
+    assert trained.step == 3
+
+
+def test_a_comparison_lets_go_of_each_gradient_as_soon_as_its_second_one_is_known():
+    comparison, again = Comparison(exact=True), torch.ones(2)
+    for name in ("last", "first"):
+        comparison.take(name, torch.ones(2))
+    first = weakref.ref(comparison._first["last"])
+    comparison.take("last", again)
+    assert first() is None
+    comparison.take("first", torch.zeros(2))
+    assert (comparison.other, comparison.not_finite) == ("first", "")

@@ -6,8 +6,9 @@ first batch twice, with other values in the allocator's free memory each time.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,19 +55,56 @@ def self_check(train_step: TrainStep, batch: Batch, step: int, *, exact: bool = 
     began = time.perf_counter()
     for update in train_step.updates:
         with alone(update, train_step.updates) if len(train_step.updates) > 1 else nullcontext():
+            comparison = Comparison(exact)
             try:
-                passes = [_pass(train_step, update, first, step, filling) for filling in FILLINGS]
+                losses = [_pass(train_step, update, first, step, filling, comparison.take) for filling in FILLINGS]
             except Exception as error:  # noqa: BLE001 - the first step meets it too, and names its sample
                 return f"self-check: left out, after {type(error).__name__}: {error}"
-        _compare(train_step, passes, exact)
+        if all(loss.isfinite() for loss, _ in losses):  # otherwise it's a loss spike, which the step sees
+            _judge(train_step, comparison, *losses[0])
     took = 1000 * (time.perf_counter() - began)
     return f"self-check: the first batch's gradients are the same twice ({took:.0f} ms)"
 
 
-Pass = tuple[Tensor, dict[str, tuple[Tensor, str]]]  # the loss; by parameter, its gradient and its kernel
+class Comparison:
+    """Compares the gradients of two passes, each as soon as it is known: one set is held, and shrinks.
+
+    Args:
+        exact: whether their bits must be the same.
+    """
+
+    def __init__(self, exact: bool) -> None:
+        self.other = ""  # the first parameter whose gradient is other the second time
+        self.not_finite = ""  # the first one whose gradient isn't finite
+        self._exact = exact
+        self._first: dict[str, Tensor] = {}
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Keep a gradient of the first pass, or compare one of the second.
+
+        Gradients come from the last layer to the first, so the first one that is wrong is where it begins.
+        """
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        before = self._first.pop(name, None)
+        if before is None:
+            self._first[name] = gradient
+            self.not_finite = self.not_finite or name * (not gradient.isfinite().all())
+        elif not self.other and not self._are_same(before, gradient):
+            self.other = name
+
+    def _are_same(self, first: Tensor, second: Tensor) -> bool:
+        if torch.equal(first, second):
+            return True
+        first, second = first.nan_to_num(), second.nan_to_num()
+        if self._exact:
+            return torch.equal(first, second)
+        return bool((first - second).abs().max() <= _GROSS * torch.maximum(first.abs(), second.abs()).max())
 
 
-def _pass(train_step: TrainStep, update: Update, batch: Batch, step: int, filling: int) -> Pass:
+def _pass(
+    train_step: TrainStep, update: Update, batch: Batch, step: int, filling: int, take: Callable[[str, Tensor], None]
+) -> tuple[Tensor, dict[str, str]]:
+    """Compute a batch's gradients and hand each on by name; return the loss, and each parameter's kernel."""
     model, task, device = train_step.strategy.model, train_step.task, train_step.device
     named = {name: each for name, each in model.named_parameters() if each.requires_grad}
     with unchanged(model, task), rng.kept(device.device), log.muted():
@@ -75,36 +113,32 @@ def _pass(train_step: TrainStep, update: Update, batch: Batch, step: int, fillin
         with device.autocast():
             loss = total(loss_and_outputs(task, train_step.model, batch, update.name)[0], task)
         kernels = kernels_of(loss, named)
-        gradients = torch.autograd.grad(loss / batch.samples, list(named.values()), allow_unused=True)
-    found = {name: each for name, each in zip(named, gradients, strict=True) if each is not None}
-    return loss.detach(), {name: (each, kernels.get(name, "unknown")) for name, each in found.items()}
+        hooks = [each.register_hook(partial(_hand_on, take, name)) for name, each in named.items()]  # type: ignore[no-untyped-call]
+        try:
+            torch.autograd.grad(loss / batch.samples, list(named.values()), allow_unused=True)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return loss.detach(), kernels
 
 
-def _compare(train_step: TrainStep, passes: list[Pass], exact: bool) -> None:
-    (loss, first), (again, second) = passes
-    if not (loss.isfinite() and again.isfinite()):
-        return  # a loss spike, which the step sees
+def _hand_on(take: Callable[[str, Tensor], None], name: str, gradient: Tensor) -> Tensor:
+    """Hand a gradient on, and return one in its place that takes no memory."""
+    take(name, gradient)
+    return gradient.new_zeros(()).expand(gradient.shape)
+
+
+def _judge(train_step: TrainStep, comparison: Comparison, loss: Tensor, kernels: dict[str, str]) -> None:
     here = f"{train_step.device.describe()}; torch {torch.__version__}"
-    # Gradients go from the last layer to the first, so the last one that is wrong is where it begins.
-    for name, (gradient, kernel) in reversed(first.items()):
-        other = second[name][0]
-        if not _are_same(gradient.nan_to_num(), other.nan_to_num(), exact):
-            raise RelayError(
-                f"the gradient of {name} (by {kernel}; {here}) isn't the same twice for the same batch: "
-                f"{_remedy(train_step)}"
-            )
-        if not gradient.isfinite().all() and not train_step.watch_norm:
-            raise RelayError(
-                f"the gradient of {name} (by {kernel}; {here}) isn't finite in the first batch, though the loss is "
-                f"{loss.item():.4g}: look for a root of 0 or a division by 0 after that layer; otherwise "
-                f"{_remedy(train_step)}"
-            )
-
-
-def _are_same(first: Tensor, second: Tensor, exact: bool) -> bool:
-    if torch.equal(first, second):
-        return True
-    return not exact and bool((first - second).abs().max() <= _GROSS * torch.maximum(first.abs(), second.abs()).max())
+    name = comparison.other or comparison.not_finite
+    where = f"the gradient of {name} (by {kernels.get(name, 'unknown')}; {here})"
+    if comparison.other:
+        raise RelayError(f"{where} isn't the same twice for the same batch: {_remedy(train_step)}")
+    if comparison.not_finite and not train_step.watch_norm:
+        raise RelayError(
+            f"{where} isn't finite in the first batch, though the loss is {loss.item():.4g}: look for a root of 0 or a "
+            f"division by 0 after that layer; otherwise {_remedy(train_step)}"
+        )
 
 
 def _refuse_overrun(train_step: TrainStep) -> None:
