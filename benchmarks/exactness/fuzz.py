@@ -14,6 +14,7 @@ shows the traceback. Inputs run in processes that are forked from this one, whos
 
 import argparse
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -251,6 +252,7 @@ def _child(
     """Run some inputs and end this process."""
     code = 1
     try:
+        gc.freeze()  # what is imported isn't searched, and so copied, for each deep nesting
         guard = _confined(results.parent)
         found = results.open("a", buffering=1)
         taken = refused = 0

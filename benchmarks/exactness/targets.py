@@ -8,7 +8,8 @@ import json
 import struct
 import tomllib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from torchrelay import cli
 from torchrelay.checkpoint import retention
 from torchrelay.checkpoint.format import Manifest, read
 from torchrelay.commands.options import recipe_of_run
+from torchrelay.data import cache as image_cache
+from torchrelay.data import folder as image_folder
 from torchrelay.data import image_files
 from torchrelay.data.builtin import read_idx
 from torchrelay.data.files import differences
 from torchrelay.data.image_files import fitted, looks_like_image, read_pixels
+from torchrelay.data.listing import find
 from torchrelay.errors import RelayError
 from torchrelay.models.weights import read_weights
 from torchrelay.recipe import recipe, shipped
@@ -46,6 +50,10 @@ QUIET = Terminal(quiet=True)
 
 def _nothing(*_: object) -> None:
     """Ignore a message."""
+
+
+def _refuse(message: str) -> None:
+    raise RelayError(message)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -93,8 +101,7 @@ def manifest(folder: Path) -> Target:
         (path / "manifest.json").write_bytes(data)
         retention.find(checkpoints, "best")
         retention.prune(checkpoints, 9, 9)
-        retention.newest(checkpoints, _nothing)
-        return read(path)
+        return retention.newest(checkpoints, _refuse)  # rather than read the intact one before it
 
     return Target(feed, corpus, Form(json.loads, lambda tree: write_json(_sign(tree))))
 
@@ -263,14 +270,12 @@ def cache(folder: Path) -> Target:
         (folder / name).mkdir(parents=True)
         for number in range(2):
             Image.fromarray(_pixels(number, "RGB", 4)).save(folder / name / f"{number}.png")
-    caches = folder.parent / "files-caches"
-
-    def load() -> tr.data.ArraySource:
-        source = tr.data.image_folder(folder, size=4, cache_dir=caches, test_share=0.5, log=_nothing)[0]
-        assert isinstance(source, tr.data.ArraySource)  # noqa: S101 - the images are decoded
-        return source
-
-    whole = load()
+    caches, images = folder.parent / "files-caches", find(folder).for_training()[0]
+    decode_images = image_folder.decoder((4, 4), 3, True, caches, "stop", 0, _nothing)
+    # A damaged cache is made again; starting threads would take most of the time.
+    for module in (image_cache, image_folder):
+        setattr(module, "ThreadPoolExecutor", _AtOnce)  # noqa: B010 - the modules don't export it
+    whole = decode_images(images)
     built = next(path for path in caches.iterdir() if path.is_dir())
     names = ("facts.json", "marks.txt")
     corpus = [bytes((number,)) + (built / name).read_bytes() for number, name in enumerate(names)]
@@ -278,7 +283,7 @@ def cache(folder: Path) -> Target:
     def encode(tree: Tree) -> bytes:
         if isinstance(tree, dict) and "shape" in tree:
             facts = {key: value for key, value in tree.items() if key != "checksum"}
-            tree = facts | {"checksum": tr.data.cache.key_of(facts)}
+            tree = facts | {"checksum": image_cache.key_of(facts)}
         return b"\0" + write_json(tree)
 
     def decode(data: bytes) -> Tree:
@@ -286,12 +291,19 @@ def cache(folder: Path) -> Target:
 
     def feed(data: bytes) -> object:
         (built / names[data[0] % 2 if data else 0]).write_bytes(data[1:])
-        source = load()
+        source = decode_images(images)
         if not torch.equal(source.inputs, whole.inputs) or not torch.equal(source.targets, whole.targets):
             raise AssertionError("other images")
         return source
 
     return Target(feed, corpus, Form(decode, encode))
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """An executor that does what it is given at once, without a thread."""
+
+    def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], **_: Any) -> Iterator[Any]:
+        return map(fn, *iterables)
 
 
 def _pixels(seed: int, mode: str, side: int) -> np.ndarray[Any, Any]:

@@ -10,8 +10,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -144,7 +144,9 @@ def _meant(name: str, value: str) -> str:
     return f"; {meant}" if (meant := recipe.meant(name, value)) else ""
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+@cache
+def _parsers() -> tuple[_Parser, Mapping[str, _Parser]]:
+    """Return the program's parser, and each command's."""
     parser = _Parser(
         prog="torchrelay",
         description="Train networks with PyTorch: a loop that you can read, exact resume, fast by default.",
@@ -163,6 +165,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         )
         module.add_options(command)
         command.set_defaults(execute=module.run)
+    return parser, commands.choices
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser, commands = _parsers()
     options, rest = parser.parse_known_args(arguments)
     # The processes of `--devices` run the same command line.
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -170,7 +177,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         first, given = rest[0], options.arguments[options.arguments.index(rest[0]) + 1 :]
         # Its value may have been taken for the recipe.
         value = [given[0]] if "=" not in first and first.startswith("-") and given and given[0][:1] != "-" else []
-        commands.choices[options.command].error(f"unrecognized arguments: {' '.join([first, *value])}")
+        commands[options.command].error(f"unrecognized arguments: {' '.join([first, *value])}")
     return options
 
 
