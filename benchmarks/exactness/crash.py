@@ -1,16 +1,17 @@
-"""Kill a run, or let a call fail, at each of its file-system calls; then resume it and compare its files.
+"""Kill a process, or let a call fail, at each of its file-system calls; then go on and compare the files.
 
-    python -m benchmarks.exactness.crash [--every N] [--errors | --power] [--out docs/evidence/crash.md]
+    python -m benchmarks.exactness.crash [--only run] [--fault kill] [--every N] [--out docs/evidence/crash.md]
 
-A small run of the digits saves every ten steps. A library that is loaded before the C library counts its calls that
-touch the run folder: open, write, flush, rename, delete. At each of them, in a run of its own, the process is killed
-(SIGKILL), or with `--errors` the call fails with EIO. With `--power` the machine loses power there: what wasn't flushed
-is cut off or zeroed, and names whose folder wasn't flushed are lost (`power.py`). Then the run is resumed (or started,
-where it hadn't begun), and its checkpoints, metrics and charts are compared byte for byte with those of an undisturbed
-run.
+A small run of the digits saves every ten steps; another process decodes images into a cache (`subjects.py`). A library
+that is loaded before the C library counts the calls that touch the folder: open, write, flush, rename, delete. At each
+of them, in a process of its own, the process is killed (SIGKILL), or the call fails with EIO, or the machine loses
+power: what wasn't flushed is cut off or zeroed, and names whose folder wasn't flushed are lost (`power.py`). Then the
+run is resumed, or started where it hadn't begun, and its checkpoints, metrics and charts are compared byte for byte
+with those of an undisturbed run; likewise the cache.
 
-An error must end the run with one line that names a file, or be survived with a warning; its text is kept. Linux only;
-it needs a C compiler.
+An error must end the process with one line that names a file, or be survived with a warning; its text is kept. The
+processes are forks of this one, which has imported all they need: the source may change meanwhile. They run in a
+folder without a git repository, whose commit a run would record. Linux only; it needs a C compiler.
 """
 
 import argparse
@@ -22,25 +23,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.exactness.kill import differences
 from benchmarks.exactness.power import LOSSES, lose, read_log
 from benchmarks.measure import machine
 from benchmarks.page import markdown
 
+if TYPE_CHECKING:
+    from benchmarks.exactness.subjects import Subject
+
 LIBRARY = Path(__file__).with_name("preload.c")
-SETS = ("run.epochs=2", 'checkpoint.every="10 steps"', "model.options.widths=[4,8]", "data.batch_size=128")
-
-WHAT = {"kill": "the process is killed", "errors": "a call fails with EIO", "power": "the power fails, in three ways"}
-
-# Nothing is lost where these fail: a note in the lock, a folder that exists, a manifest that the next save reads again.
-HARMLESS = re.compile(
-    r"(ftruncate64|write) /lock|mkdir /(checkpoints|tensorboard)|open64 /checkpoints/step-\d+/manifest.json"
-)
+FAULTS = {"kill": "the process is killed", "error": "the call fails with EIO", "power": "the power fails, in 3 ways"}
 
 
 @dataclass
@@ -52,12 +49,18 @@ class Point:
         ended: the exit code, minus the signal's number where a signal ended it.
         said: what it wrote to standard error.
         differs: the files that differ from an undisturbed run's in the end.
+        is_explained: whether an error ended in one line that names a file, or was survived.
     """
 
     call: str
     ended: int
     said: str
     differs: list[str]
+    is_explained: bool = True
+
+    @property
+    def is_wrong(self) -> bool:
+        return bool(self.differs) or not self.is_explained
 
 
 def build(folder: Path) -> Path:
@@ -67,77 +70,90 @@ def build(folder: Path) -> Path:
     return library
 
 
-def command(arguments: Sequence[str], folder: Path, faults: Mapping[str, str]) -> tuple[int, str]:
-    """Run a command of torchrelay in a fork of this process; return how it ended and its standard error."""
-    errors = folder / "stderr.txt"
+def in_child(act: Callable[[Path], int], target: Path, faults: Mapping[str, str]) -> tuple[int, str]:
+    """Do something in a fork of this process; return how it ended and its standard error."""
+    errors = target.parent / "stderr.txt"
     if (child := os.fork()) == 0:
         code = 1
         try:
-            code = _child(arguments, errors, faults)
+            os.chdir(target.parent)
+            for number, path in ((1, os.devnull), (2, str(errors))):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+            os.environ.update({"FAULT_PARENT": str(os.getppid()), **faults})
+            code = act(target)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
+            sys.stderr.flush()
             os._exit(code)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), errors.read_text()
 
 
-def _child(arguments: Sequence[str], errors: Path, faults: Mapping[str, str]) -> int:
-    from torchrelay import cli
+class Attack:
+    """Faults of one kind at each call of a subject.
 
-    for number, path in ((1, os.devnull), (2, str(errors))):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
-    os.environ.update({"FAULT_PARENT": str(os.getppid()), **faults})
-    try:
-        return cli.main(list(arguments))
-    except SystemExit as end:
-        return int(end.code or 0)
+    Args:
+        subject: what is attacked.
+        fault: one of `FAULTS`.
+        target: the folder that the subject makes, in an empty one.
+    """
 
+    def __init__(self, subject: "Subject", fault: str, target: Path) -> None:
+        self.subject, self.fault, self.target = subject, fault, target
+        self.log, self.backup = target.parent / "calls.txt", target.parent / "backup"
+        self.undisturbed = target.parent / "undisturbed"
 
-def train(run: Path, folder: Path, faults: Mapping[str, str]) -> tuple[int, str]:
-    """Train a new run, or resume it where it has begun."""
-    if (run / "recipe.toml").exists():
-        return command(["resume", str(run), "--quiet"], folder, faults)
-    sets = [argument for setting in SETS for argument in ("--set", setting)]
-    return command(["train", "digits", "--run", str(run), "--quiet", *sets], folder, faults)
+    def points(self, every: int) -> Iterator[Point]:
+        """Strike at each call, or at each `every`-th, and yield what happened."""
+        code, said = in_child(self.subject.act, self.target, self._faults())
+        if code:
+            raise SystemExit(f"what isn't disturbed failed: {said}")
+        self.target.rename(self.undisturbed)
+        calls = len(read_log(self.log))
+        print(f"{self.target.name}, {self.fault}: {calls} calls", flush=True)
+        for number in range(1, calls + 1, every):
+            for loss in LOSSES if self.fault == "power" else ("",):
+                point = self._at(number, loss)
+                print(f"{number:>4} {point.call}: {point.ended} {point.said.strip()} {point.differs}", flush=True)
+                yield point
 
+    def _faults(self) -> dict[str, str]:
+        return {"FAULT_FOLDER": str(self.target), "FAULT_LOG": str(self.log), "FAULT_BACKUP": str(self.backup)}
 
-def points(folder: Path, every: int, kind: str) -> Iterator[Point]:
-    """Kill, fail or lose power at each call, or at each `every`-th, and yield what happened."""
-    undisturbed, log = folder / "undisturbed", folder / "calls.txt"
-    run = folder / "run"
-    code, said = train(run, folder, {"FAULT_FOLDER": str(run), "FAULT_LOG": str(log)})
-    if code:
-        raise SystemExit(f"the undisturbed run failed: {said}")
-    run.rename(undisturbed)
-    calls = len(read_log(log))
-    print(f"{calls} calls", flush=True)
-    for number in range(1, calls + 1, every):
-        for loss in LOSSES if kind == "power" else ("",):
-            point = _at(number, kind, loss, folder)
-            print(f"{number:>4} {point.call}: {point.ended} {point.said.strip()} {' '.join(point.differs)}", flush=True)
-            yield point
+    def _at(self, number: int, loss: str) -> Point:
+        """Run into a fault at a call, go on, and return what happened."""
+        for path in (self.target, self.backup):
+            shutil.rmtree(path, ignore_errors=True)
+        self.backup.mkdir()
+        self.log.write_text("")
+        faults = self._faults() | {"FAULT_AT": str(number)}
+        if self.fault == "error":
+            faults["FAULT_ERROR"] = str(errno.EIO)
+        ended, said = in_child(self.subject.act, self.target, faults)
+        said += "\n".join(warned(self.target))
+        calls = read_log(self.log)
+        if loss:
+            lose(self.target, calls[: number - 1], self.backup, loss)
+        again, complaint = in_child(self.subject.act, self.target, {})
+        differs = [f"going on failed: {complaint.strip()}"]
+        if not again:
+            differs = self.subject.differences(self.undisturbed, self.target)
+        # Two threads write, so this run's calls aren't quite in the order of the undisturbed one's.
+        name = f"{calls[number - 1].name} {calls[number - 1].path}" if number <= len(calls) else "none"
+        point = Point(_plain(name) + f" ({loss})" * bool(loss), ended, said, differs)
+        point.is_explained = self.fault != "error" or self._is_explained(point)
+        return point
 
-
-def _at(number: int, kind: str, loss: str, folder: Path) -> Point:
-    """Run into a fault at a call, resume, and return what happened."""
-    run, log, backup = folder / "run", folder / "calls.txt", folder / "backup"
-    for path in (run, backup):
-        shutil.rmtree(path, ignore_errors=True)
-    backup.mkdir()
-    log.unlink()
-    faults = {"FAULT_FOLDER": str(run), "FAULT_AT": str(number), "FAULT_LOG": str(log), "FAULT_BACKUP": str(backup)}
-    if kind == "errors":
-        faults["FAULT_ERROR"] = str(errno.EIO)
-    ended, said = train(run, folder, faults)
-    warnings = "\n".join(warned(run))
-    calls = read_log(log)
-    if loss:
-        lose(run, calls[: number - 1], backup, loss)
-    again, complaint = train(run, folder, {})
-    undisturbed = folder / "undisturbed"
-    differs = differences(undisturbed, run) if not again else [f"the resume failed: {complaint.strip()}"]
-    # Two threads write, so this run's calls aren't quite in the order of the undisturbed one's.
-    call = re.sub(r"\.tmp\w+|tfevents[\w.-]+(?=\.)", "…", f"{calls[number - 1].name} {calls[number - 1].path}")
-    return Point(f"{call}{f' ({loss})' if loss else ''}", ended, said + warnings, differs)
+    def _is_explained(self, point: Point) -> bool:
+        lines = point.said.strip().splitlines()
+        if point.ended == 0:
+            harmless = point.call == "none" or re.match(self.subject.harmless, point.call) is not None
+            return "Traceback" not in point.said and (bool(lines) or harmless)
+        names_it = len(lines) == 1 and f"/{self.target.name}" in lines[0]
+        return point.ended == 1 and names_it and "--debug shows where" not in lines[0]
 
 
 def warned(run: Path) -> list[str]:
@@ -146,60 +162,93 @@ def warned(run: Path) -> list[str]:
     return [line[20:] for line in lines if "can't be" in line]
 
 
-def is_explained(point: Point) -> bool:
-    """Return whether an error ended in one line that names a file, or was survived."""
-    lines = point.said.strip().splitlines()
-    if point.ended == 0:
-        return "Traceback" not in point.said and (bool(lines) or HARMLESS.fullmatch(point.call) is not None)
-    return point.ended == 1 and len(lines) == 1 and "--debug shows where" not in lines[0] and "/run" in lines[0]
+def _plain(text: str, name: str = "run") -> str:
+    """Return a text without what is another in each run: its folder, random names and numbers of bytes."""
+    text = re.sub(r"\b[0-9a-f]{32}\b|\.tmp\w+|tfevents[\w.-]+(?=\.)", "…", text)
+    return re.sub(r"\b\d[\d,]{3,}(?= bytes| are free)", "…", re.sub(rf"\S*/{name}\b", name.upper(), text))
 
 
-def page(found: Sequence[Point], kind: str, made_by: str) -> str:
-    """Return the page of results."""
-    errors = kind == "errors"
-    wrong = [point for point in found if point.differs or (errors and not is_explained(point))]
-    ends = Counter(point.ended for point in found)
-    what = WHAT[kind]
-    rows = [(f"calls at which {what}", f"{len(found)}")]
-    rows += [(f"ended with {code}", f"{count}") for code, count in sorted(ends.items())]
-    rows += [("resumed to other files than an undisturbed run's, or ended without an explanation", f"{len(wrong)}")]
-    text = f"# A run at each of its file-system calls\n\n{machine()}; made by `{made_by}`.\n\n"
-    text += markdown(("", ""), rows) + "\n"
-    if errors:
-        said = {re.sub(r"\S*/run\b", "RUN", point.said.strip()): point.call for point in found if point.said.strip()}
-        text += "\nWhat it says:\n\n" + markdown(
-            ("a call that fails", "the message"), [(b, a) for a, b in said.items()]
-        )
+def page(found: Mapping[tuple[str, str], Sequence[Point]], made_by: str) -> str:
+    """Return the page of results, by subject and fault."""
+    head = (
+        "",
+        "at each of its calls",
+        "points",
+        "survived",
+        "ended with a line",
+        "killed",
+        "other files, or no reason",
+    )
+    rows = []
+    for (name, fault), points in found.items():
+        killed = sum(point.ended < 0 for point in points)
+        survived = sum(point.ended == 0 for point in points)
+        wrong = sum(point.is_wrong for point in points)
+        counts = (len(points), survived, len(points) - survived - killed, killed, wrong)
+        rows.append((name, FAULTS[fault], *(f"{count:,}" for count in counts)))
+    text = (
+        "# A fault at each file-system call\n\nA run is resumed afterwards, a cache made again; its files are compared "
+        f"with an undisturbed one's, byte for byte.\nWhere a call fails, the process ends with one line that names the "
+        f"file, or goes on with a warning.\n{machine()}; made by\n`{made_by}`.\n\n{markdown(head, rows)}\n"
+    )
+    wrong_ones = [
+        f"- {name}, {fault}: {each.call}" for (name, fault), p in found.items() for each in p if each.is_wrong
+    ]
+    text += "\n".join(["\nWrong:\n", *wrong_ones, ""]) if wrong_ones else ""
+    said = {
+        _plain(point.said.strip().replace("\n", " "), name): point.call
+        for (name, fault), points in found.items()
+        for point in points
+        if fault == "error" and point.said.strip()
+    }
+    if said:
+        lines = [(call, message) for message, call in said.items()]
+        text += "\nWhat is said:\n\n" + markdown(("such as at", "the message"), lines) + "\n"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="take each N-th call only")
-    group = parser.add_mutually_exclusive_group()
-    for kind, text in (("errors", "let the call fail"), ("power", "lose what wasn't flushed as well")):
-        group.add_argument(f"--{kind}", action="store_const", const=kind, dest="kind", help=text)
-    parser.set_defaults(kind="kill")
+    parser.add_argument("--only", metavar="SUBJECT", help="run, cache; unset: all")
+    parser.add_argument("--fault", choices=FAULTS, help="this one only")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-") as temporary:
-        folder = Path(temporary)
         if "LD_PRELOAD" not in os.environ:
-            os.environ["LD_PRELOAD"] = str(build(folder))
+            os.environ |= {"LD_PRELOAD": str(build(Path(temporary))), "OMP_NUM_THREADS": "1"}
             with contextlib.suppress(KeyboardInterrupt):
                 sys.exit(subprocess.call([sys.executable, "-m", "benchmarks.exactness.crash", *sys.argv[1:]]))
-        from torchrelay.run.plots import PlotProcess
+        is_right = strike_all(options, Path(temporary))
+    sys.stdout.flush()
+    os._exit(not is_right)  # what was imported takes seconds to take down
 
-        # Plots are drawn by another process, which would take most of the time.
-        PlotProcess.start = lambda *_, **__: None  # type: ignore[method-assign]
-        found = list(points(folder, options.every, options.kind))
-        flags = f" --{options.kind}" * (options.kind != "kill") + f" --every {options.every}" * (options.every > 1)
-        text = page(found, options.kind, f"python -m benchmarks.exactness.crash{flags}")
+
+def strike_all(options: argparse.Namespace, folder: Path) -> bool:
+    """Attack each subject with each fault; return whether nothing was wrong."""
+    from benchmarks.exactness.subjects import SUBJECTS, draw_images
+    from torchrelay.run.plots import PlotProcess
+
+    server: Any = import_module("tests.fork_server")
+    server.preload()
+    # Plots are drawn by another process, which would take most of the time.
+    PlotProcess.start = lambda *_, **__: None  # type: ignore[method-assign]
+    flags = [
+        f" --{name} {value}"
+        for name in ("only", "fault", "every")
+        if (value := getattr(options, name)) not in (None, 1)
+    ]
+    found: dict[tuple[str, str], list[Point]] = {}
+    for name in [options.only] if options.only else SUBJECTS:
+        for fault in [options.fault] if options.fault else FAULTS:
+            place = folder / f"{name}-{fault}"
+            draw_images(place)
+            found[name, fault] = list(Attack(SUBJECTS[name], fault, place / name).points(options.every))
+            text = page(found, f"python -m benchmarks.exactness.crash{''.join(flags)}")
+            if options.out is not None:
+                options.out.write_text(text)
     print(text)
-    if options.out is not None:
-        options.out.write_text(text)
-    if any(point.differs or (options.kind == "errors" and not is_explained(point)) for point in found):
-        sys.exit(1)
+    return not any(point.is_wrong for points in found.values() for point in points)
 
 
 if __name__ == "__main__":
