@@ -115,17 +115,17 @@ class Attack:
         calls = len(read_log(self.log))
         print(f"{self.target.name}, {self.fault}: {calls} calls", flush=True)
         for number in range(1, calls + 1, every):
-            for loss in LOSSES if self.fault == "power" else ("",):
-                point = self._at(number, loss)
+            for point in self._at(number):
                 print(f"{number:>4} {point.call}: {point.ended} {point.said.strip()} {point.differs}", flush=True)
                 yield point
 
     def _faults(self) -> dict[str, str]:
         return {"FAULT_FOLDER": str(self.target), "FAULT_LOG": str(self.log), "FAULT_BACKUP": str(self.backup)}
 
-    def _at(self, number: int, loss: str) -> Point:
-        """Run into a fault at a call, go on, and return what happened."""
-        for path in (self.target, self.backup):
+    def _at(self, number: int) -> Iterator[Point]:
+        """Run into a fault at a call, go on, and yield what happened; after each loss of power, if that is the fault."""
+        left = self.target.parent / "left"
+        for path in (self.target, self.backup, left):
             shutil.rmtree(path, ignore_errors=True)
         self.backup.mkdir()
         self.log.write_text("")
@@ -135,17 +135,28 @@ class Attack:
         ended, said = in_child(self.subject.act, self.target, faults)
         said += "\n".join(warned(self.target))
         calls = read_log(self.log)
-        if loss:
-            lose(self.target, calls[: number - 1], self.backup, loss)
-        again, complaint = in_child(self.subject.act, self.target, {})
-        differs = [f"going on failed: {complaint.strip()}"]
-        if not again:
-            differs = self.subject.differences(self.undisturbed, self.target)
         # Two threads write, so this run's calls aren't quite in the order of the undisturbed one's.
-        name = f"{calls[number - 1].name} {calls[number - 1].path}" if number <= len(calls) else "none"
-        point = Point(_plain(name) + f" ({loss})" * bool(loss), ended, said, differs)
-        point.is_explained = self.fault != "error" or self._is_explained(point)
-        return point
+        call = f"{calls[number - 1].name} {calls[number - 1].path}" if number <= len(calls) else "none"
+        if self.fault != "power":
+            point = Point(_plain(call), ended, said, self._go_on())
+            point.is_explained = self.fault == "kill" or self._is_explained(point)
+            yield point
+            return
+        if self.target.exists():
+            self.target.rename(left)
+        for loss in LOSSES:
+            shutil.rmtree(self.target, ignore_errors=True)
+            if left.exists():
+                shutil.copytree(left, self.target)
+                lose(self.target, calls[: number - 1], self.backup, loss)
+            yield Point(f"{_plain(call)} ({loss})", ended, said, self._go_on())
+
+    def _go_on(self) -> list[str]:
+        """Go on after a fault, and return what differs in the end."""
+        ended, said = in_child(self.subject.act, self.target, {})
+        return (
+            [f"going on failed: {said.strip()}"] if ended else self.subject.differences(self.undisturbed, self.target)
+        )
 
     def _is_explained(self, point: Point) -> bool:
         lines = point.said.strip().splitlines()
