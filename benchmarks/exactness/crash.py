@@ -123,7 +123,7 @@ class Attack:
         return {"FAULT_FOLDER": str(self.target), "FAULT_LOG": str(self.log), "FAULT_BACKUP": str(self.backup)}
 
     def _at(self, number: int) -> Iterator[Point]:
-        """Run into a fault at a call, go on, and yield what happened; after each loss of power, if that is the fault."""
+        """Run into a fault at a call, go on, and yield what happened: for a loss of power, after each kind."""
         left = self.target.parent / "left"
         for path in (self.target, self.backup, left):
             shutil.rmtree(path, ignore_errors=True)
