@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -301,7 +302,7 @@ def join_parts(
         watch_norm=settings.on_spike == "rollback",
         measure=settings.train_metrics,
         dummy_batch=batches.dummy_batch,
-        before_update=lambda: settle(trained=True),
+        before_update=partial(settle, trained=True),
         freezing=Freezing(
             [group for each in updates.each for group in each.optimizer.param_groups], len(batches), total
         ),

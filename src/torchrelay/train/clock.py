@@ -42,17 +42,18 @@ class Lines:
         seconds: between two lines.
 
     Attributes:
+        by_clock: whether rank 0's clock decides.
         due: whether a line is written after this step; the same on all processes, which add up what was logged.
         asked: whether rank 0 has asked for a line, as all processes have learned.
     """
 
     def __init__(self, steps: int = 50, seconds: float = 0.0) -> None:
-        self._steps, self._seconds = steps, seconds
+        self._steps, self._seconds, self.by_clock = steps, seconds, seconds > 0
         self._asked_at, self.due, self.asked = time.monotonic(), False, False
 
     def ask(self) -> bool:
         """Return, once, whether a line is due by the clock."""
-        if not self._seconds or time.monotonic() - self._asked_at < self._seconds:
+        if not self.by_clock or time.monotonic() - self._asked_at < self._seconds:
             return False
         self._asked_at = time.monotonic()
         return True

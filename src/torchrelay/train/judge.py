@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 from torchrelay.data.batch import Batch
 from torchrelay.data.batches import Batches
@@ -90,26 +91,25 @@ class Judge:
         if hint is not None:
             self._session.say(hint)
 
-    def checked(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """Return batches; before the first one of a session, its gradients are checked: see `self_check`."""
-        if not self._unchecked:
+    def checked(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Return batches; before the first one of a session, its gradients are checked: see `self_check`.
+
+        Raises:
+            RelayError: the gradients of an exact run can't be trusted.
+        """
+        first = next(batches, None) if self._unchecked else None
+        if first is None:
             return batches
         self._unchecked = False
-        return self._check_first(iter(batches))
-
-    def _check_first(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
-            try:
-                note = self_check(self._session.state.train_step, batch, self._progress.step, exact=self._exact)
-                if self._session.run is not None:
-                    self._session.run.note(note)
-            except RelayError as error:
-                if self._exact:
-                    raise
-                self._session.say(f"warning: {error}")
-            yield batch
-            break
-        yield from batches
+        try:
+            note = self_check(self._session.state.train_step, first, self._progress.step, exact=self._exact)
+            if self._session.run is not None:
+                self._session.run.note(note)
+        except RelayError as error:
+            if self._exact:
+                raise
+            self._session.say(f"warning: {error}")
+        return chain([first], batches)
 
     def is_due(self) -> bool:
         """Return whether an evaluation is due after this step; all processes ask at the same time."""

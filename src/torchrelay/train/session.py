@@ -209,7 +209,7 @@ class Session:
         asks, progress = _STOP * (self._signal.received is not None) | _EVALUATE * self._due, self.state.progress
         if self._group.main:
             asks |= _SAVE * (self.checkpoints is not None and self.checkpoints.due_by_clock())
-            asks |= _LOG * progress.lines.ask()
+            asks |= _LOG * (progress.lines.by_clock and progress.lines.ask())
         asked = self._group.agree(asks)
         progress.lines.asked |= bool(asked & _LOG)
         self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)

@@ -32,10 +32,6 @@ _NO_GRAD = torch.no_grad()
 _UNKNOWN = torch.tensor(float("nan"))
 
 
-def _unmarked(_phase: str) -> None:
-    """Ignore the end of a phase: nobody measures this step."""
-
-
 Mark = Callable[[str], None]
 # A replica's summed measures, and the number of items that they count.
 Measures = tuple[Mapping[str, Tensor], Tensor | int]
@@ -145,7 +141,7 @@ class TrainStep:
         return self.updates[0].optimizer
 
     # [one step]
-    def step(self, batch: Batch, step: int, mark: Mark = _unmarked) -> StepResult:
+    def step(self, batch: Batch, step: int, mark: Mark | None = None) -> StepResult:
         """Take optimizer step number `step`, counted from 0, on a global batch.
 
         Args:
@@ -175,17 +171,17 @@ class TrainStep:
                 self.ema.update(self.strategy.model, step)
         return result
 
-    def _update(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
+    def _update(self, update: Update, batch: Batch, step: int, mark: Mark | None) -> StepResult:
         """Compute an update's gradient, look at its loss, and update the weights."""
         if update.wants_closure:
             self.strategy.buffers.keep()
         rng.reseed(rng.step_seed(self.seed, update.stream, step, 0), self.device.device)
-        if self._graph is not None and mark is _unmarked:
+        if self._graph is not None and mark is None:
             result = self._graph(batch)  # calls, records or replays `_take`
         else:
             result = self.backward(batch, step, mark, update)
         result.spike = self.detector.check(step + 1, result.loss, result.grad_norm, update.stream)
-        if result.spike is None and (self._graph is None or mark is not _unmarked):
+        if result.spike is None and (self._graph is None or mark is not None):
             self._before_update()
             if update.wants_closure:
                 update.step(result.loss, lambda: self._again(update, batch, step))
@@ -194,7 +190,7 @@ class TrainStep:
         clear_gradients(update.optimizer)
         return result
 
-    def backward(self, batch: Batch, step: int, mark: Mark = _unmarked, update: Update | None = None) -> StepResult:
+    def backward(self, batch: Batch, step: int, mark: Mark | None = None, update: Update | None = None) -> StepResult:
         """Leave the gradient of the mean loss over the global batch in the parameters."""
         update = update or self.updates[0]
         result = StepResult(_UNKNOWN, self._weight(batch), [], [])
@@ -205,7 +201,7 @@ class TrainStep:
         result.grad_norm = self._clip(update)
         return result
 
-    def _own_replicas(self, batch: Batch, step: int, result: StepResult, update: Update, mark: Mark) -> Tensor:
+    def _own_replicas(self, batch: Batch, step: int, result: StepResult, update: Update, mark: Mark | None) -> Tensor:
         """Compute this process's replicas, the first one last; add the gradients and losses of all processes."""
         losses = []
         for number, replica in reversed(list(enumerate(batch.replicas(), batch.first_replica))):
@@ -214,7 +210,7 @@ class TrainStep:
                 losses.append(self._replica(replica, result, update, mark))
         return self.strategy.reduce(losses)
 
-    def _replica(self, batch: Batch, result: StepResult, update: Update, mark: Mark) -> Tensor:
+    def _replica(self, batch: Batch, result: StepResult, update: Update, mark: Mark | None) -> Tensor:
         """Go forward and backward through a replica's part of the batch; return its share of the mean loss."""
         if not batch.samples:
             result.measures += [({}, 0)] if self._measure else []
@@ -224,13 +220,16 @@ class TrainStep:
         with self.device.autocast():
             loss, outputs = loss_and_outputs(self.task, self.model, batch, update.name)
         logged, sum_of_loss = log.end(), total(loss, self.task)
-        mark("forward")
+        if mark is not None:
+            mark("forward")
         backward_from_mean(sum_of_loss, result.weight, self.scaler.scale)
-        mark("backward")
+        if mark is not None:
+            mark("backward")
         if self._measure and outputs is not None:
             with _NO_GRAD:
                 result.measures.append((self.task.measure(outputs, batch.targets), count(self.task, batch)))
-            mark("measure")
+            if mark is not None:
+                mark("measure")
         if isinstance(loss, dict) or len(self.updates) > 1:
             logged |= self._parts_of(loss, update, result, batch)
         result.logged.append(logged)
@@ -238,7 +237,7 @@ class TrainStep:
 
     # [end of one step]
 
-    def _alone(self, update: Update, batch: Batch, step: int, mark: Mark) -> StepResult:
+    def _alone(self, update: Update, batch: Batch, step: int, mark: Mark | None) -> StepResult:
         with alone(update, self.updates):
             return self._update(update, batch, step, mark)
 
