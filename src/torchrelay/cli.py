@@ -25,6 +25,7 @@ COMMANDS = (
     "resume",
     "evaluate",
     "predict",
+    "export",
     "recipes",
     "recipe",
     "doctor",

@@ -60,10 +60,10 @@ def build_trainer(
 
     device = set_up(recipe.device, recipe.run.exact)
     # 2. Data
-    parts = _load_data(recipe, code, fresh, say)
+    parts = load_data(recipe, code, fresh, say)
 
     # 3. Model
-    model = _initial_model(recipe, parts.train, code, fresh, say)
+    model = initial_model(recipe, parts.train, code, fresh, say)
 
     # 5. Optimizer and schedule, 6. loss, 7. train and test
     return Trainer(
@@ -151,14 +151,14 @@ def _class_weights(settings: LossSettings, train: Source) -> torch.Tensor | None
     return torch.tensor(weights)
 
 
-def _load_data(recipe: Recipe, code: ModuleType | None, fresh: bool, say: Callable[[str], None]) -> data.Parts:
+def load_data(recipe: Recipe, code: ModuleType | None, fresh: bool, say: Callable[[str], None]) -> data.Parts:
     """Return the data; say which of its settings have no effect, when the run starts."""
     if fresh and rank() == 0 and (unused := recipe.data.without_effect()):
         say(f"hint: {', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect on {recipe.data.name}")
     return data.load(recipe.data, recipe.run.seed, code=code, log=say)
 
 
-def _initial_model(
+def initial_model(
     recipe: Recipe, train: Source, code: ModuleType | None, fresh: bool, say: Callable[[str], None]
 ) -> nn.Module:
     """Return the model for the data; its initial weights follow from the seed."""

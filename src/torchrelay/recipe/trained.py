@@ -50,6 +50,7 @@ class Trained:
         shape: of a sample's inputs, such as (channels, height, width); None if the data wasn't in memory.
         mean: by which images in [0, 1] are normalized, per channel; None if they aren't.
         std: by which they are divided then.
+        pipeline: what inputs go through before the model.
 
     Raises:
         RelayError: the weights aren't the model's.
@@ -77,7 +78,7 @@ class Trained:
         self.mean, self.std = trained_on["mean"], trained_on["std"]
         self._device, self._data, self._views = device, data, views
         prepare = data.prepare if prepare is None else prepare
-        self._pipeline = Pipeline(prepare=tuple(prepare), mean=self.mean, std=self.std)
+        self.pipeline = Pipeline(prepare=tuple(prepare), mean=self.mean, std=self.std)
 
     def predict(self, data: Any) -> Any:
         """Return the task's predictions, such as (samples, classes) probabilities, in the order of the data.
@@ -97,6 +98,10 @@ class Trained:
                 raise UsageError(f"there are no images in {', '.join(map(str, paths))}")
             data = decode_images(files, self._image_shape())
         return self._predict(as_source(stacked(data), dtype_of(self.model)))
+
+    def outputs(self, source: Source) -> Any:
+        """Return the model's outputs for each sample, before the task turns them into predictions; of one view each."""
+        return Evaluator(self.model, Task(), self._device).predict(self._batches(source))
 
     def predict_files(self, paths: Sequence[Path]) -> Iterator[Tensor | RelayError]:
         """Yield the prediction of each image file, decoded as the training images were, or why it can't be read.
@@ -151,7 +156,7 @@ class Trained:
 
     def _batches(self, source: Source) -> Batches:
         dtype = dtype_of(self.model)
-        return Batches(source, self._data.batch_size, self._device, self._pipeline, train=False, dtype=dtype)
+        return Batches(source, self._data.batch_size, self._device, self.pipeline, train=False, dtype=dtype)
 
     def _image_shape(self) -> tuple[int, ...]:
         """Return (channels, height, width)."""

@@ -1,0 +1,94 @@
+"""`--verify`: is a folder what was exported, and does it still answer as it did?"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from torchrelay.errors import RelayError, explained, intact
+from torchrelay.report.export.folder import SIGNATURE, check_sums, read_facts
+from torchrelay.report.export.formats import INT8, ONNX, PROGRAM, Run, run_module, run_onnx
+from torchrelay.report.export.program import load_program
+
+GOLDEN = "golden.safetensors"
+# Largest difference from the run's answers, absolute and relative: kernels of another processor add in another order.
+# Integers saturate differently without VNNI.
+_LIMITS = {PROGRAM: 1e-4, ONNX: 1e-4, INT8: 0.05}
+
+
+def verify(folder: Path, key: Path | None = None, say: Callable[[str], None] = print) -> None:
+    """Check a folder's signature and its files, and answer its golden samples again.
+
+    Args:
+        folder: the export.
+        key: the public key of whoever signed it; None: the signature isn't checked.
+        say: called with a line for each check.
+
+    Raises:
+        UsageError: the folder is no export, or isn't signed though a key is given.
+        RelayError: a file has changed, or an answer differs; the text names the file.
+    """
+    facts = read_facts(folder)
+    if key is not None:
+        from torchrelay.report.export.signature import check
+
+        check(folder, key)
+        say(f"signature: {SIGNATURE} is of this folder, by the owner of {key}")
+    elif (folder / SIGNATURE).exists():
+        say("signature: not checked; give its author's public key by --key")
+    added = check_sums(folder)
+    say("files: each is as it was exported" + (f"; others were added: {', '.join(added)}" if added else ""))
+    if not (folder / GOLDEN).exists():
+        raise RelayError(f"{folder} holds nothing that answers: {' '.join(facts['problems'])}")
+    for file, difference, limit in answer_golden(folder, facts):
+        say(f"{file}: answers the golden samples as it did; largest difference {difference:.1e} (limit {limit:g})")
+
+
+def answer_golden(folder: Path, facts: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Answer the golden samples by each file.
+
+    Returns:
+        Each file, the largest difference, and how large it may be.
+
+    Raises:
+        RelayError: an answer differs by more, or a file is damaged.
+    """
+    path = folder / GOLDEN
+    with explained(f"read {path}", "copy the export again"), intact(path, "copy the export again"):
+        try:
+            golden = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+        inputs = golden["inputs"]
+    found = []
+    for file in (row["file"] for row in facts["proof"] if row["file"] in _LIMITS):
+        expected = golden["int8" if file == INT8 else "predictions"]
+        difference, limit = _difference(_answers(folder / file)(inputs)[0], expected), _LIMITS[file]
+        if not difference <= limit:  # NaN is none
+            raise RelayError(
+                f"{folder / file} answers the golden samples differently, by {difference:.2g} where {limit:g} is "
+                "rounding: don't use it on this machine"
+            )
+        found.append((file, difference, limit))
+    return found
+
+
+def _answers(path: Path) -> Run:
+    if path.name == PROGRAM:
+        return run_module(load_program(path))
+    with intact(path, "copy the export again"):
+        return run_onnx(path)
+
+
+def _difference(answer: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to values above 1."""
+    if answer.shape != expected.shape:
+        return float("inf")
+    scale = expected.double().abs().clamp(min=1)
+    return float(((answer.double() - expected.double()).abs() / scale).max()) if expected.numel() else 0.0
+
+
+__all__ = ["GOLDEN", "answer_golden", "verify"]
