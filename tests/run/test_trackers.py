@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -280,3 +281,55 @@ def test_metrics_from_a_file_give_the_same_charts(tmp_path: Path) -> None:
     board.rewrite(map(json.loads, text.splitlines()))
     board.close()
     assert scalars(tmp_path)["loss/train"] == [(40, 2.0), (80, 1.0)]
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+
+def test_what_the_writers_thread_cannot_write_is_said_once_by_the_close(tmp_path: Path) -> None:
+    folder, said = tmp_path / "tensorboard", list[str]()
+    board = TensorBoard(folder, said.append)
+    board.images("first", torch.rand(4, 3, 8, 8), None, None, step=0)
+    board._writers[".media"].flush()
+    shutil.rmtree(folder)  # so that the file can't be opened to append
+    board.images("second", torch.rand(4, 3, 8, 8), None, None, step=1)
+    board.close()
+    board.images("third", torch.rand(4, 3, 8, 8), None, None, step=2)
+    board.close()
+    assert said == [
+        f"warning: {folder} can't be written (No such file or directory): make room or repair the disk; "
+        "the end of the run or the next resume writes its charts anew"
+    ]
+    assert not folder.exists(), "nothing is written until it is tried again"
+
+
+def test_a_file_in_the_way_costs_the_charts_until_they_are_tried_again(tmp_path: Path) -> None:
+    folder, said, lines = tmp_path / "tensorboard", list[str](), lines_of(2)
+    folder.write_text("in the way")
+    board = TensorBoard(folder, said.append)
+    for line in lines[:5]:
+        board.write(line)
+    assert len(said) == 1
+    assert board.lost
+    folder.unlink()
+    board.retry(lines)
+    board.hyperparameters({"seed": 1}, {})
+    board.close()
+    assert scalars(folder)["loss/test"] == [(40, 3.0), (80, 1.5)]
+    assert files(folder) == [".hparams", ".scalars"]
+
+
+def test_a_file_in_the_way_is_warned_of_and_a_resume_makes_charts_and_pictures_again(
+    tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "tensorboard").write_text("in the way")
+    done = cli(
+        "train", "digits", "--run", str(run), "--set", "run.epochs=1", "--set", "data.batch_size=512", plots=True
+    )
+    assert done.stdout.count("tensorboard can't be written (File exists)") == 1
+    (run / "tensorboard").unlink()
+    cli("resume", str(run), "--set", "run.epochs=2", "--accept-changes", plots=True)
+    assert {point for point, _ in scalars(run / "tensorboard")["loss/test"]} == {3, 6}
+    assert read(run / "tensorboard").Tags()["images"] == ["pictures/first batch", "pictures/confusion matrix"]

@@ -48,12 +48,16 @@ class TensorBoard:
     Args:
         folder: where the event files are, or will be.
         say: called with a message when the files can't be written.
+
+    Attributes:
+        lost: whether they can't be written, or couldn't before: nothing is until `retry`.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
         self.folder = folder
         self._say = say
-        self._lost = False  # the disk is full or unavailable; a chart is never worth stopping the run for
+        self.lost = False  # a chart is never worth stopping the run for
+        self._warned = False
         self._writers: dict[str, Any] = {}  # by suffix; PyTorch's writers are untyped
         self._last_steps: dict[str, int] = {}  # by tag: a chart has one point per step
 
@@ -80,6 +84,17 @@ class TensorBoard:
         self._last_steps.clear()
         for line in lines:
             self.write(line)
+
+    def retry(self, lines: Iterable[Line]) -> None:
+        """Write the charts anew after the disk has failed: it may have recovered."""
+        self.lost = False
+        self.rewrite(lines)
+
+    def lacks(self, tag: str) -> bool:
+        """Return whether there is no picture with this tag."""
+        with self._tolerant():
+            return not any(tag.encode() in path.read_bytes() for path in self.folder.glob("*.media"))
+        return False
 
     # ------------------------------------------------------------------------------------------------ images
 
@@ -155,16 +170,23 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is pending and close the event files; a later call opens new ones."""
-        for writer in self._writers.values():
+        for suffix in [*self._writers]:
             with self._tolerant():
+                self._close(suffix)
+
+    def _close(self, suffix: str) -> None:
+        """Close an event file; the writer's own `close` says nothing of what its thread couldn't write."""
+        if writer := self._writers.pop(suffix, None):
+            try:
+                writer.flush()
+            finally:
                 writer.close()
-        self._writers.clear()
 
     def _add(self, suffix: str, summary: Any, step: int | None, wall_time: float | None = None) -> None:
         """Add an event to the event file with a suffix, which is opened if need be."""
         from torch.utils.tensorboard import FileWriter
 
-        if self._lost:
+        if self.lost:
             return
         _silence_writer_threads()
         with self._tolerant():
@@ -175,22 +197,25 @@ class TensorBoard:
     def _remove(self, suffix: str) -> None:
         """Delete the event files with a suffix."""
         with self._tolerant():
-            if suffix in self._writers:
-                self._writers.pop(suffix).close()
+            self._close(suffix)
             for file in self.folder.glob(f"events.out.tfevents.*{suffix}"):
                 file.unlink()
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """On a write error say so once, and write nothing from then on: metrics.jsonl still has every point."""
+        """On a write error say so once, and write nothing more until `retry`: metrics.jsonl still has every point."""
         try:
             yield
         except OSError as error:
-            if not self._lost:
-                self._lost = True
+            self.lost = True
+            for suffix in [*self._writers]:  # one that has failed raises its error again
+                with contextlib.suppress(OSError):
+                    self._close(suffix)
+            if not self._warned:
+                self._warned = True
                 self._say(
-                    f"TensorBoard's files can't be written ({error.strerror or error}): no more charts; "
-                    "make room, and the next resume writes them all"
+                    f"warning: {self.folder} can't be written ({error.strerror or error}): make room or repair the "
+                    "disk; the end of the run or the next resume writes its charts anew"
                 )
 
 

@@ -17,7 +17,7 @@ from torchrelay.errors import explained
 from torchrelay.models.summary import summarize
 from torchrelay.run import disk
 from torchrelay.run.folder import RunFolder
-from torchrelay.run.metrics import Headline
+from torchrelay.run.metrics import Headline, read_metrics
 from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric, step_line
 from torchrelay.tasks.task import Task
 from torchrelay.train import hints
@@ -28,6 +28,7 @@ from torchrelay.train.state import TrainingState
 
 # Seconds between two drawings of the curves, which take a second or two of a core.
 _REDRAW = 120.0
+_FIRST = "pictures/first batch"
 
 
 class EarlyLog:
@@ -141,12 +142,21 @@ class Pictures(Callback):
         if self._progress.step == 0:
             for hint in hints.at_start(self._batches, trainer.task, self._progress.total_steps):
                 trainer.say(hint)
+        if run is None:
+            return
         resumed = self._progress.step > 0
-        if run is None or (resumed and not self._lacks_summary(run)):
+        shows = not resumed or self._lacks_picture(run)
+        summarizes = not resumed or self._lacks_summary(run)
+        if not shows and not summarizes:
             return
         batch, pipeline = next(self._batches.epoch(0)), self._batches.pipeline
-        if not resumed:
-            run.tensorboard.images("pictures/first batch", batch.inputs, pipeline.mean, pipeline.std, step=0)
+        if shows:
+            run.tensorboard.images(_FIRST, batch.inputs, pipeline.mean, pipeline.std, step=0)
+        if summarizes:
+            self._summarize(trainer, run, batch)
+
+    def _summarize(self, trainer: Training, run: RunFolder, batch: Batch) -> None:
+        """Say what the model costs, layer by layer in model.txt."""
         if self._evaluator.collective_forward:
             run.say("no summary of the model: its weights are divided over several processes")
         elif isinstance(batch.inputs, Tensor):
@@ -165,6 +175,11 @@ class Pictures(Callback):
                 f"{summary.activation_bytes / 2**20:.2f} MiB of activations; {summary.trainable:,} parameters are "
                 f"trained (layers in {path})"
             )
+
+    def _lacks_picture(self, run: RunFolder) -> bool:
+        """Likewise for the picture of the first batch, of images in memory: others would have to be read again."""
+        inputs = getattr(self._batches.source, "inputs", None)
+        return isinstance(inputs, Tensor) and inputs.ndim == 4 and run.tensorboard.lacks(_FIRST)
 
     def _lacks_summary(self, run: RunFolder) -> bool:
         """Return whether a resumed run has no summary and can make one: the disk may have failed when it began."""
@@ -202,6 +217,8 @@ class Pictures(Callback):
                 path.write_text(text + "\n", encoding="utf-8")
         has_confusion = last is not None and last.confusion is not None
         run.plots.start(self._headline, confusion=has_confusion)
+        if run.tensorboard.lost:
+            run.tensorboard.retry(read_metrics(run.path))
         values = last.values if last is not None else {}
         metrics = {f"{name}/{self._evaluator.selects_on}": value for name, value in values.items()}
         run.tensorboard.hyperparameters(_flat(self._record), metrics)
