@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -41,9 +42,12 @@ def preload() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import PIL.Image
+    import pydantic.validate_call_decorator
     import sklearn.datasets.data
+    import sklearn.datasets.descr
     import tensorboard.compat.proto.summary_pb2
     import tensorboard.plugins.hparams.api_pb2
+    import tensorboard.plugins.hparams.metadata
     import torch
     import torch._inductor
     import torch.distributed.launcher.api
@@ -59,6 +63,10 @@ def preload() -> None:
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     PIL.Image.preinit()
+    # What a fork would do once, this process does for all of them: parsers, and scikit-learn's reading of a text.
+    torchrelay.cli._parsers()
+    sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+    sklearn.datasets.load_digits()
     sys.path.append(str(Path(__file__).parent / "distributed"))
     importlib.import_module("forked")
     # A launcher asks for names of functions, for each of which torch reads the source of the whole stack: that takes
@@ -70,7 +78,7 @@ def preload() -> None:
     gc.freeze()  # the garbage collector of a fork doesn't touch, and so copy, the imported modules
     use_large_pages()
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "only a process of one thread can be forked"
-    assert all((matplotlib, sklearn, tensorboard, torchmetrics, torchrelay, torchvision))
+    assert all((matplotlib, pydantic, sklearn, tensorboard, torchmetrics, torchrelay, torchvision))
 
 
 def draw_nothing() -> Callable[[], None]:
