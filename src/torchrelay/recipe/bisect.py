@@ -22,7 +22,15 @@ from torchrelay.run.record import read_files, read_record
 # Sections whose other keys depend on the name, so that they can only be tried together with it.
 _WHOLE = ("optimizer", "schedule", "data", "model", "loss")
 # Keys that a replay doesn't follow, and that change no step.
-_IDLE = ("checkpoint.", "run.max_steps", "run.log_every", "run.patience", "run.evaluate", "parallel.timeout")
+_IDLE = (
+    "checkpoint.",
+    "run.max_steps",
+    "run.log_every",
+    "run.receipt",
+    "run.patience",
+    "run.evaluate",
+    "parallel.timeout",
+)
 # From how many points the runs are replayed before only the beginning is left.
 _TRIED = 4
 

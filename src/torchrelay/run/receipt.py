@@ -3,9 +3,9 @@
 `receipt.jsonl` has a line wherever metrics.jsonl has one for steps, and one for each checkpoint: the losses of the
 steps since the line before (and the gradient's norms, where they are computed), as the bits of big-endian float64
 numbers in hexadecimal; the SHA-256 of the checkpoint's weights; and `chain`, the SHA-256 of the line without it and of
-the chain before. No clock, no machine and no number of devices is in it: a run that was interrupted has the bytes of
-one that wasn't. A line with `format` says that the record begins after its step: at 0, or where an older run was
-resumed.
+the chain before. With `run.receipt_every` the weights are hashed between checkpoints, too. No clock, no machine and no
+number of devices is in it: a run that was interrupted has the bytes of one that wasn't. A line with `format` says that
+the record begins after its step: at 0, or where an older run was resumed.
 """
 
 import hashlib
@@ -67,14 +67,15 @@ class Receipt:
         step: int,
         tail: Tail,
         *,
-        weights: bool = False,
+        weights: bool | str = False,
     ) -> None:
         """Add the steps since the line before.
 
         Args:
             step: the last one.
             tail: the last steps, which may be more than those since the line before.
-            weights: whether a checkpoint of this step is being saved, whose hash `know` will be told.
+            weights: the SHA-256 of this step's; or whether a checkpoint of them is being saved, whose hash `know` will
+                be told.
         """
         left_out = sorted(each for each in tail.skipped if self._step < each <= step)
         count = step - self._step - len(left_out)
@@ -85,7 +86,7 @@ class Receipt:
             body["norms"] = _packed(tail.norms, count)
         if left_out:
             body["skipped"] = left_out
-        self._put(body | ({"weights": None} if weights else {}))
+        self._put(body | ({"weights": weights if isinstance(weights, str) else None} if weights else {}))
 
     def know(self, step: int, weights: str) -> None:
         """Learn the SHA-256 of the weights of a checkpoint that is on disk; from any thread."""

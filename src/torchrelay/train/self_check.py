@@ -134,7 +134,7 @@ def _judge(train_step: TrainStep, comparison: Comparison, loss: Tensor, kernels:
     where = f"the gradient of {name} (by {kernels.get(name, 'unknown')}; {here})"
     if comparison.other:
         raise RelayError(f"{where} isn't the same twice for the same batch: {_remedy(train_step)}")
-    if comparison.not_finite and not train_step.watch_norm:
+    if comparison.not_finite and not (train_step.watch_norm and train_step.detector.norms):
         raise RelayError(
             f"{where} isn't finite in the first batch, though the loss is {loss.item():.4g}: look for a root of 0 or a "
             f"division by 0 after that layer; otherwise {_remedy(train_step)}"

@@ -181,6 +181,14 @@ class Session:
         else:
             self.say(f"resuming after step {progress.step:,} of {progress.total_steps:,}")
 
+    def weigh(self) -> None:
+        """Hash the weights for the receipt, after each `run.receipt_every` steps."""
+        step, every = self.state.progress.step, self._settings.receipt_every
+        if every is not None and step % every == 0 and self.folder is not None:
+            weights = self.state.weights_hash()
+            if self.run is not None:
+                self.run.receipt.add(step, self.state.progress.tail(), weights=weights)
+
     def is_due(self) -> bool:
         """Return whether a checkpoint is due after this step; set `progress.interrupted` if a signal came."""
         by_clock = self._ask_all()

@@ -37,10 +37,11 @@ class SpikeDetector:
     Args:
         threshold: a loss above this many times the median of the 50 before it is a spike; None: only a loss that isn't
             finite.
+        norms: whether a gradient's norm that isn't finite is a spike.
     """
 
-    def __init__(self, threshold: float | None = None) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: float | None = None, *, norms: bool = True) -> None:
+        self.threshold, self.norms = threshold, norms
         self._recent: dict[str, deque[float]] = {}
         self._unread: list[tuple[int, Tensor, Tensor | None, str]] = []
 
@@ -63,7 +64,7 @@ class SpikeDetector:
     def _judge(self, step: int, loss: float, grad_norm: float, update: str) -> Spike | None:
         if not math.isfinite(loss):
             return Spike(step, f"the loss of step {step} is {loss}")
-        if not math.isfinite(grad_norm):
+        if self.norms and not math.isfinite(grad_norm):
             return Spike(step, f"the norm of the gradient of step {step} is {grad_norm}")
         recent = self._recent.get(update)
         if recent is None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torchrelay.checkpoint.format import Contents, pack
+from torchrelay.checkpoint.format import Contents, pack, weights_hash
 from torchrelay.data.batches import Batches
 from torchrelay.data.files import Marks, differences, together
 from torchrelay.data.order import order
@@ -74,6 +74,11 @@ class TrainingState:
             weights=tuple(name for name, _ in self.model.named_parameters()),
             trained=tuple(name for name, weight in self.model.named_parameters() if weight.requires_grad),
         )
+
+    def weights_hash(self) -> str:
+        """Return the SHA-256 that a checkpoint's weights would have; all ranks must call it, and rank 0 learns it."""
+        weights = self.strategy.full_state(self.model.state_dict())
+        return weights_hash(weights) if self.strategy.group.main else ""
 
     def restore(self, contents: Contents, *, fresh_options: bool = False) -> None:
         """Continue from a checkpoint.

@@ -74,7 +74,7 @@ class TrainStep:
         ema: the moving average of the weights to update.
         detector: looks at the loss before the update.
         clip_norm: the largest norm of the gradient, to which it is scaled down; None: it isn't.
-        watch_norm: whether the gradient's norm is computed for the detector even if nothing is clipped.
+        watch_norm: whether the gradient's norm is computed, even if nothing is clipped.
         measure: whether the task measures the training batches.
         dummy_batch: makes a batch for a process that has no samples; needed with several processes.
         before_update: called before each update, when staged weights must have been copied.

@@ -217,6 +217,7 @@ class Trainer(Parts):
         progress.record(result, batch.size)
         if self._hooks["on_step"]:
             notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
+        self.session.weigh()
         ends = progress.stop_at_limit()
         save = self.session.is_due()
         if progress.interrupted:
