@@ -192,7 +192,7 @@ def _limits(facts: Mapping[str, Any]) -> str:
 
 
 _IMAGE = '''"""Classify a photograph: pip install onnxruntime pillow; python example.py PHOTO.jpg"""
-import json, sys
+{imports}import sys
 import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
@@ -203,8 +203,7 @@ pixels = np.asarray(image){scale}.reshape(1, {height}, {width}, {channels}).tran
 {show}
 '''
 _OTHER = '''"""Answer the golden samples: pip install onnxruntime safetensors; python example.py"""
-import json
-import numpy as np, onnxruntime
+{imports}import numpy as np, onnxruntime
 from safetensors.numpy import load_file
 
 session = onnxruntime.InferenceSession("model.onnx")
@@ -222,7 +221,8 @@ def example(facts: Mapping[str, Any]) -> str:
     given, output = facts["input"], facts["outputs"][0]
     named = facts["kind"] in ("classes", "labels") and len(facts["classes"]) > 1
     show = _BEST if named else "print(answer)"
-    values = {"output": output, "show": show, "name": given["name"], "dtype": given["dtype"]}
+    imports = "import json\n" if named else ""
+    values = {"output": output, "show": show, "imports": imports, "name": given["name"], "dtype": given["dtype"]}
     if given["name"] == "images" and given["shape"][0] in (1, 3):
         channels, height, width = given["shape"]
         scale = "" if given["dtype"] == "uint8" else " .astype(np.float32) / 255".replace(" .", ".")

@@ -1,5 +1,6 @@
 """From a trained run to the folder: its forms, the proof, golden samples, the card."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class Exporter:
         """
         failure: RelayError | None = None
         with new_folder(target, self._asked.force) as folder:
-            save_model(self._trained.model, str(folder / WEIGHTS), {"classes": str(list(self._trained.classes))})
+            save_model(self._trained.model, str(folder / WEIGHTS), {"classes": json.dumps(self.facts["classes"])})
             try:
                 self._write_forms(folder)
             except RelayError as error:

@@ -36,6 +36,7 @@ def sign(folder: Path, key: Path) -> None:
     Raises:
         UsageError: the key can't be used.
     """
+    folder = folder.resolve()  # model-signing reads relative paths as those in the folder
     staging = folder.with_name(f".{folder.name}.{SIGNATURE}")
     config = signer(key).set_hashing_config(_hashing([folder / SIGNATURE]))
     with explained(f"write {folder / SIGNATURE}", "make room or repair the disk, then sign again"):
@@ -64,9 +65,10 @@ def check(folder: Path, key: Path) -> None:
     except (TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--key {key} isn't a public key of an elliptic curve: give the signer's") from error
     # What the signature says is left out isn't believed: nothing may be, except the signature.
-    config.set_hashing_config(_hashing([folder / SIGNATURE]))
+    place = folder.resolve()
+    config.set_hashing_config(_hashing([place / SIGNATURE]))
     try:
-        config.verify(folder, folder / SIGNATURE)
+        config.verify(place, place / SIGNATURE)
     except Exception as error:
         raise RelayError(f"{folder} isn't what was signed: {_reason(str(error), key)}") from error
 

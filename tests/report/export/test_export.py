@@ -1,0 +1,125 @@
+"""Exports of other tasks than classification of images, and the facts that don't need a command line."""
+
+import json
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import torchrelay as tr
+from torchrelay.data.sources import Parts
+from torchrelay.errors import RelayError, UsageError
+from torchrelay.report.export.export import Asked, Exporter
+from torchrelay.report.export.verify import verify
+
+GENERATOR = torch.Generator().manual_seed(0)
+TABLE = torch.rand(40, 3, generator=GENERATOR)
+
+
+class Mean(nn.Module):
+    """Predicts the next token from an embedding; a recurrent part would take seconds to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+class Doubled(tr.Task):
+    """A task of the user's that predicts in its own way."""
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().sum()
+
+    def predict(self, outputs):
+        return outputs * 2
+
+
+class Whole(Doubled):
+    """A task that calls the model itself."""
+
+    def forward(self, model, batch):
+        return model(batch.inputs) + 1
+
+
+def export(folder: Path, model: nn.Module, data, task, **asked) -> tuple[Path, dict]:
+    trainer = tr.Trainer(
+        model, data, data, run=folder / "run", task=task, epochs=1, batch_size=16, settings=tr.RunSettings(log_every=1)
+    )
+    trainer.fit()
+    trained = tr.load(folder / "run", model=model, task=task)
+    source = tr.data.as_source(data)
+    target, lines = folder / "export", list[str]()
+    Exporter(trained, Parts(source, source), "run", {}, Asked(**asked), lines.append).write(target)
+    verify(target, say=lines.append)
+    return target, json.loads((target / "export.json").read_text())
+
+
+CASES = {
+    "regression": (nn.Linear(3, 1), (TABLE, TABLE.sum(1, keepdim=True)), tr.tasks.Regression(), ["predictions"]),
+    "labels": (
+        nn.Linear(3, 2),
+        (TABLE, (TABLE[:, :2] > 0.5).float()),
+        tr.tasks.MultiLabel(labels=2),
+        ["probabilities", "logits"],
+    ),
+    "binary": (nn.Linear(3, 1), (TABLE, (TABLE[:, 0] > 0.5).float()), tr.tasks.Binary(), ["probabilities", "logits"]),
+    "tokens": (
+        Mean(),
+        (torch.arange(80).view(20, 4) % 7, torch.arange(1, 81).view(20, 4) % 7),
+        tr.tasks.NextToken(),
+        ["probabilities", "logits"],
+    ),
+    "own": (nn.Linear(3, 1), (TABLE, TABLE.sum(1, keepdim=True)), Doubled(), ["predictions", "outputs"]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "regression" else pytest.mark.slow) for name in CASES]
+)
+def test_each_task_is_exported_with_its_own_predictions(tmp_path, name):
+    torch.manual_seed(0)
+    model, data, task, outputs = CASES[name]
+    folder, facts = export(tmp_path, model, data, task, int8=name == "labels")
+    assert facts["outputs"] == outputs
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (given,) = session.get_inputs()
+    answer = torch.from_numpy(session.run(outputs[:1], {given.name: data[0].numpy()})[0])
+    with torch.no_grad():
+        assert torch.allclose(answer, task.predict(model(data[0])), atol=1e-5)
+    for row in facts["proof"][:3]:
+        assert row["largest_difference"] < 1e-5
+        assert row["flipped"] == (None if outputs[0] == "predictions" else 0)
+    for metric in facts["metrics"].values():
+        assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
+    assert "There was no test data" not in (folder / "README.md").read_text()
+
+
+def test_a_task_that_calls_the_model_itself_leaves_the_weights(tmp_path):
+    data = TABLE, TABLE.sum(1, keepdim=True)
+    with pytest.raises(RelayError, match=r"Whole calls the model itself, which can't be traced: .* has only README"):
+        export(tmp_path, nn.Linear(3, 1), data, Whole())
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrelay.report.export.export.model_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(tmp_path, nn.Linear(3, 1), (TABLE, TABLE.sum(1, keepdim=True)), Whole())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_stream_is_refused_in_a_line(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(TABLE, TABLE.sum(1, keepdim=True), strict=True))
+
+    model, data = nn.Linear(3, 1), (TABLE, TABLE.sum(1, keepdim=True))
+    tr.Trainer(model, data, run=tmp_path / "run", task=tr.tasks.Regression(), epochs=1).fit()
+    trained, source = tr.load(tmp_path / "run", model=model, task=tr.tasks.Regression()), tr.data.stream(Stream())
+    with pytest.raises((UsageError, RelayError), match="is a stream, whose samples an export can't read"):
+        Exporter(trained, Parts(source, None), "run", {}, Asked(), print).write(tmp_path / "export")
