@@ -2,12 +2,12 @@
 
     python -m benchmarks.exactness.crash [--only run] [--fault kill] [--every N] [--out docs/evidence/crash.md]
 
-A small run of the digits saves every ten steps; another process decodes images into a cache (`subjects.py`). A library
-that is loaded before the C library counts the calls that touch the folder: open, write, flush, rename, delete. At each
-of them, in a process of its own, the process is killed (SIGKILL), or the call fails with EIO, or the machine loses
-power: what wasn't flushed is cut off or zeroed, and names whose folder wasn't flushed are lost (`power.py`). Then the
-run is resumed, or started where it hadn't begun, and its checkpoints, metrics and charts are compared byte for byte
-with those of an undisturbed run; likewise the cache.
+A small run of the digits saves every ten steps; other processes decode images into a cache, and export a run
+(`subjects.py`). A library that is loaded before the C library counts the calls that touch the folder: open, write,
+flush, rename, delete. At each of them, in a process of its own, the process is killed (SIGKILL), or the call fails with
+EIO, or the machine loses power: what wasn't flushed is cut off or zeroed, and names whose folder wasn't flushed are
+lost (`power.py`). Then the run is resumed, or started where it hadn't begun, and its checkpoints, metrics and charts
+are compared byte for byte with those of an undisturbed run; likewise the cache and the export.
 
 An error must end the process with one line that names a file, or be survived with a warning; its text is kept. The
 processes are forks of this one, which has imported all they need: the source may change meanwhile. They run in a
@@ -221,7 +221,7 @@ def page(found: Mapping[tuple[str, str], Sequence[Point]], made_by: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="take each N-th call only")
-    parser.add_argument("--only", metavar="SUBJECT", help="run, cache; unset: all")
+    parser.add_argument("--only", metavar="SUBJECT", help="run, cache or export; unset: all")
     parser.add_argument("--fault", choices=FAULTS, help="this one only")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args()
@@ -254,6 +254,9 @@ def strike_all(options: argparse.Namespace, folder: Path) -> bool:
         for fault in [options.fault] if options.fault else FAULTS:
             place = folder / f"{name}-{fault}"
             draw_images(place)
+            code, said = in_child(SUBJECTS[name].prepare, place / name, {})
+            if code:
+                raise SystemExit(f"there is nothing to strike at: {said}")
             found[name, fault] = list(Attack(SUBJECTS[name], fault, place / name).points(options.every))
             text = page(found, f"python -m benchmarks.exactness.crash{''.join(flags)}")
             if options.out is not None:

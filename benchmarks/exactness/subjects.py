@@ -1,5 +1,6 @@
-"""What `crash.py` interrupts: a training run, and the making of a cache of decoded images."""
+"""What `crash.py` interrupts: a training run, the making of a cache of decoded images, and an export."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ import torchrelay as tr
 from benchmarks.exactness import kill
 from torchrelay import cli
 from torchrelay.errors import RelayError
+from torchrelay.report.export.export import Exporter
+from torchrelay.report.export.folder import check_sums, read_facts
+from torchrelay.report.export.formats import ONNX, PROGRAM
+from torchrelay.report.export.verify import GOLDEN
 
 SETS = ("run.epochs=2", 'checkpoint.every="10 steps"', "model.options.widths=[4,8]", "data.batch_size=128")
 
@@ -25,11 +30,13 @@ class Subject:
         act: makes the folder, or goes on with what an interrupted process left; returns the exit code.
         differences: returns what differs between two such folders.
         harmless: a pattern of calls that lose nothing when they fail, so that nothing is to be said.
+        prepare: writes what it needs beside the folder; in a process of its own.
     """
 
     act: Callable[[Path], int]
     differences: Callable[[Path, Path], list[str]]
     harmless: str
+    prepare: Callable[[Path], int] = lambda _: 0
 
 
 def train(run: Path) -> int:
@@ -71,6 +78,35 @@ def draw_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / "images" / name / f"{number}.png")
 
 
+def train_and_export(target: Path) -> int:
+    """Write a run, and an export of it, whose forms `export` copies."""
+    run, forms = target.parent / "run", target.parent / "forms"
+    return train(run) or cli.main(["export", str(run), "--out", str(forms), "--quiet", "--no-int8"])
+
+
+def export(target: Path) -> int:
+    """Export a run, and replace that by another export; an export that is there must be whole.
+
+    Tracing a model takes ten seconds, in which no name is made: its files are those of an export that was made before.
+    """
+    forms = target.parent / "forms"
+
+    def copy_forms(exporter: Exporter, folder: Path) -> None:
+        exporter.facts |= read_facts(forms)
+        for name in (PROGRAM, ONNX, GOLDEN):
+            (folder / name).write_bytes((forms / name).read_bytes())
+
+    setattr(Exporter, "_write_forms", copy_forms)  # noqa: B010 - a method
+    for _ in range(2):
+        undisturbed = "FAULT_LOG" not in os.environ  # these reads aren't to be struck at
+        if undisturbed and (target / "out").exists() and (unknown := check_sums(target / "out")):
+            raise AssertionError(f"it has {unknown}")
+        command = ["export", str(target.parent / "run"), "--out", str(target / "out"), "--force", "--quiet"]
+        if code := cli.main(command):
+            return code
+    return 0
+
+
 def files_that_differ(one: Path, other: Path) -> list[str]:
     """Return which files of two folders differ, locks aside."""
     names = {path.relative_to(folder) for folder in (one, other) for path in folder.rglob("*")}
@@ -91,4 +127,6 @@ SUBJECTS = {
     ),
     # A cache that can't be read is made again; what a killed process left can stay a while.
     "cache": Subject(decode, files_that_differ, r"open64 /…-…/|(mkdir|opendir|rmdir|unlink\w*) "),
+    # Nothing is to be removed before; what stays of the old export goes with the next one.
+    "export": Subject(export, files_that_differ, r"(mkdir|opendir|rmdir|unlink\w*) ", train_and_export),
 }
