@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from torchrelay import __version__
+from torchrelay.commands.options import set_pins
 from torchrelay.distributed import process
 from torchrelay.distributed.failures import LaunchError, report
 from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, nearest
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         process.attach()
+        set_pins(options)
         # PyTorch's profiler reads it once, when torch is imported, and otherwise logs to standard error.
         os.environ.setdefault("KINETO_LOG_LEVEL", "7")
         with warnings.catch_warnings():

@@ -1,18 +1,24 @@
 """Options that several commands share, and what they stand for."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torchrelay.distributed import process
 from torchrelay.errors import UsageError
+from torchrelay.recipe import shipped
+from torchrelay.run.pins import PINS, needs_pins
 
 if TYPE_CHECKING:
     from torchrelay.recipe.recipe import Recipe
     from torchrelay.recipe.trained import Trained
     from torchrelay.run.terminal import Terminal
     from torchrelay.train.trainer import Trainer
+
+_RUNS, _RECIPES = ("folder", "good", "bad"), ("recipe", "deep")  # options that name one
 
 # ------------------------------------------------------------------------------------------------ parsing
 
@@ -89,6 +95,17 @@ def count(text: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ their meaning
+
+
+def set_pins(options: argparse.Namespace) -> None:
+    """Set what a portable run needs in the environment, while torch isn't imported yet."""
+    if "torch" in sys.modules:
+        return
+    runs, recipes = ([getattr(options, name, None) for name in names] for names in (_RUNS, _RECIPES))
+    files = [run / "recipe.toml" for run in runs if run]
+    files += [shipped.path(recipe) or Path(recipe) for recipe in recipes if recipe]
+    if any(needs_pins(file, getattr(options, "overrides", ())) for file in files):
+        os.environ.update(PINS)
 
 
 def code_of(options: argparse.Namespace) -> ModuleType | None:

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torchrelay.commands.options import add_common, add_recipe, code_of, count, terminal_of
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -82,10 +82,13 @@ def tune(
         The recipe's own settings, then each other one as it was tried.
 
     Raises:
+        UsageError: the recipe's bits must be portable.
         RelayError: the recipe itself can't be trained.
     """
     import torch
 
+    if recipe.run.portable:
+        raise UsageError("tune tries settings that a portable run can't have: add --set run.portable=false")
     threads = torch.get_num_threads()
     # Each setting is timed with a number of threads of its own, which it sets again before its turn.
     recipe = _with(recipe, "device", "threads", recipe.device.threads or threads)

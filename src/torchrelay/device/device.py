@@ -15,8 +15,9 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
-from torchrelay.device import private
+from torchrelay.device import portable, private
 from torchrelay.errors import RelayError, UsageError
+from torchrelay.run.pins import PINS
 from torchrelay.settings import Settings
 
 _NO_AUTOCAST = nullcontext()
@@ -62,6 +63,7 @@ class Device:
 
     device: torch.device
     settings: DeviceSettings
+    portable: bool = False  # whether its bits are those of every processor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,7 +104,7 @@ class Device:
         return torch.amp.GradScaler(self.device.type, enabled=self.settings.precision == "fp16")
 
     def keep_threads(self, threads: int) -> bool:
-        """Compute with the number of threads that a run started with, unless the settings say how many.
+        """Compute with the number of threads that a run started with, unless the settings or portable bits say it.
 
         Returns:
             Whether that changed the number.
@@ -110,7 +112,7 @@ class Device:
         Raises:
             ValueError: no machine has so many.
         """
-        if self.settings.threads is not None or threads == torch.get_num_threads():
+        if self.portable or self.settings.threads is not None or threads == torch.get_num_threads():
             return False
         if not 0 < threads <= _MOST_THREADS:
             raise ValueError(f"{threads} threads")
@@ -153,21 +155,26 @@ class Device:
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
             details.append(f"{threads} thread{'s' if threads > 1 else ''}")
+        details += [f"portable (arithmetic {portable.arithmetic()})"] * self.portable
         details += ["channels last"] * self.settings.channels_last + ["compiled"] * self.settings.compile
         return f"{name}, {', '.join(details)}"
 
 
-def set_up(settings: DeviceSettings, exact: bool) -> Device:
+def set_up(settings: DeviceSettings, exact: bool, *, is_portable: bool | None = False) -> Device:
     """Choose the device and set PyTorch's switches for it, each one explicitly, and the number of threads.
 
     Args:
         settings: which device, and how it computes.
         exact: whether only deterministic kernels may run.
+        is_portable: whether the bits must be those of every processor.
 
     Raises:
         UsageError: this machine has no such device, or the device doesn't support the settings.
     """
-    device = torch.device(_choose(settings.name))
+    device = torch.device(_choose("cpu" if is_portable and settings.name == "auto" else settings.name))
+    if is_portable:
+        _check_portable(settings, device, exact)
+        torch.set_num_threads(1)
     if settings.precision == "fp16" and device.type == "cpu":
         raise UsageError("device.precision 'fp16' isn't for the CPU: use 'bf16' or 'float32'")
     if exact and settings.benchmark:
@@ -190,7 +197,26 @@ def set_up(settings: DeviceSettings, exact: bool) -> Device:
     private.use_deterministic_algorithms(exact, settings.compile)
     # It would help to find reads of uninitialized memory, and costs memory traffic at each allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Device(device, settings)
+    return Device(device, settings, bool(is_portable))
+
+
+def _check_portable(settings: DeviceSettings, device: torch.device, exact: bool) -> None:
+    """Refuse settings by which the bits depend on the machine.
+
+    Raises:
+        UsageError: naming the first one.
+    """
+    wrong = {
+        "run.exact=true": not exact,
+        "device.name=cpu": device.type != "cpu",
+        "device.precision=float32": settings.precision != "float32",
+        "device.compile=false": settings.compile,
+        "device.threads=1 (more cores are used by --devices)": settings.threads not in (None, 1),
+    }
+    if found := next((remedy for remedy, is_wrong in wrong.items() if is_wrong), None):
+        raise UsageError(f"run.portable can't hold with these settings: set {found}, or leave run.portable out")
+    portable.check_pins()
+    portable.replace_roots()
 
 
 def _has_compiler() -> bool:
@@ -246,13 +272,23 @@ def has_amx() -> bool:
 
 
 def has_only_avx2() -> bool:
-    """Return whether this CPU has AVX2 and not AVX-512."""
-    return bool(_capabilities().get("avx2")) and not _capabilities().get("avx512_f")
+    """Return whether this CPU has AVX2 and not AVX-512, or a portable run keeps oneDNN from using that."""
+    is_pinned = os.environ.get("ONEDNN_MAX_CPU_ISA") == PINS["ONEDNN_MAX_CPU_ISA"]
+    return bool(_capabilities().get("avx2")) and (is_pinned or not _capabilities().get("avx512_f"))
 
 
-def identity_of(device: torch.device) -> dict[str, str | int | bool]:
-    """Return what decides the last bits of a result on this machine."""
+def identity_of(device: torch.device, *, is_portable: bool = False) -> dict[str, str | int | bool]:
+    """Return what decides the last bits of a result on this machine; in a portable run that isn't its processor."""
     facts: dict[str, str | int | bool] = {}
+    if is_portable:
+        return {
+            "torch": torch.__version__,
+            "device": device.type,
+            "pins": " ".join(f"{name}={value}" for name, value in PINS.items()),
+            "arithmetic": portable.arithmetic(),
+            "c_library": portable.c_library(),
+            "threads": torch.get_num_threads(),
+        }
     if device.type == "cuda":
         facts["cudnn"] = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({processor_name()})"

@@ -7,7 +7,9 @@ missing. docs/explanation/decisions.md has the measurements.
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,28 @@ def keep_freed_memory() -> bool:
     except (AttributeError, TypeError, OSError):  # another C library
         return False
     return not configured and all((mallopt(_MMAP_THRESHOLD, _LARGEST), mallopt(_TRIM_THRESHOLD, _KEPT)))
+
+
+def mkl_branch() -> str | None:
+    """Return which branch of its code MKL computes by ("OFF" if it follows the processor), or None if it can't be told.
+
+    `MKL_CBWR` chooses it, if it is set before the first product; MKL's public function for it isn't part of PyTorch.
+    """
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    try:
+        branch = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / name)).mkl_serv_cbwr_get(1)
+    except (AttributeError, OSError):
+        return None
+    return {1: "OFF", 2: "AUTO", 3: "COMPATIBLE"}.get(branch, f"branch {branch}")
+
+
+# What is replaced stays so while it lives.
+_replaced = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+
+
+def replace_operator(name: str, function: Callable[..., Tensor]) -> None:
+    """Let a function of Python's compute an operator of PyTorch's own on the CPU, such as "sqrt", for all callers."""
+    _replaced.impl(name, function, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
 
 
 def use_deterministic_algorithms(deterministic: bool, compiles: bool) -> None:

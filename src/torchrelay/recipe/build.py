@@ -58,7 +58,7 @@ def build_trainer(
         terminal.say(text)
         notes.append(text)
 
-    device = set_up(recipe.device, recipe.run.exact)
+    device = set_up(recipe.device, recipe.run.exact, is_portable=recipe.run.portable)
     # 2. Data
     parts = load_data(recipe, code, fresh, say)
 

@@ -215,7 +215,8 @@ def load(
     if environment.get("started_from") == "python":
         if model is None:
             raise UsageError(f"{folder} was started from Python: give its model too, tr.load({str(run)!r}, model=...)")
-        where = set_up(DeviceSettings(**(table["device"] | {"name": device})), exact=table["run"]["exact"])
+        settings = DeviceSettings(**(table["device"] | {"name": device}))
+        where = set_up(settings, table["run"]["exact"], is_portable=table["run"].get("portable"))
         task = task or _task_named(environment.get("task", ""), folder)
         data = DataSettings(batch_size=table["data"]["batch_size"])
         return Trained(model, contents, task, where, data, table["run"]["test_views"], prepare)
@@ -248,7 +249,7 @@ def trained(
     """
     model = model or _model(recipe, contents, code)
     task = task or _task(recipe, contents, code)
-    device = set_up(recipe.device, recipe.run.exact)
+    device = set_up(recipe.device, recipe.run.exact, is_portable=recipe.run.portable)
     return Trained(model, contents, task, device, recipe.data, recipe.run.test_views, prepare)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from torchrelay.duration import Interval
 from torchrelay.settings import Settings
@@ -21,6 +21,8 @@ class RunSettings(Settings):
     """Seed of all randomness in the run: initial weights, order, augmentation, dropout."""
     exact: bool = True
     """Use deterministic kernels and a power of two of replicas, so that an interrupted run gives the same bits."""
+    portable: bool | None = None
+    """Compute on the CPU so that the bits are the same on all x86-64 processors with AVX2: slower, on one thread."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many steps; the schedule still spans all epochs. Unset: train all epochs."""
     evaluate_every: Interval = 1
@@ -44,3 +46,9 @@ class RunSettings(Settings):
     """How many batches rollbacks may skip before the run stops anyway."""
     patience: int | None = Field(default=None, ge=1)
     """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
+
+    @field_validator("portable")
+    @classmethod
+    def _unset_if_false(cls, value: bool | None) -> bool | None:
+        """Return None for false: recipe.toml has the key in portable runs alone, and those before have no such key."""
+        return value or None

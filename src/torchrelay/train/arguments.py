@@ -136,12 +136,14 @@ def refuse_in_fit(data: Sequence[Never], names: Mapping[str, Never]) -> None:
     refuse("Trainer.fit", names, ("resume", "accept_changes"))
 
 
-def as_device(given: DeviceLike) -> DeviceSettings | Device:
+def as_device(given: DeviceLike, is_portable: bool | None = False) -> DeviceSettings | Device:
     """Return the device that a user means: a number is that of a CUDA device, as in PyTorch.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none; or the run's bits must be portable, and it is set up for others.
     """
+    if isinstance(given, Device) and is_portable and not given.portable:
+        raise UsageError("run.portable sets up the device itself: give its name or tr.DeviceSettings(), no Device")
     if isinstance(given, DeviceSettings | Device):
         return given
     if isinstance(given, torch.device):

@@ -65,7 +65,7 @@ def run_settings(settings: RunSettings | None, epochs: int | None, steps: int | 
 
 
 def prepare_device(
-    given: DeviceLike, parallel: ParallelSettings, exact: bool, run: str | Path | None
+    given: DeviceLike, parallel: ParallelSettings, settings: RunSettings, run: str | Path | None
 ) -> tuple[Device, ProcessGroup, int]:
     """Set up the device unless it is, join the process group, and count the replicas; a run keeps its own.
 
@@ -73,14 +73,14 @@ def prepare_device(
         UsageError: this machine has no such device, or so many processes can't share the replicas.
         RelayError: the other processes can't be reached.
     """
-    device = as_device(given)
+    device = as_device(given, settings.portable)
     if isinstance(device, DeviceSettings):
-        device = set_up(device, exact)
+        device = set_up(device, settings.exact, is_portable=settings.portable)
     group = init_process_group(device.device, parallel.timeout)
     if parallel.replicas is None and run is not None and (Path(run) / "recipe.toml").exists():
         recorded = read_record(Path(run)).get("parallel", {})
         parallel = parallel.model_copy(update={"replicas": recorded.get("replicas")})
-    return device, group, count_replicas(parallel, group.size, exact)
+    return device, group, count_replicas(parallel, group.size, settings.exact)
 
 
 def make_batches(

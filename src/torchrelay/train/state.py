@@ -159,7 +159,7 @@ class TrainingState:
     def identity(self) -> Identity:
         """Return what this run's bits depend on."""
         device: Device = self.train_step.device
-        return identity_of(device.device) | {
+        return identity_of(device.device, is_portable=device.portable) | {
             "data": self.batches.source.fingerprint(),
             **{f"{name}_data": part.source.fingerprint() for name, part in self.evaluated.items()},
             "samples": len(self.batches.source),

@@ -99,7 +99,7 @@ class Trainer(Parts):
         self.settings = assemble.run_settings(settings, epochs, steps, seed)
         parallel = parallel or arguments.ParallelSettings()
         # 4. Device: before the data, which is augmented on it
-        where = here, group, _ = assemble.prepare_device(device, parallel, self.settings.exact, run)
+        where = here, group, _ = assemble.prepare_device(device, parallel, self.settings, run)
         log, dtype = EarlyLog(terminal or arguments.Terminal(), notes, group.main), assemble.dtype_of(model)
         # 2. Data
         self.batches, evaluated = assemble.make_batches(train, validation, test, data, where, self.settings, dtype)
