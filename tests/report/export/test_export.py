@@ -1,6 +1,7 @@
 """Exports of other tasks than classification of images, and the facts that don't need a command line."""
 
 import json
+import signal
 from pathlib import Path
 
 import onnxruntime
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import torchrelay as tr
+from torchrelay import cli
 from torchrelay.data.sources import Parts
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.report.export.export import Asked, Exporter
@@ -123,3 +125,52 @@ def test_a_stream_is_refused_in_a_line(tmp_path):
     trained, source = tr.load(tmp_path / "run", model=model, task=tr.tasks.Regression()), tr.data.stream(Stream())
     with pytest.raises((UsageError, RelayError), match="is a stream, whose samples an export can't read"):
         Exporter(trained, Parts(source, None), "run", {}, Asked(), print).write(tmp_path / "export")
+
+
+@pytest.mark.slow
+def test_images_that_are_resized_and_cropped_first_are_answered_by_onnx_alike(tmp_path):
+    """Resizing rounds some bytes the other way than the run does, by one of 255 levels."""
+    images = torch.randint(256, (20, 3, 24, 20), dtype=torch.uint8, generator=GENERATOR)
+    prepare = [tr.augment.Resize(size=12, interpolation="bilinear"), tr.augment.CenterCrop(size=8)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = images, torch.arange(20) % 4
+    tr.Trainer(model, data, data, run=tmp_path / "run", prepare=prepare, epochs=1).fit()
+    trained, source = tr.load(tmp_path / "run", model=model, prepare=prepare), tr.data.arrays(*data)
+    Exporter(trained, Parts(source, source), "run", {}, Asked(int8=False)).write(tmp_path / "export")
+    facts = json.loads((tmp_path / "export" / "export.json").read_text())
+    assert facts["input"] == {"name": "images", "dtype": "uint8", "shape": [3, 24, 20]}
+    _, program, onnx = facts["proof"]
+    assert 0 <= program["largest_difference"] < 0.01
+    assert abs(onnx["largest_difference"] - program["largest_difference"]) < 1e-4
+    verify(tmp_path / "export")
+
+
+@pytest.mark.slow
+def test_what_onnx_lacks_leaves_the_program_with_its_proof(tmp_path):
+    class Inverse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return torch.linalg.eigvalsh(x[:, :, None] * x[:, None]) * self.scale
+
+    with pytest.raises(RelayError, match=r"can't be exported by torch\.onnx\.export .* has only .*program\.pt2"):
+        export(tmp_path, Inverse(), (TABLE, TABLE), tr.tasks.Regression())
+    facts = json.loads((tmp_path / "export" / "export.json").read_text())
+    assert [row["file"] for row in facts["proof"]] == ["model.safetensors", "program.pt2"]
+    verify(tmp_path / "export")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_being_trained_is_exported_at_its_last_checkpoint(tmp_path, start):
+    """The training goes on undisturbed."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    sets = [word for each in ("run.epochs=100000", "model.name=mlp") for word in ("--set", each)]
+    training = start("train", "digits", "--run", str(run), *sets)
+    training.until(lambda: list((run / "checkpoints").glob("step-*[1-9]*/manifest.json")))
+    assert cli.main(["export", str(run), "--out", str(out), "--no-int8", "--quiet"]) == 0
+    assert training.runs()
+    training.send(signal.SIGTERM)
+    assert training.done().returncode == 75
+    verify(out)

@@ -84,7 +84,7 @@ def _what(facts: Mapping[str, Any]) -> str:
                 else "Pixels from 0 to 1: the normalization of the training is inside."
             )
             lines.append(
-                f"A file is decoded outside, its center cropped to {width}:{height} and resized to {width} x {height}."
+                f"A file is decoded outside, its center cropped to the shape of {width} x {height} and resized to it."
             )
         lines.append(f"It gives `{'`, `'.join(facts['outputs'])}`.")
     if classes:
@@ -171,9 +171,17 @@ def _proof(facts: Mapping[str, Any]) -> str:
         "\n`golden.safetensors` holds some samples with the answers; `torchrelay export --verify FOLDER` answers them "
         "again, and `sha256sum -c SHA256SUMS` finds a damaged file."
     )
-    if any(row["file"] == INT8 for row in facts["proof"]):
+    by_file = {row["file"]: row["headline"] for row in facts["proof"]}
+    if INT8 in by_file:
+        whole, integers = by_file[ONNX], by_file[INT8]
+        change = (
+            ""
+            if whole is None
+            else f"; they change the {facts['headline'].replace('_', ' ')} by {integers - whole:+.4f}"
+        )
         lines.append(
-            f"\n`{INT8}` computes in integers of 8 bits, whose ranges {facts['calibrated_on']:,} training samples gave."
+            f"\n`{INT8}` computes in integers of 8 bits, whose ranges are from {facts['calibrated_on']:,} training "
+            f"samples{change}."
         )
     return "\n".join(lines)
 
@@ -192,18 +200,18 @@ def _limits(facts: Mapping[str, Any]) -> str:
 
 
 _IMAGE = '''"""Classify a photograph: pip install onnxruntime pillow; python example.py PHOTO.jpg"""
-{imports}import sys
+import {imports}sys
 import numpy as np, onnxruntime
 from PIL import Image, ImageOps
 
 session = onnxruntime.InferenceSession("model.onnx")
 image = ImageOps.fit(Image.open(sys.argv[1]).convert("{mode}"), ({width}, {height}))
-pixels = np.asarray(image){scale}.reshape(1, {height}, {width}, {channels}).transpose(0, 3, 1, 2)
+pixels = np.asarray(image).reshape(1, {height}, {width}, {channels}).transpose(0, 3, 1, 2)
 (answer,) = session.run(["{output}"], {{"images": pixels}})[0]
 {show}
 '''
 _OTHER = '''"""Answer the golden samples: pip install onnxruntime safetensors; python example.py"""
-{imports}import numpy as np, onnxruntime
+{imports}import onnxruntime
 from safetensors.numpy import load_file
 
 session = onnxruntime.InferenceSession("model.onnx")
@@ -221,11 +229,19 @@ def example(facts: Mapping[str, Any]) -> str:
     given, output = facts["input"], facts["outputs"][0]
     named = facts["kind"] in ("classes", "labels") and len(facts["classes"]) > 1
     show = _BEST if named else "print(answer)"
-    imports = "import json\n" if named else ""
-    values = {"output": output, "show": show, "imports": imports, "name": given["name"], "dtype": given["dtype"]}
+    values = {"output": output, "show": show, "name": given["name"], "dtype": given["dtype"]}
     if given["name"] == "images" and given["shape"][0] in (1, 3):
         channels, height, width = given["shape"]
-        scale = "" if given["dtype"] == "uint8" else " .astype(np.float32) / 255".replace(" .", ".")
+        scale = "" if given["dtype"] == "uint8" else ".astype(np.float32) / 255"
         mode = "L" if channels == 1 else "RGB"
-        return _IMAGE.format(**values, channels=channels, height=height, width=width, mode=mode, scale=scale)
-    return _OTHER.format(**values, shape=", ".join(map(str, given["shape"])))
+        return _IMAGE.format(
+            **values,
+            imports="json, " if named else "",
+            channels=channels,
+            height=height,
+            width=width,
+            mode=mode,
+            scale=scale,
+        )
+    imports = "import json\nimport numpy as np\n" if named else ""
+    return _OTHER.format(**values, imports=imports, shape=", ".join(map(str, given["shape"])))

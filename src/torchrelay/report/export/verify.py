@@ -10,13 +10,10 @@ from torch import Tensor
 
 from torchrelay.errors import RelayError, explained, intact
 from torchrelay.report.export.folder import SIGNATURE, check_sums, read_facts
-from torchrelay.report.export.formats import INT8, ONNX, PROGRAM, Run, run_module, run_onnx
+from torchrelay.report.export.formats import INT8, PROGRAM, Run, run_module, run_onnx
 from torchrelay.report.export.program import load_program
 
 GOLDEN = "golden.safetensors"
-# Largest difference from the run's answers, absolute and relative: kernels of another processor add in another order.
-# Integers saturate differently without VNNI.
-_LIMITS = {PROGRAM: 1e-4, ONNX: 1e-4, INT8: 0.05}
 
 
 def verify(folder: Path, key: Path | None = None, say: Callable[[str], None] = print) -> None:
@@ -64,9 +61,9 @@ def answer_golden(folder: Path, facts: Mapping[str, Any]) -> list[tuple[str, flo
             raise ValueError(str(error)) from error
         inputs = golden["inputs"]
     found = []
-    for file in (row["file"] for row in facts["proof"] if row["file"] in _LIMITS):
+    for file in (row["file"] for row in facts["proof"] if row["file"] in facts["limits"]):
         expected = golden["int8" if file == INT8 else "predictions"]
-        difference, limit = _difference(_answers(folder / file)(inputs)[0], expected), _LIMITS[file]
+        difference, limit = _difference(_answers(folder / file)(inputs)[0], expected), facts["limits"][file]
         if not difference <= limit:  # NaN is none
             raise RelayError(
                 f"{folder / file} answers the golden samples differently, by {difference:.2g} where {limit:g} is "
