@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import struct
 from pathlib import Path
@@ -264,3 +265,24 @@ def test_lines_wait_in_order_for_the_weights_before_them(tmp_path):
 def test_a_run_without_one_is_refused(tmp_path):
     with pytest.raises(RelayError, match=r"has no receipt\.jsonl"):
         read_receipt(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it needs Linux's disk that is always full")
+def test_a_line_that_the_disk_refused_once_is_neither_lost_nor_written_twice(tmp_path):
+    """As where a disk fails as a run ends: the close writes what can be written."""
+    receipt = Receipt(tmp_path / NAME, fresh=True)
+    receipt.begin()
+    receipt.add(1, Tail([0.5]))
+    descriptor = receipt._file.fileno()
+    whole, full = os.dup(descriptor), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, descriptor)
+    with pytest.raises(RelayError, match="No space left on device"):
+        receipt.add(2, Tail([0.25]))
+    os.dup2(whole, descriptor)
+    receipt.close()
+    for each in (whole, full):
+        os.close(each)
+    found = read_receipt(tmp_path)
+    assert found.damage == ""
+    assert list(found.losses) == [1, 2]
+    assert len((tmp_path / NAME).read_text().splitlines()) == 3

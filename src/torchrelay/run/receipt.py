@@ -131,11 +131,13 @@ class Receipt:
                 if body["step"] not in self._hashes:
                     return
                 body["weights"] = self._hashes.pop(body["step"])
+            self._waiting.pop(0)
             self._chain = chained(self._chain, body)
-            with explained(f"write {self.path}"):
+            with explained(
+                f"write {self.path}"
+            ):  # a line that fails stays in the file's buffer: not to be written twice
                 self._file.write(json.dumps(body | {"chain": self._chain}) + "\n")
                 self._file.flush()
-            self._waiting.pop(0)
 
     def flush(self) -> None:
         """Wait until it is on disk."""

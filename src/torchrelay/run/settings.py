@@ -36,8 +36,7 @@ class RunSettings(Settings):
     log_every: Interval = 50
     """Steps between two lines of metrics within an epoch, or "0.1 epochs", "1 min"."""
     receipt_every: int | None = Field(default=None, ge=1)
-    """Steps between two hashes of the weights in the receipt, which then has each step's gradient norm as well. Unset:
-    only checkpoints' weights are hashed."""
+    """Steps between two hashes of the weights in the receipt, which then has each step's gradient norm. Unset: none."""
     on_spike: Literal["stop", "rollback"] = "stop"
     """What to do on a loss spike: stop, or roll back to the checkpoint before it, skip its batch and continue."""
     spike_threshold: float | None = Field(default=None, gt=1)
