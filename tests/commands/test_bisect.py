@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from torchrelay import cli
-from torchrelay.recipe.bisect import smallest
+from torchrelay.report.audit.bisect import smallest
 
 SETTINGS = ("model.name=mlp", "data.batch_size=64", "run.epochs=2", "run.log_every=10", "device.precision=float32")
 CODE = """

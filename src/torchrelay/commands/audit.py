@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="torchrelay-") as logs:  # nothing is written in the run's folder
         if run_in_processes(options, recipe, Path(logs), "--seed", str(seed)):
             return
-    from torchrelay.recipe.audit import Audit
+    from torchrelay.report.audit.audit import Audit
     from torchrelay.run.record import read_files
 
     say = terminal_of(options).say

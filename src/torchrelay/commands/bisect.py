@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torchrelay.errors import UsageError
 
 if TYPE_CHECKING:
-    from torchrelay.recipe.bisect import Side
+    from torchrelay.report.audit.bisect import Side
 
 HELP = "find where two runs part, and which recipe key, file, code or package makes them"
 
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compare the runs, and print their differences and a verdict."""
-    from torchrelay.recipe.bisect import Bisection
+    from torchrelay.report.audit.bisect import Bisection
 
     good, bad = (_side(folder, options.code) for folder in (options.good, options.bad))
     print(f"verdict: {Bisection(good, bad, print).run()}")
@@ -32,8 +32,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _side(folder: Path, code: list[Path]) -> "Side":
     from torchrelay.commands.options import recipe_of_run
-    from torchrelay.recipe.bisect import read_side
     from torchrelay.recipe.code import environment, load_code
+    from torchrelay.report.audit.bisect import read_side
     from torchrelay.run.record import read_record
 
     given = argparse.Namespace(folder=folder, overrides=[], code=code or None)

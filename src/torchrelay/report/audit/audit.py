@@ -12,7 +12,7 @@ from torchrelay.checkpoint.retention import complete
 from torchrelay.data.files import Marks
 from torchrelay.errors import RelayError
 from torchrelay.recipe.recipe import Recipe, parse
-from torchrelay.recipe.replay import Replayed, Replayer, first_difference
+from torchrelay.report.audit.replay import Replayed, Replayer, first_difference
 from torchrelay.run.receipt import Account, Change, number, read_receipt
 
 

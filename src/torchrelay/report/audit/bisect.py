@@ -12,9 +12,9 @@ from torchrelay.checkpoint.format import Contents, read, step_of
 from torchrelay.checkpoint.retention import complete
 from torchrelay.data.files import differences
 from torchrelay.errors import RelayError
-from torchrelay.recipe.audit import undone
 from torchrelay.recipe.recipe import Recipe, parse
-from torchrelay.recipe.replay import Replayed, Replayer
+from torchrelay.report.audit.audit import undone
+from torchrelay.report.audit.replay import Replayed, Replayer
 from torchrelay.run.identity import differing
 from torchrelay.run.receipt import Account, number, read_receipt
 from torchrelay.run.record import read_files, read_record
