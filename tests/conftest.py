@@ -143,6 +143,8 @@ LONGEST = (
     "faults/test_disk.py",
     "benchmarks/test_benchmarks.py",
     "commands/test_tune.py",
+    "commands/test_export.py",
+    "report/export/test_export.py",
     "run/test_terminal.py",
     "run/test_plots.py",
     "data/test_folder.py",

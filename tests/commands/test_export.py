@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import torchrelay as tr
 from torchrelay import cli
 from torchrelay.checkpoint.retention import find
+from torchrelay.report.export.folder import write_sums
 from torchrelay.report.export.program import load_program
 
 FILES = {
@@ -95,6 +96,7 @@ def test_the_proof_covers_all_test_data(facts, digits):
     assert int8["size"] < whole["size"] / 2
     metric = facts["metrics"]["accuracy"]
     assert (metric["low"] < metric["value"] < metric["high"], metric["method"]) == (True, "Wilson")
+    assert facts["metrics"]["top5_accuracy"]["low"] < 1
     assert facts["calibration"]["after"]["loss"] < facts["calibration"]["before"]["loss"]
 
 
@@ -162,12 +164,28 @@ def test_a_damaged_file_is_named(export, capsys, name):
 
 
 def test_a_model_that_answers_differently_is_named_though_its_checksum_is_right(export, capsys):
-    from torchrelay.report.export.folder import write_sums
-
     shutil.copy(export / "model.int8.onnx", export / "model.onnx")
     write_sums(export)
     assert cli.main(["export", "--verify", str(export)]) == 1
     assert "model.onnx answers the golden samples differently, by " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("model.onnx", lambda content: content[:5000], "model.onnx can't answer"),
+        ("golden.safetensors", lambda content: content[:100], "golden.safetensors is damaged or isn't ours"),
+        ("program.pt2", lambda content: content[:5000], "program.pt2 is damaged or isn't ours"),
+        ("export.json", lambda content: content.replace(b"limits", b"bounds"), "export.json is damaged or isn't ours"),
+    ],
+)
+def test_a_file_that_was_damaged_before_its_checksum_is_a_line(export, capsys, name, change, said):
+    (export / name).write_bytes(change((export / name).read_bytes()))
+    write_sums(export)
+    assert cli.main(["export", "--verify", str(export)]) == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 def test_an_export_is_replaced_only_by_force_and_other_folders_never(run, export, tmp_path, capsys, monkeypatch):

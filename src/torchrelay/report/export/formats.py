@@ -22,8 +22,12 @@ Run = Callable[[Tensor], tuple[Tensor, ...]]  # from inputs (samples, …) to th
 _QUANTIZED = ["Conv", "Gemm", "MatMul", "Add", "MaxPool", "AveragePool", "GlobalAveragePool", "ReduceMean", "Concat"]
 
 
-def needed(module: str, extra: str = "export") -> Any:
-    """Import a package that an extra installs.
+def needed(module: str, install: str = "pip install 'torchrelay[export]'") -> Any:
+    """Import a package of an extra.
+
+    Args:
+        module: its name.
+        install: the command that installs it.
 
     Raises:
         UsageError: it isn't installed.
@@ -31,9 +35,7 @@ def needed(module: str, extra: str = "export") -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UsageError(
-            f"an export needs {error.name or module}: install it by pip install 'torchrelay[{extra}]'"
-        ) from error
+        raise UsageError(f"this needs {error.name or module}: install it by {install}") from error
 
 
 def write_program(inference: Inference, inputs: Tensor, path: Path) -> torch.export.ExportedProgram:

@@ -16,7 +16,7 @@ from torchrelay.errors import UsageError
 from torchrelay.report.export.formats import Run
 from torchrelay.report.export.inference import Kind, decided
 from torchrelay.report.export.intervals import Floats, bootstrap, wilson
-from torchrelay.tasks.metrics import Count
+from torchrelay.tasks.metrics import Count, TopAccuracy
 from torchrelay.tasks.task import Task, total
 
 _WARM_UP, _CALLS, _SECONDS = 5, 300, 2.0  # of a measurement of latency, which ends at the first of the last two
@@ -99,7 +99,10 @@ def measure(task: Task, outputs: Tensor, targets: Any) -> dict[str, Metric]:
         if not isinstance(value, Tensor) or value.ndim:
             continue
         bounds: tuple[Any, ...] = ()
-        if isinstance(metric, Count):
+        if isinstance(metric, TopAccuracy):
+            correct, samples = metric.counts.tolist()
+            bounds = *wilson(correct, samples), "Wilson"
+        elif isinstance(metric, Count):
             drawn = [_of_resample(task, name, predictions, targets, generator) for _ in range(_METRIC_RESAMPLES)]
             bounds = *map(float, np.percentile(drawn, [2.5, 97.5])), "bootstrap"
         found[name] = Metric(float(value), *bounds)

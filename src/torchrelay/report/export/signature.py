@@ -9,6 +9,7 @@ from torchrelay.report.export.folder import SIGNATURE
 from torchrelay.report.export.formats import needed
 from torchrelay.run import disk
 
+_INSTALL = "pip install 'torchrelay[sign]'"
 _HOW = "make one by: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 
@@ -21,7 +22,7 @@ def signer(key: Path) -> Any:
     Raises:
         UsageError: it isn't one.
     """
-    signing = needed("model_signing.signing", "sign")
+    signing = needed("model_signing.signing", _INSTALL)
     try:
         return signing.Config().use_elliptic_key_signer(private_key=key).set_hashing_config(_hashing([]))
     except OSError as error:
@@ -57,7 +58,7 @@ def check(folder: Path, key: Path) -> None:
     """
     if not (folder / SIGNATURE).is_file():
         raise UsageError(f"{folder} isn't signed: it has no {SIGNATURE}; leave out --key to check its files alone")
-    verifying = needed("model_signing.verifying", "sign")
+    verifying = needed("model_signing.verifying", _INSTALL)
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
     except OSError as error:
@@ -75,7 +76,7 @@ def check(folder: Path, key: Path) -> None:
 
 def _hashing(left_out: list[Path]) -> Any:
     """Return how files are hashed: each one, Git's own and hidden ones too."""
-    hashing = needed("model_signing.hashing", "sign")
+    hashing = needed("model_signing.hashing", _INSTALL)
     return hashing.Config().use_file_serialization().set_ignored_paths(paths=left_out, ignore_git_paths=False)
 
 
