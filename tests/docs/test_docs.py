@@ -52,7 +52,7 @@ def translated(page: Path) -> bool:
     return any(page == part or part in page.parents for part in CHINESE)
 
 
-LONG = ("clusters.md", "devices.md", "speed.md", "several-devices.md", "fine-tune.md", "own-data.md")
+LONG = ("clusters.md", "devices.md", "speed.md", "several-devices.md", "fine-tune.md", "own-data.md", "export.md")
 TRANSLATIONS = [page for page in PAGES if translated(page)]
 RUNNING = [page for page in PAGES if not translated(page) and blocks(page, "console", "python")]
 MARKED = [pytest.param(page, marks=pytest.mark.slow) if page.name in LONG else page for page in RUNNING]

@@ -1,6 +1,7 @@
 """Signatures with real keys: the owner's is accepted, and whatever was changed afterwards is named."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,9 @@ def test_keys_that_cant_be_used_are_named(signed, keys, tmp_path):
     for key in (tmp_path / "none.pem", tmp_path / "no.pem", ed_public, keys[0], tmp_path):
         with pytest.raises(UsageError, match=f"--key {key}.* give the signer's"):
             check(signed, key)
+
+
+def test_without_the_extra_a_line_says_how_to_install_it(keys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "model_signing.signing", None)
+    with pytest.raises(UsageError, match=r"install it by pip install 'torchrelay\[sign\]'"):
+        signer(keys[0])
