@@ -203,7 +203,7 @@ def run_in_processes(options: argparse.Namespace, recipe: "Recipe", folder: Path
         [command, *more, *rest],
         options.devices,
         folder,
-        threads=recipe.device.threads,
+        threads=recipe.device.threads if isinstance(recipe.device.threads, int) else None,
         restarts=options.restarts,
         shutdown_timeout=options.shutdown_timeout,
         port=options.port,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torchrelay.settings import Settings
 
 _NO_AUTOCAST = nullcontext()
 Precision = Literal["float32", "bf16", "fp16"]
+Auto = Literal["auto"]
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
 _MOST_THREADS = 4096
 
@@ -31,12 +32,15 @@ class DeviceSettings(Settings):
 
     name: str = "auto"
     """auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps."""
-    precision: Precision = "float32"
-    """float32; bf16 or fp16 by autocast with float32 weights (fp16 with loss scaling)."""
-    threads: int | None = Field(default=None, ge=1)
+    precision: Precision | Auto = "float32"
+    """float32; bf16 or fp16 by autocast with float32 weights (fp16 with loss scaling); auto: the faster one here.
+
+    What is "auto" is decided when the run starts, by passes of its model; recipe.toml has the decision.
+    """
+    threads: Annotated[int, Field(ge=1)] | Auto | None = None
     """CPU threads per operation; unset: PyTorch's default. It changes bits, so it belongs to the run's identity."""
-    channels_last: bool = False
-    """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16."""
+    channels_last: bool | Auto = False
+    """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16. Or "auto"."""
     compile: bool = False
     """Compile the model with torch.compile: a slower start, faster steps on a GPU."""
     graph: bool = False
@@ -63,7 +67,16 @@ class Device:
 
     device: torch.device
     settings: DeviceSettings
-    portable: bool = False  # whether its bits are those of every processor
+    """Those that were "auto" have their defaults until they are decided."""
+    portable: bool = False
+    """Whether its bits are those of every processor."""
+    undecided: tuple[str, ...] = ()
+    """The settings that were "auto"."""
+
+    def decided(self, choice: Mapping[str, Any]) -> "Device":
+        """Return this device with settings that were "auto"."""
+        left = tuple(name for name in self.undecided if name not in choice)
+        return replace(self, settings=self.settings.model_copy(update=dict(choice)), undecided=left)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +169,7 @@ class Device:
             threads = torch.get_num_threads()
             details.append(f"{threads} thread{'s' if threads > 1 else ''}")
         details += [f"portable (arithmetic {portable.arithmetic()})"] * self.portable
-        details += ["channels last"] * self.settings.channels_last + ["compiled"] * self.settings.compile
+        details += ["channels last"] * bool(self.settings.channels_last) + ["compiled"] * self.settings.compile
         return f"{name}, {', '.join(details)}"
 
 
@@ -172,7 +185,10 @@ def set_up(settings: DeviceSettings, exact: bool, *, is_portable: bool | None = 
         UsageError: this machine has no such device, or the device doesn't support the settings.
     """
     device = torch.device(_choose("cpu" if is_portable and settings.name == "auto" else settings.name))
-    if is_portable:
+    undecided = tuple(name for name in ("precision", "channels_last", "threads") if getattr(settings, name) == "auto")
+    settings = settings.model_copy(update={name: getattr(DeviceSettings(), name) for name in undecided})
+    if is_portable:  # its bits follow no clock: what is "auto" has its default
+        undecided = ()
         _check_portable(settings, device, exact)
         torch.set_num_threads(1)
     if settings.precision == "fp16" and device.type == "cpu":
@@ -186,7 +202,7 @@ def set_up(settings: DeviceSettings, exact: bool, *, is_portable: bool | None = 
         )
     if device.type == "cpu":
         private.keep_freed_memory()
-    if settings.threads is not None:
+    if isinstance(settings.threads, int):
         torch.set_num_threads(settings.threads)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
@@ -197,7 +213,7 @@ def set_up(settings: DeviceSettings, exact: bool, *, is_portable: bool | None = 
     private.use_deterministic_algorithms(exact, settings.compile)
     # It would help to find reads of uninitialized memory, and costs memory traffic at each allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Device(device, settings, bool(is_portable))
+    return Device(device, settings, bool(is_portable), undecided)
 
 
 def _check_portable(settings: DeviceSettings, device: torch.device, exact: bool) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torchrelay.data.accept import as_source, options_of, stacked
 from torchrelay.data.augment.pipeline import Pipeline, as_transforms
 from torchrelay.data.batches import Batches
-from torchrelay.data.sources import Source, statistics
+from torchrelay.data.sources import statistics
 from torchrelay.data.stream import StreamSource
 from torchrelay.data.stream_reader import check_apart
 from torchrelay.device.device import Device, DeviceSettings, set_up
@@ -50,6 +50,7 @@ from torchrelay.train.callbacks import Callback, EarlyStopping
 from torchrelay.train.clock import Lines
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.logs import EarlyLog, Pictures, StepLog
+from torchrelay.train.probe import as_recorded, decide, with_decisions
 from torchrelay.train.progress import Progress, RunningSums
 from torchrelay.train.record import log
 from torchrelay.train.spikes import SpikeDetector
@@ -59,28 +60,27 @@ from torchrelay.train.step import TrainStep
 
 def run_settings(settings: RunSettings | None, epochs: int | None, steps: int | None, seed: int | None) -> RunSettings:
     """Return the settings of a run with those that were given on their own."""
-    given = {"epochs": epochs, "steps": steps, "seed": seed}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes = {k: v for k, v in (("epochs", epochs), ("steps", steps), ("seed", seed)) if v is not None}
     return RunSettings(**((settings or RunSettings()).model_dump() | changes))
 
 
 def prepare_device(
-    given: DeviceLike, parallel: ParallelSettings, settings: RunSettings, run: str | Path | None
-) -> tuple[Device, ProcessGroup, int]:
+    given: DeviceLike, parallel: ParallelSettings | None, settings: RunSettings, run: str | Path | None
+) -> tuple[tuple[Device, ProcessGroup, int], ParallelSettings]:
     """Set up the device unless it is, join the process group, and count the replicas; a run keeps its own.
 
     Raises:
         UsageError: this machine has no such device, or so many processes can't share the replicas.
         RelayError: the other processes can't be reached.
     """
-    device = as_device(given, settings.portable)
+    device, parallel = as_device(given, settings.portable), parallel or ParallelSettings()
     if isinstance(device, DeviceSettings):
         device = set_up(device, settings.exact, is_portable=settings.portable)
     group = init_process_group(device.device, parallel.timeout)
-    if parallel.replicas is None and run is not None and (Path(run) / "recipe.toml").exists():
-        recorded = read_record(Path(run)).get("parallel", {})
-        parallel = parallel.model_copy(update={"replicas": recorded.get("replicas")})
-    return device, group, count_replicas(parallel, group.size, settings.exact)
+    if (parallel.replicas is None or device.undecided) and run is not None and (Path(run) / "recipe.toml").exists():
+        device, replicas = as_recorded(device, read_record(Path(run)))
+        parallel = parallel.model_copy(update={"replicas": parallel.replicas or replicas})
+    return (device, group, count_replicas(parallel, group.size, settings.exact)), parallel
 
 
 def make_batches(
@@ -112,7 +112,7 @@ def make_batches(
         transforms=as_transforms(options.get("augment"), "augment"),
         prepare=as_transforms(options.get("prepare"), "prepare"),
         classes=len(source.classes),
-        **_statistics(source, options.get("normalize")),
+        **({} if options.get("normalize") is False else statistics(source, always=bool(options.get("normalize")))),
     )
 
     def batches(data: Any, training: bool) -> Batches:
@@ -143,20 +143,20 @@ def make_batches(
     return made, parts
 
 
-def _statistics(source: Source, normalize: bool | None) -> dict[str, Any]:
-    return {} if normalize is False else statistics(source, always=normalize is True)
-
-
 def make_strategy(
     model: nn.Module,
+    task: Task,
+    batches: Batches,
+    evaluated: Mapping[str, Batches],
     parallel: ParallelSettings,
-    group: ProcessGroup,
-    device: Device,
+    where: tuple[Device, ProcessGroup, int],
     exact: bool,
     dummy_loss: Callable[[], Tensor],
     say: Callable[[str], None],
 ) -> Strategy:
-    """Return what `build_strategy` does: it is called from here, as all that the trainer's constructor makes."""
+    """Decide which settings of the device are best for the model, and return what `build_strategy` does with them."""
+    device, group, _ = where
+    device = decide(device, model, task, (batches, *evaluated.values()), group, parallel.kind, say)
     return build_strategy(model, parallel.kind, group, device, exact=exact, dummy_loss=dummy_loss, say=say)
 
 
@@ -312,12 +312,8 @@ def join_parts(
         strategy.model, task, batches.device, evaluated, strategy=strategy, views=views, ema=updates.ema, before=settle
     )
     patience = [EarlyStopping(settings.patience)] if settings.patience else []
-    every = [
-        StepLog(progress),
-        Pictures(batches, evaluator, progress, task, record),
-        *patience,
-        *as_callbacks(callbacks),
-    ]
+    own = [StepLog(progress), Pictures(batches, evaluator, progress, task, record)]
+    every = [*own, *patience, *as_callbacks(callbacks)]
     state = TrainingState(strategy.model, train_step, progress, batches, evaluated, every)
     return Parts(progress, train_step, evaluator, every, state)
 
@@ -347,4 +343,5 @@ def full_record(
         "device": batches.device.settings.model_dump(mode="json", exclude_none=True),
         "environment": {"started_from": "python", "torch": torch.__version__, "task": type(task).__name__},
     }
-    return (record or own) | {"parallel": parallel.model_dump() | {"replicas": batches.replicas}}
+    record = with_decisions(record or own, batches.device)
+    return record | {"parallel": parallel.model_dump() | {"replicas": batches.replicas}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchrelay import rng
 from torchrelay.data.batch import Batch
-from torchrelay.device.device import has_only_avx2
+from torchrelay.device.device import Device, has_only_avx2
 from torchrelay.errors import RelayError
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.task import Task, held_modules, loss_and_outputs, total
@@ -142,17 +142,23 @@ def _judge(train_step: TrainStep, comparison: Comparison, loss: Tensor, kernels:
 
 
 def _refuse_overrun(train_step: TrainStep) -> None:
-    """Refuse convolutions whose weight gradient corrupts memory: oneDNN issue 6035, seen with torch 2.15 (AVX2)."""
-    device = train_step.device
+    found = overrun_layer(train_step.strategy.model, train_step.device)
+    if found is not None:
+        raise RelayError(
+            f"{found}, whose gradient writes past its memory on a processor without AVX-512 (oneDNN issue 6035): set "
+            "device.channels_last=false, or give it 8 channels or more"
+        )
+
+
+def overrun_layer(model: nn.Module, device: Device) -> str | None:
+    """Return a convolution whose weight gradient corrupts memory: oneDNN issue 6035, seen with torch 2.15 (AVX2)."""
     is_affected = device.device.type == "cpu" and device.settings.channels_last and has_only_avx2()
     is_affected = is_affected and device.settings.precision == "float32"
-    for name, layer in train_step.strategy.model.named_modules() if is_affected else ():
+    for name, layer in model.named_modules() if is_affected else ():
         is_strided = isinstance(layer, nn.Conv2d) and set(layer.kernel_size) == {1} and set(layer.stride) != {1}
         if is_strided and layer.groups == 1 and 2 < layer.in_channels < 8:
-            raise RelayError(
-                f"{name} is {layer}, whose gradient writes past its memory on a processor without AVX-512 (oneDNN "
-                "issue 6035): set device.channels_last=false, or give it 8 channels or more"
-            )
+            return f"{name} is {layer}"
+    return None
 
 
 def _remedy(train_step: TrainStep) -> str:

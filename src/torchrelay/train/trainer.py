@@ -96,18 +96,18 @@ class Trainer(Parts):
         **data: Unpack[arguments.BatchOptions],
     ) -> None:
         # 1. Prepare
-        self.settings = assemble.run_settings(settings, epochs, steps, seed)
-        parallel = parallel or arguments.ParallelSettings()
+        self.model, self.settings = model, assemble.run_settings(settings, epochs, steps, seed)
         # 4. Device: before the data, which is augmented on it
-        where = here, group, _ = assemble.prepare_device(device, parallel, self.settings, run)
-        log, dtype = EarlyLog(terminal or arguments.Terminal(), notes, group.main), assemble.dtype_of(model)
+        where, parallel = assemble.prepare_device(device, parallel, self.settings, run)
+        log, dtype = EarlyLog(terminal or arguments.Terminal(), notes, where[1].main), assemble.dtype_of(model)
         # 2. Data
         self.batches, evaluated = assemble.make_batches(train, validation, test, data, where, self.settings, dtype)
-        # 3. Model
-        self.model, exact = model, self.settings.exact
-        self.strategy = assemble.make_strategy(model, parallel, group, here, exact, self._dummy_loss, log.say)
-        # 6. Loss: before the optimizers, as a task may have several
+        # 6. Loss: before the model, which may be timed with it, and the optimizers, as a task may have several
         self.task = assemble.prepare_task(task, loss, self.batches, evaluated, log)
+        # 3. Model
+        self.strategy = assemble.make_strategy(
+            model, self.task, self.batches, evaluated, parallel, where, self.settings.exact, self._dummy_loss, log.say
+        )
         # 5. Optimizer and schedule
         updates = assemble.make_updates(optimizer, schedule, clip_norm, ema, self.strategy, self.task)
         # 7. Train and test: the parts that the loop calls
