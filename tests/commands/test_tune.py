@@ -121,11 +121,40 @@ def test_recommended_lines_are_grouped_by_section(capsys):
 
 
 def test_tune_claims_nothing_about_settings_that_it_did_not_time(capsys):
-    own, slower, untried = tune.Trial("own", 1.0, 8, kept=True), tune.Trial("a", 2.0, 8), tune.Trial("b")
-    tune.show([own, untried])
-    assert capsys.readouterr().out.endswith("No other setting was timed: give more --seconds.\n")
-    tune.show([own, slower, untried])
-    assert capsys.readouterr().out.endswith("No other setting was clearly faster.\n")
+    own, slower = tune.Trial("own", 1.0, 8, kept=True), tune.Trial("a", 2.0, 8)
+    faster, untried = tune.Trial("device.tf32 = true", 0.5, 8, kept=True), tune.Trial("b", note="not measured: no time")
+    for trials, end in (
+        ([own, untried], "No other setting was timed. 1 was not measured: give more --seconds.\n"),
+        ([own, slower], "Of the settings that were timed, none was clearly faster.\n"),
+        (
+            [own, slower, untried, untried],
+            "Of the settings that were timed, none was clearly faster. 2 were not measured: give more --seconds.\n",
+        ),
+        ([own, faster, untried], "tf32 = true\n\n1 was not measured: give more --seconds.\n"),
+    ):
+        tune.show(trials)
+        assert capsys.readouterr().out.endswith(end)
+
+
+def test_tune_tries_alternatives_to_what_the_recipe_sets():
+    def offered(*sets: str) -> list[tuple[str, object]]:
+        found = tune._settings(recipe.load("digits", ["device.name=cpu", *sets]))
+        return [(name, value) for _, name, value in found if name in ("precision", "channels_last")]
+
+    assert offered() == [("precision", "bf16"), ("channels_last", True)]
+    assert offered("device.precision=bf16", "device.channels_last=true") == [
+        ("precision", "float32"),
+        ("channels_last", False),
+    ]
+
+
+def test_tune_starts_from_what_auto_decides(tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text(CODE.format(last="pass", first="time.sleep(0.02)"))
+    sets = ["data.name=images", "model.name=slow", "data.augment=[]", "device.name=cpu", "device.channels_last=auto"]
+    found = tune.tune(recipe.load("digits", sets), code=load_code(path), only=("channels_last",), say=lambda _: None)
+    assert [trial.setting for trial in found] == ["the recipe's own", "device.channels_last = false"]
+    assert not found[1].kept
 
 
 def test_tune_tries_a_fused_optimizer_if_there_is_one():

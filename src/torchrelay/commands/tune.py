@@ -91,7 +91,8 @@ def tune(
         raise UsageError("tune tries settings that a portable run can't have: add --set run.portable=false")
     threads = torch.get_num_threads()
     # Each setting is timed with a number of threads of its own, which it sets again before its turn.
-    recipe = _with(recipe, "device", "threads", recipe.device.threads or threads)
+    if recipe.device.threads is None:
+        recipe = _with(recipe, "device", "threads", threads)
     try:
         return _trials(recipe, time.monotonic() + seconds, code, only, say)
     finally:
@@ -105,7 +106,8 @@ def _trials(
     only: Sequence[str],
     say: Callable[[str], None],
 ) -> list[Trial]:
-    best, place = recipe, _Timed(recipe, code)
+    place = _Timed(recipe, code)
+    best = recipe = recipe.model_copy(update={"device": place.trainer.device.settings})  # "auto" is decided
     (took,) = _in_turns([place])
     trials = [Trial("the recipe's own", took, place.samples, kept=True)]
     for section, name, value in _settings(recipe):
@@ -113,7 +115,7 @@ def _trials(
             continue
         setting = f"{section}.{name} = {_toml(value)}"
         if time.monotonic() > until:
-            trials.append(Trial(setting, note="no time left"))
+            trials.append(Trial(setting, note="not measured: no time left"))
             continue
         say(f"trying {setting}")
         changed = _with(best, section, name, value)
@@ -152,10 +154,15 @@ def show(trials: list[Trial]) -> None:
         table.add_row(trial.setting, f"{ms:,.2f}", f"{rate:,.0f}", f"{trial.times:.2f}", trial.note, style=style)
     console.print(table)
     kept = [trial.setting for trial in trials[1:] if trial.kept]
+    timed = [trial for trial in trials[1:] if trial.seconds is not None]
+    left = sum(trial.note.startswith("not measured") for trial in trials)
+    unknown = f"{left} {'was' if left == 1 else 'were'} not measured: give more --seconds."
     if not kept:
-        timed = any(trial.seconds is not None for trial in trials[1:])
-        found = "No other setting was clearly faster." if timed else "No other setting was timed: give more --seconds."
-        console.print(f"\n{found}")
+        found = "Of the settings that were timed, none was clearly faster." if timed else ""
+        console.print(
+            "\n" + " ".join(filter(None, [found or "No other setting was timed.", unknown * bool(left)])),
+            soft_wrap=True,
+        )
         return
     console.print("\nKeep these (they change the last bits of a run's numbers; a precision changes more):\n")
     for section in dict.fromkeys(setting.partition(".")[0] for setting in kept):
@@ -163,6 +170,8 @@ def show(trials: list[Trial]) -> None:
         for setting in kept:
             if setting.startswith(f"{section}."):
                 console.print(setting.removeprefix(f"{section}."), markup=False)
+    if left:
+        console.print(f"\n{unknown}")
 
 
 def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
@@ -177,13 +186,12 @@ def _settings(recipe: Recipe) -> Iterator[tuple[str, str, Any]]:
         threads, available = torch.get_num_threads(), cores()
         for count in sorted({1, max(1, available // 2), available} - {threads}, reverse=True):
             yield "device", "threads", count
-    if recipe.device.precision == "float32":
-        yield "device", "precision", "bf16"
-        if device.type == "cuda":
-            yield "device", "precision", "fp16"
-            yield "device", "tf32", True
-    if not recipe.device.channels_last:
-        yield "device", "channels_last", True
+    for precision in ("bf16", "float32", *["fp16"] * (device.type == "cuda")):
+        if precision != recipe.device.precision:
+            yield "device", "precision", precision
+    if device.type == "cuda" and not recipe.device.tf32:
+        yield "device", "tf32", True
+    yield "device", "channels_last", not recipe.device.channels_last
     if not getattr(recipe.optimizer, "fused", True):  # SGD and AdamW have it
         yield "optimizer", "fused", True
     for factor in (0.5, 2):
