@@ -123,7 +123,7 @@ def _metrics(facts: Mapping[str, Any]) -> str:
         )
     elif not data["validation"]:
         lines.append(
-            "\nThe best checkpoint was chosen by these same samples, as there was no validation data: the metrics are "
+            "\nBest checkpoints were chosen by these same samples, as there was no validation data: their metrics are "
             "somewhat too good."
         )
     return "\n".join(lines)
