@@ -16,7 +16,6 @@ from torchrelay.commands.options import (
     terminal_of,
     whole,
 )
-from torchrelay.errors import RelayError
 
 HELP = "check a run against its receipt, by replaying random intervals of its steps"
 
@@ -43,17 +42,14 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="torchrelay-") as logs:  # nothing is written in the run's folder
         if run_in_processes(options, recipe, Path(logs), "--seed", str(seed)):
             return
-    from torchrelay.report.audit.audit import Audit
+    from torchrelay.report.audit.audit import Audit, ByRecipe
     from torchrelay.run.record import read_files
 
     say = terminal_of(options).say
-    audit = Audit(options.folder, recipe, code_of(options), read_files(options.folder), say, options.reach)
+    replayers = ByRecipe(recipe, code_of(options))
+    audit = Audit(options.folder, replayers, read_files(options.folder), say, options.reach)
     audit.check_files()
     if not recipe.run.exact:
         say("run.exact is false: kernels may add in any order, so numbers that differ in their last bits prove nothing")
     audit.replay(options.sample, seed)
-    if audit.findings:
-        more = f" (and {len(audit.findings) - 1} more)" if len(audit.findings) > 1 else ""
-        raise RelayError(f"{options.folder} isn't what its receipt says: {audit.findings[0]}{more}")
-    device = f"{options.devices} devices" if options.devices > 1 else "1 device"
-    say(f"equal: {audit.steps:,} of {len(audit.account.losses):,} steps were replayed on {device} (--seed {seed})")
+    audit.conclude(seed, options.devices)

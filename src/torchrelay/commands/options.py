@@ -140,7 +140,8 @@ def recipe_of_run(options: argparse.Namespace) -> "Recipe":
     environment = read_record(options.folder).get("environment", {})
     if environment.get("started_from") == "python":
         raise UsageError(
-            f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that started it"
+            f"{options.folder} was started from Python: call trainer.resume() or .load() in the script that started it "
+            "or torchrelay.report.audit.audit.audit()"
         )
     if "code" in environment and options.code is None:
         raise UsageError(f"{options.folder} was started with a file of code: add --code {environment['code']}")

@@ -1,7 +1,8 @@
 """An audit: is a run what its receipt says? Random intervals of its steps are replayed and compared."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,10 +11,13 @@ from types import ModuleType
 from torchrelay.checkpoint.format import WEIGHTS, Contents, read, read_manifest, step_of
 from torchrelay.checkpoint.retention import complete
 from torchrelay.data.files import Marks
-from torchrelay.errors import RelayError
+from torchrelay.errors import RelayError, UsageError
 from torchrelay.recipe.recipe import Recipe, parse
-from torchrelay.report.audit.replay import Replayed, Replayer, first_difference
+from torchrelay.report.audit.replay import Replayed, Replayer, first_difference, of_recipe
 from torchrelay.run.receipt import Account, Change, number, read_receipt
+from torchrelay.run.record import read_files
+from torchrelay.run.terminal import Terminal
+from torchrelay.train.trainer import Trainer
 
 
 @dataclass(frozen=True, order=True)
@@ -59,8 +63,7 @@ class Audit:
 
     Args:
         run: its folder, in which nothing is written.
-        recipe: the run's.
-        code: the module of the user's own with which it was started.
+        replayers: what replays its steps.
         files: of its data, as they were.
         say: called with each line of what is found.
         reach: how many steps may be replayed from a checkpoint.
@@ -76,18 +79,16 @@ class Audit:
     def __init__(
         self,
         run: Path,
-        recipe: Recipe,
-        code: ModuleType | None = None,
+        replayers: "ByRecipe | ByTrainer",
         files: Marks | None = None,
         say: Callable[[str], None] = print,
         reach: int = 1000,
     ) -> None:
         self.account, self.findings, self.steps = read_receipt(run), list[str](), 0
-        self._run, self._recipe, self._code, self._files = run, recipe, code, files or {}
+        self._run, self._replayers, self._files = run, replayers, files or {}
         self._say, self._reach = say, reach
         self._checkpoints: dict[int, Contents] = {}
         self._changed: list[int] = []  # the steps of checkpoints whose weights aren't those of the receipt
-        self._replayers: dict[str, Replayer] = {}
         self._noted: set[str] = set()
 
     def check_files(self) -> None:
@@ -117,7 +118,8 @@ class Audit:
 
     def replay(self, sample: int, seed: int) -> None:
         """Replay random intervals, and those that end in a checkpoint with other weights."""
-        starts = sorted({0, *self._checkpoints} - set(self._changed))
+        oldest = 0 if self._replayers.undoes_changes else max(self.account.changed, default=0)
+        starts = sorted(each for each in {0, *self._checkpoints} - set(self._changed) if each >= oldest)
         drawn, far = draw(self.account, starts, sample, self._reach, seed)
         every, _ = draw(self.account, starts, len(self.account.spans), self._reach, seed)
         wanted = sorted({*drawn, *(each for each in every if each.last in self._changed)})
@@ -202,21 +204,108 @@ class Audit:
         return replayer.replay(contents, last, weighed, fresh_options=start in self.account.changed)
 
     def _replayer(self, start: int) -> Replayer:
-        recipe = self._recipe
-        for step, change in sorted(self.account.changed.items(), reverse=True):
-            if step > start:
-                recipe = undone(recipe, change)
-        key = recipe.model_dump_json()
-        if key not in self._replayers:
-            self._replayers[key] = Replayer(recipe, self._code, self.account.skipped)
-        return self._replayers[key]
+        changes = [change for step, change in sorted(self.account.changed.items(), reverse=True) if step > start]
+        return self._replayers.find(changes, self.account.skipped)
 
     def _main(self, start: int) -> bool:
         return self._replayer(start).is_main
 
+    def conclude(self, seed: int, devices: int = 1) -> None:
+        """Say how many steps are equal.
+
+        Raises:
+            RelayError: something differs.
+        """
+        if self.findings:
+            more = f" (and {len(self.findings) - 1} more)" if len(self.findings) > 1 else ""
+            raise RelayError(f"{self._run} isn't what its receipt says: {self.findings[0]}{more}")
+        on = f"{devices} devices" if devices > 1 else "1 device"
+        self._say(f"equal: {self.steps:,} of {len(self.account.losses):,} steps were replayed on {on} (--seed {seed})")
+
     def _find(self, text: str) -> None:
         self.findings.append(text)
         self._say(text)
+
+
+class ByRecipe:
+    """Replays the steps of a run that has a recipe, as it was then.
+
+    Args:
+        recipe: the run's.
+        code: the module of the user's own with which it was started.
+    """
+
+    undoes_changes = True
+
+    def __init__(self, recipe: Recipe, code: ModuleType | None = None) -> None:
+        self._recipe, self._code = recipe, code
+        self._made: dict[str, Replayer] = {}
+
+    def find(self, changes: Sequence[Change], skipped: Collection[int]) -> Replayer:
+        """Return what replays steps from before these changes of the recipe, the latest first."""
+        recipe = self._recipe
+        for change in changes:
+            recipe = undone(recipe, change)
+        key = recipe.model_dump_json()
+        if key not in self._made:
+            self._made[key] = of_recipe(recipe, self._code, skipped)
+        return self._made[key]
+
+
+class ByTrainer:
+    """Replays the steps of a run that was started from Python; not those from before a change that was accepted.
+
+    Args:
+        build: returns a trainer like the run's, without its folder.
+    """
+
+    undoes_changes = False
+
+    def __init__(self, build: Callable[[], Trainer]) -> None:
+        self._build = build
+        self._made: Replayer | None = None
+
+    def find(self, changes: Sequence[Change], skipped: Collection[int]) -> Replayer:
+        """Return what replays steps as the script takes them now."""
+        if changes:
+            raise RelayError("steps from before a change that was accepted can't be replayed by a trainer of today")
+        if self._made is None:
+            trainer = self._build()
+            if trainer.session.folder is not None:
+                raise UsageError(f"the trainer has run={str(trainer.session.folder)!r}: leave it out for an audit")
+            trainer.session.terminal = Terminal(quiet=True)
+            self._made = Replayer(trainer, skipped)
+        return self._made
+
+
+def audit(
+    run: str | Path,
+    build: Callable[[], Trainer],
+    *,
+    sample: int = 20,
+    seed: int | None = None,
+    reach: int = 1000,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Check a run that was started from Python, as `torchrelay audit` checks others.
+
+    Args:
+        run: the run's folder, in which nothing is written.
+        build: returns a trainer like the run's, without `run`: the same data, model, seed and settings.
+        sample: how many intervals of the receipt to replay.
+        seed: of the draw; None: a random one.
+        reach: how many steps may be replayed from a checkpoint.
+        say: called with each line of what is found.
+
+    Raises:
+        RelayError: the run isn't what its receipt says, or has none.
+        UsageError: the trainer has a run folder.
+    """
+    seed = secrets.randbelow(10**6) if seed is None else seed
+    found = Audit(Path(run), ByTrainer(build), read_files(Path(run)), say, reach)
+    found.check_files()
+    found.replay(sample, seed)
+    found.conclude(seed)
 
 
 def undone(recipe: Recipe, change: Change) -> Recipe:

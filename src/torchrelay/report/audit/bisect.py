@@ -14,7 +14,7 @@ from torchrelay.data.files import differences
 from torchrelay.errors import RelayError
 from torchrelay.recipe.recipe import Recipe, parse
 from torchrelay.report.audit.audit import undone
-from torchrelay.report.audit.replay import Replayed, Replayer
+from torchrelay.report.audit.replay import Replayed, of_recipe
 from torchrelay.run.identity import differing
 from torchrelay.run.receipt import Account, number, read_receipt
 from torchrelay.run.record import read_files, read_record
@@ -199,7 +199,7 @@ class Bisection:
         side = self.bad if items else self.good
         code = (self.bad if "--code" in items else self.good).code
         contents = self._start(start)
-        replayer = Replayer(parse(table, "a trial"), code, side.account.skipped, fresh=contents is None)
+        replayer = of_recipe(parse(table, "a trial"), code, side.account.skipped, fresh=contents is None)
         if contents is not None:
             replayer.trainer.state.train_step.device.keep_threads(contents.state["identity"]["threads"])
         weighed = [each for each in side.account.weights if start <= each <= step]

@@ -18,6 +18,7 @@ from torchrelay.run.identity import compare
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.state import TrainingState
+from torchrelay.train.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,13 @@ class Replayer:
     """Replays steps of a run; one trainer serves for all of them.
 
     Args:
-        recipe: the run's.
-        code: the module of the user's own with which it was started.
-        skipped: the steps that it left out.
-        fresh: whether steps from the beginning will be asked for, for which pretrained weights are needed.
-
-    Raises:
-        RelayError: the data can't be loaded, or the recipe names something that is no longer there.
+        trainer: one like the run's, without a folder.
+        skipped: the steps that the run left out.
     """
 
-    def __init__(
-        self, recipe: Recipe, code: ModuleType | None = None, skipped: Collection[int] = (), *, fresh: bool = True
-    ) -> None:
-        changes: dict[str, object] = {"max_steps": None, "patience": None}
-        if recipe.schedule.name != "plateau":  # otherwise rates follow the evaluations
-            changes["evaluate_batches"] = 1
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
-        self._steps = _Steps(skipped)
-        quiet = Terminal(quiet=True)
-        self.trainer = build_trainer(recipe, code=code, terminal=quiet, callbacks=[self._steps], fresh=fresh)
-        self._steps.state = self.trainer.state
+    def __init__(self, trainer: Trainer, skipped: Collection[int] = ()) -> None:
+        self.trainer, self._steps = trainer, _Steps(trainer.state, skipped)
+        trainer.callbacks.append(self._steps)
 
     @property
     def is_main(self) -> bool:
@@ -97,12 +85,32 @@ class Replayer:
         return Replayed(steps.losses, steps.norms, steps.weights, steps.end)
 
 
+def of_recipe(
+    recipe: Recipe, code: ModuleType | None = None, skipped: Collection[int] = (), *, fresh: bool = True
+) -> Replayer:
+    """Return what replays a recipe's steps.
+
+    Args:
+        recipe: the run's.
+        code: the module of the user's own with which it was started.
+        skipped: the steps that it left out.
+        fresh: whether steps from the beginning will be asked for, for which pretrained weights are needed.
+
+    Raises:
+        RelayError: the data can't be loaded, or the recipe names something that is no longer there.
+    """
+    changes: dict[str, object] = {"max_steps": None, "patience": None}
+    if recipe.schedule.name != "plateau":  # otherwise rates follow the evaluations
+        changes["evaluate_batches"] = 1
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
+    return Replayer(build_trainer(recipe, code=code, terminal=Terminal(quiet=True), fresh=fresh), skipped)
+
+
 class _Steps(Callback):
     """Starts a trainer from a checkpoint, keeps what its steps lead to, and stops it."""
 
-    def __init__(self, skipped: Collection[int]) -> None:
-        self.state: TrainingState | None = None
-        self._skipped = skipped
+    def __init__(self, state: TrainingState, skipped: Collection[int]) -> None:
+        self._state, self._skipped = state, skipped
         self._initial: Contents | None = None
 
     def begin(self, start: Contents | None, last: int, weighed: Collection[int], fresh_options: bool) -> None:
@@ -113,7 +121,7 @@ class _Steps(Callback):
         self.end: Contents | None = None
 
     def on_start(self, trainer: Training) -> None:  # noqa: ARG002
-        state = self._state()
+        state = self._state
         if self._initial is None:
             self._initial = stage(state.contents(0))
         # A copy: an optimizer works on the very tensors that it is given.
@@ -124,7 +132,7 @@ class _Steps(Callback):
             self.weights[0] = weights_hash(self._initial.model)
 
     def on_step(self, trainer: Training, batch: Batch, loss: Tensor) -> None:  # noqa: ARG002
-        state = self._state()
+        state = self._state
         step, norm = state.progress.step, state.progress.grad_norm
         self.losses[step] = _bits(loss)
         if norm is not None:
@@ -134,10 +142,6 @@ class _Steps(Callback):
             self.weights[step] = weights_hash(self.end.model)
         if step >= self._last:
             trainer.stop("replayed")
-
-    def _state(self) -> TrainingState:
-        assert self.state is not None  # noqa: S101 - set before the first `fit`
-        return self.state
 
 
 def _bits(number: Tensor) -> str:
