@@ -1,8 +1,8 @@
 """Compute a table of operations on fixed inputs, and print a line with the SHA-256 of its results' bytes for each.
 
-    python -m benchmarks.exactness.operations [--threads N] [--quick] [--skip NAME…]
+    python -m benchmarks.exactness.operations [--threads N] [--quick] [--roots] [--skip NAME…]
 
-It imports torch alone, so that an emulated processor runs it in minutes.
+It imports little beside torch, so that an emulated processor runs it in minutes.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -78,7 +78,12 @@ def others(quick: bool) -> Iterator[tuple[str, Callable[[], Results]]]:
     for function in [*functions, torch.cos, torch.rsqrt][: 1 if quick else None]:
         inputs = many.abs() + 0.1 if function is torch.rsqrt else many
         yield function.__name__, partial(named, function, inputs)
-    yield "log and power", lambda: {"": [many.abs().add(1).log(), many.abs().add(1).pow(0.3), many.abs().sqrt()]}
+    positive = many.abs() + 0.01
+    yield "logarithm", lambda: {"": [positive.log(), positive.log1p()]}
+    yield "square root", lambda: {"": positive.sqrt()}
+    yield "power of 0.3", lambda: {"": positive.pow(0.3)}
+    yield "power of 0.5", lambda: {"": positive.pow(0.5)}
+    yield "tan, atan, asin, acos, log2, log10", lambda: {"": rare(positive / positive.max())}
     yield "softmax", lambda: {"": [numbers(64, 1000).softmax(1), numbers(64, 1000).log_softmax(1)]}
     yield "cross entropy", lambda: passes(Loss(), numbers(512, 100))
     yield "sum of 10^6", lambda: {"": numbers(1_000_000).sum()}
@@ -109,6 +114,11 @@ class Loss(nn.Module):
 
     def forward(self, outputs: Tensor) -> Tensor:
         return F.cross_entropy(outputs, torch.arange(len(outputs)) % outputs.shape[1], reduction="none")
+
+
+def rare(numbers: Tensor) -> list[Tensor]:
+    """Return functions that networks seldom have."""
+    return [function(numbers) for function in (torch.tan, torch.atan, torch.asin, torch.acos, torch.log2, torch.log10)]
 
 
 def norm() -> Tensor:
@@ -154,10 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of an operation (1)")
     parser.add_argument("--quick", action="store_true", help="fewer operations")
+    parser.add_argument("--roots", action="store_true", help="with the square root of a portable run")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="operations to leave out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.use_deterministic_algorithms(True)
+    if options.roots:
+        from torchrelay.device.portable import replace_roots
+
+        replace_roots()
     for name, compute in (*layers(options.quick), *others(options.quick)):
         if name not in options.skip:
             print(f"{name}:", end=" ", flush=True)  # if it crashes, one sees which

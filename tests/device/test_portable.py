@@ -112,7 +112,7 @@ def weights(run: Path) -> torch.Tensor:
 
 @needs_avx2
 @pytest.mark.slow
-def test_no_operation_depends_on_the_threads_or_caps_that_the_pins_replace():
+def test_no_operation_depends_on_the_environment_s_threads_and_the_pins_choose_its_kernels():
     command = [sys.executable, "-m", "benchmarks.exactness.operations"]
     pinned = os.environ | PINS
 
@@ -125,7 +125,7 @@ def test_no_operation_depends_on_the_threads_or_caps_that_the_pins_replace():
     assert table(pinned | {"OMP_NUM_THREADS": "8"}) == found
     # The table can tell kernels apart: other ones give other bits.
     changed = {line for line in table(pinned | OTHER, "--threads", "2") if line not in found}
-    assert {"linear", "convolution 3x3", "exp", "sum of 10^6"} <= {line.partition(":")[0] for line in changed}
+    assert {"linear", "convolution 3x3", "softmax", "sum of 10^6"} <= {line.partition(":")[0] for line in changed}
 
 
 @needs_avx2
@@ -150,6 +150,17 @@ def test_the_root_of_a_portable_run_is_the_nearest_number_for_all_callers(cli):
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_the_page_of_portable_bits_names_the_operations_that_depend_on_threads(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.exactness.portable", "--quick", "--out", tmp_path / "page.md"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ")[1:] for row in lines if row.startswith("| ")}
+    assert rows["sum of 10^6"][0] == "**other**"
+    assert rows["linear, forward"][0] == "same"
 
 
 # ------------------------------------------------------------------------------------------------ another processor
