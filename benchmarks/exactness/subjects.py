@@ -119,11 +119,13 @@ def files_that_differ(one: Path, other: Path) -> list[str]:
 
 
 SUBJECTS = {
-    # A note in the lock, a folder that exists, a manifest that the next save reads again.
+    # A note in the lock, a folder that exists, a manifest that the next save reads again, a receipt's last line, which
+    # the close tries again.
     "run": Subject(
         train,
         kill.differences,
-        r"(ftruncate64|write) /lock|mkdir /(checkpoints|tensorboard)|open64 /checkpoints/step-\d+/manifest.json",
+        r"(ftruncate64|write) /lock|write /receipt.jsonl|mkdir /(checkpoints|tensorboard)|"
+        r"open64 /checkpoints/step-\d+/manifest.json",
     ),
     # A cache that can't be read is made again; what a killed process left can stay a while.
     "cache": Subject(decode, files_that_differ, r"open64 /…-…/|(mkdir|opendir|rmdir|unlink\w*) "),

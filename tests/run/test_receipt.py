@@ -15,6 +15,7 @@ import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint.format import weights_hash
 from torchrelay.errors import Interrupted, RelayError
+from torchrelay.run.folder import RunFolder
 from torchrelay.run.receipt import NAME, Receipt, Tail, read_receipt
 
 SETTINGS = ("model.name=mlp", "data.batch_size=64", "run.epochs=2", "run.log_every=10", "device.precision=float32")
@@ -286,3 +287,17 @@ def test_a_line_that_the_disk_refused_once_is_neither_lost_nor_written_twice(tmp
     assert found.damage == ""
     assert list(found.losses) == [1, 2]
     assert len((tmp_path / NAME).read_text().splitlines()) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it needs Linux's disk that is always full")
+def test_a_last_line_that_cannot_be_written_is_a_warning(quiet, tmp_path):
+    """The hash of the last checkpoint is known when it is on disk, and written as the run closes."""
+    run = RunFolder(tmp_path / "run", quiet)
+    run.receipt.begin()
+    run.receipt.add(1, Tail([0.5]), weights=True)
+    run.receipt.know(1, "0" * 64)
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, run.receipt._file.fileno())
+    os.close(full)
+    run.close()
+    assert "receipt.jsonl can't be finished" in (tmp_path / "run" / "log.txt").read_text()

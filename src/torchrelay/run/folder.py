@@ -173,9 +173,14 @@ class RunFolder:
         self.plots.finish()
         for tracker in self.trackers:
             tracker.close()
-        for file in (self.receipt, self._metrics, self._log, self._lock):
+        try:
+            self.receipt.close()
+        except (OSError, RelayError) as error:  # of the last checkpoint's line
+            with contextlib.suppress(RelayError):
+                self.say(f"warning: {self.path / RECEIPT} can't be finished ({error}): a resume does it")
+        for file in (self._metrics, self._log, self._lock):
             # Each line was flushed when written; a failure was reported then.
-            with contextlib.suppress(OSError, RelayError):
+            with contextlib.suppress(OSError):
                 file.close()
 
 

@@ -8,6 +8,7 @@ number of devices is in it: a run that was interrupted has the bytes of one that
 the record begins after its step: at 0, or where an older run was resumed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -146,7 +147,9 @@ class Receipt:
     def close(self) -> None:
         """Write what can be written, and close the file."""
         try:
-            self.settle()
+            with contextlib.suppress(RelayError):
+                self.settle()
+            self.settle()  # what is left, if the disk failed once
         finally:
             self._file.close()
 
