@@ -21,7 +21,7 @@ from torchrelay.run.pins import PINS
 from torchrelay.settings import Settings
 
 _NO_AUTOCAST = nullcontext()
-Precision = Literal["float32", "bf16", "fp16"]
+Precision = Literal["float32", "bf16", "fp16", "auto"]
 Auto = Literal["auto"]
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc", re.IGNORECASE)
 _MOST_THREADS = 4096
@@ -32,15 +32,12 @@ class DeviceSettings(Settings):
 
     name: str = "auto"
     """auto (cuda if there is one, else mps, else cpu), cpu, cuda, cuda:1 or mps."""
-    precision: Precision | Auto = "float32"
-    """float32; bf16 or fp16 by autocast with float32 weights (fp16 with loss scaling); auto: the faster one here.
-
-    What is "auto" is decided when the run starts, by passes of its model; recipe.toml has the decision.
-    """
+    precision: Precision = "float32"
+    """float32; bf16 or fp16 by autocast with float32 weights (fp16 with loss scaling); auto: what is faster here."""
     threads: Annotated[int, Field(ge=1)] | Auto | None = None
     """CPU threads per operation; unset: PyTorch's default. It changes bits, so it belongs to the run's identity."""
     channels_last: bool | Auto = False
-    """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16. Or "auto"."""
+    """Keep images as (height, width, channels) in memory: faster convolutions in bf16 and fp16; or "auto"."""
     compile: bool = False
     """Compile the model with torch.compile: a slower start, faster steps on a GPU."""
     graph: bool = False
