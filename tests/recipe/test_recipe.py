@@ -269,7 +269,7 @@ def test_a_recipe_with_old_names_does_not_change_a_run():
         ("data.sampling=shufle", "digits: data.sampling should be 'shuffle', 'balanced' or 'sequential', not 'shufle'"),
         ("data.test_share=0", "digits: data.test_share should be more than 0, not 0"),
         ("data.mean=[0.5]", "digits: data: data.mean and data.std go together: set both or none"),
-        ("device.precision=float16", "digits: device.precision should be 'float32', 'bf16', 'fp16' or 'auto', not 'float16'"),
+        ("device.precision=float16", "device.precision should be 'float32', 'bf16', 'fp16' or 'auto', not 'float16'"),
         ("checkpoint.every=1 fortnight", "digits: checkpoint.every: '1 fortnight' has no unit that we know"),
         ("checkpoint.every=0 epochs", "digits: checkpoint.every: '0 epochs' is no interval"),
         ("schedule.warmup=5", "digits: schedule.warmup: 5 has no unit: write '5 epochs' or '5 steps'"),
