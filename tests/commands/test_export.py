@@ -20,6 +20,9 @@ from torchrelay.checkpoint.retention import find
 from torchrelay.report.export.folder import write_sums
 from torchrelay.report.export.program import load_program
 
+# They take half a minute: imports of the exporters, and traces.
+pytestmark = [pytest.mark.export, pytest.mark.slow]
+
 FILES = {
     "README.md",
     "SHA256SUMS",

@@ -17,6 +17,9 @@ from torchrelay.errors import RelayError, UsageError
 from torchrelay.report.export.export import Asked, Exporter
 from torchrelay.report.export.verify import verify
 
+# They take half a minute: imports of the exporters, and traces.
+pytestmark = [pytest.mark.export, pytest.mark.slow]
+
 GENERATOR = torch.Generator().manual_seed(0)
 TABLE = torch.rand(40, 3, generator=GENERATOR)
 
@@ -87,9 +90,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "regression" else pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 def test_each_task_is_exported_with_its_own_predictions(tmp_path, name):
     torch.manual_seed(0)
     model, data, task, outputs = CASES[name]
@@ -133,7 +134,6 @@ def test_a_stream_is_refused_in_a_line(tmp_path):
         Exporter(trained, Parts(source, None), "run", {}, Asked(), print).write(tmp_path / "export")
 
 
-@pytest.mark.slow
 def test_images_that_are_resized_and_cropped_first_are_answered_by_onnx_alike(tmp_path):
     """Resizing rounds some bytes the other way than the run does, by one of 255 levels."""
     images = torch.randint(256, (20, 3, 24, 20), dtype=torch.uint8, generator=GENERATOR)
@@ -151,7 +151,6 @@ def test_images_that_are_resized_and_cropped_first_are_answered_by_onnx_alike(tm
     verify(tmp_path / "export")
 
 
-@pytest.mark.slow
 def test_what_onnx_lacks_leaves_the_program_with_its_proof(tmp_path):
     class Inverse(nn.Module):
         def __init__(self) -> None:
@@ -168,7 +167,6 @@ def test_what_onnx_lacks_leaves_the_program_with_its_proof(tmp_path):
     verify(tmp_path / "export")
 
 
-@pytest.mark.slow
 def test_a_run_that_is_being_trained_is_exported_at_its_last_checkpoint(tmp_path, start):
     """The training goes on undisturbed."""
     run, out = tmp_path / "run", tmp_path / "out"

@@ -16,6 +16,9 @@ from torchrelay.report.export.formats import write_program
 from torchrelay.report.export.inference import Inference
 from torchrelay.report.export.program import load_program
 
+# They take half a minute: imports of the exporters, and traces.
+pytestmark = [pytest.mark.export, pytest.mark.slow]
+
 
 class Touch:
     """What unpickles to a call."""
