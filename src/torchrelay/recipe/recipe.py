@@ -182,7 +182,7 @@ def _lines(recipe: Recipe) -> Iterator[str]:
         shown, meanings = values.model_dump(mode="json"), values.meanings()
         for key, info in sorted(type(values).model_fields.items(), key=lambda item: item[0] != "name"):
             default = info.get_default(call_default_factory=True)
-            meaning = f"  # {meanings[key]}" if key in meanings else ""
+            meaning = f"  # {' '.join(meanings[key].split())}" if key in meanings else ""
             differs = "" if getattr(values, key) == default or info.is_required() else f" (default {_toml(default)})"
             if shown[key] is None:
                 yield f"# {key} ={meaning}"  # TOML has no null: a missing key is unset
