@@ -255,12 +255,14 @@ def _child(
         gc.freeze()  # what is imported isn't searched, and so copied, for each deep nesting
         guard = _confined(results.parent)
         found = results.open("a", buffering=1)
+        for data in target.corpus:  # which import what is imported late
+            try_one(target, data)
         taken = refused = 0
         for number in range(*numbers):
             shared[:] = struct.pack("qqq", number, taken, refused)
             data = input_of(outcome.name, target, seed, number)
             _alarm(SECONDS)
-            guard.on = number >= len(target.corpus)  # the valid ones import what is imported late
+            guard.on = number >= len(target.corpus)
             ended, where = try_one(target, data)
             if ended == "memory":
                 _alarm(SECONDS)
