@@ -213,6 +213,8 @@ def test_a_time_is_infinite_below_the_accuracy():
     assert records.time_to(0.1, "failed") == math.inf
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("accuracy", [0.0, 1.1])
 def test_the_reference_table_compares_whole_trainings(images, monkeypatch, accuracy):
     monkeypatch.setattr(records, "FAST", {"cifar10-fast": ("run.epochs=1",)})
@@ -226,6 +228,8 @@ def test_the_reference_table_compares_whole_trainings(images, monkeypatch, accur
     assert found.goals[0].found == pytest.approx(wanted)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_arguments_select_the_tables(images, tmp_path, monkeypatch):
     parser = ArgumentParser()
     records.add_arguments(parser)

@@ -21,7 +21,7 @@ from torchrelay.report.export.folder import write_sums
 from torchrelay.report.export.program import load_program
 
 # They take half a minute: imports of the exporters, and traces.
-pytestmark = [pytest.mark.export, pytest.mark.slow]
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 FILES = {
     "README.md",

@@ -236,7 +236,7 @@ def test_what_is_to_be_written_instead_is_a_recipe(command, override):
         (lambda: tr.augment.Flip(q=1), "Flip: unknown key 'q'; known here: "),
         (
             lambda: tr.DeviceSettings(precision="half"),
-            "DeviceSettings: precision should be 'float32', 'bf16' or 'fp16'",
+            "DeviceSettings: precision should be 'float32', 'bf16', 'fp16' or 'auto'",
         ),
         (lambda: tr.ParallelSettings(replicas=0), "ParallelSettings: replicas should be at least 1, not 0"),
         (lambda: tr.Recipe(run={"epochs": 0}), "Recipe: run.epochs should be at least 1, not 0"),

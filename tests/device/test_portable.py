@@ -53,6 +53,8 @@ def trained(folder: Path, name: str, *overrides: str, **environment: str) -> sub
     return started(folder, "train", "digits", "--run", name, *sets, **environment)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @needs_avx2
 def test_a_portable_run_has_the_same_bytes_whatever_the_environment_says(tmp_path, same_runs):
     runs = [

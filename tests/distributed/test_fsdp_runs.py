@@ -27,6 +27,9 @@ from torchrelay.run.settings import RunSettings
 from torchrelay.run.terminal import Terminal
 from torchrelay.train.logs import Pictures
 
+# Two processes train for twenty seconds; `test_fsdp` compares the bytes of each part.
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
+
 SAMPLES, BATCH = 402, 100  # the last batch has two samples for four replicas: none for the second process
 STEPS = 5  # of an epoch
 TESTED = 250  # in three batches: the second process has none of the last

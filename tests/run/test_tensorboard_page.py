@@ -22,7 +22,7 @@ from PIL import Image
 from torchrelay.report.plots import confusion_matrix
 from torchrelay.run.trackers import TensorBoard
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [pytest.mark.browser, pytest.mark.ci, pytest.mark.slow]
 
 Pixels = np.ndarray[Any, np.dtype[np.int64]]  # (height, width, 3)
 

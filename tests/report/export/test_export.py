@@ -18,7 +18,7 @@ from torchrelay.report.export.export import Asked, Exporter
 from torchrelay.report.export.verify import verify
 
 # They take half a minute: imports of the exporters, and traces.
-pytestmark = [pytest.mark.export, pytest.mark.slow]
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 GENERATOR = torch.Generator().manual_seed(0)
 TABLE = torch.rand(40, 3, generator=GENERATOR)

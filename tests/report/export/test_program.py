@@ -17,7 +17,7 @@ from torchrelay.report.export.inference import Inference
 from torchrelay.report.export.program import load_program
 
 # They take half a minute: imports of the exporters, and traces.
-pytestmark = [pytest.mark.export, pytest.mark.slow]
+pytestmark = [pytest.mark.ci, pytest.mark.slow]
 
 
 class Touch:
