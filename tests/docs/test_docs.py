@@ -52,10 +52,11 @@ def translated(page: Path) -> bool:
     return any(page == part or part in page.parents for part in CHINESE)
 
 
-LONG = ("clusters.md", "devices.md", "speed.md", "several-devices.md", "fine-tune.md", "own-data.md", "export.md")
+LONG = ["clusters", "devices", "export", "fine-tune", "first-training", "own-data", "several-devices", "speed"]
 TRANSLATIONS = [page for page in PAGES if translated(page)]
 RUNNING = [page for page in PAGES if not translated(page) and blocks(page, "console", "python")]
-MARKED = [pytest.param(page, marks=pytest.mark.slow) if page.name in LONG else page for page in RUNNING]
+IN_CI = [pytest.mark.ci, pytest.mark.slow]
+MARKED = [pytest.param(page, marks=IN_CI) if page.stem in LONG else page for page in RUNNING]
 
 
 @pytest.fixture

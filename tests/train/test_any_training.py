@@ -294,12 +294,16 @@ def runs(_server, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_write_the_same_files_as_one(runs, same_runs, name, processes):
     same_runs(runs / str(processes) / name, runs / "1" / name)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged", "tuples"])
 def test_predictions_of_several_processes_are_those_of_one(runs, name):
     alone = build(name, runs / "1" / name)
@@ -310,6 +314,8 @@ def test_predictions_of_several_processes_are_those_of_one(runs, name):
     assert str(found) == str(expected)
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_stopped_run_resumes_to_the_same_bytes(runs, same_runs, name, tmp_path):
     class Stop(tr.Callback):
@@ -387,6 +393,8 @@ def lines(run: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in found if line["split"] == split]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_the_parts_of_a_loss_add_up_in_every_line(runs):
     run = runs / "1" / "vae"
     for split in ("train", "test"):
@@ -396,6 +404,8 @@ def test_the_parts_of_a_loss_add_up_in_every_line(runs):
     assert all("deviation" not in line for line in lines(run, "test")), "nothing is logged in an evaluation"
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_each_update_of_a_step_has_its_loss_in_the_metrics(runs):
     for line in lines(runs / "1" / "gan", "train"):
         assert line["loss_critic"] + line["loss_generator"] == pytest.approx(line["loss"], rel=1e-5, abs=1e-5)
