@@ -319,6 +319,8 @@ def test_a_file_in_the_way_costs_the_charts_until_they_are_tried_again(tmp_path:
     assert files(folder) == [".hparams", ".scalars"]
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_file_in_the_way_is_warned_of_and_a_resume_makes_charts_and_pictures_again(
     tmp_path: Path, cli: Callable[..., Any]
 ) -> None:

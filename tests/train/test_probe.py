@@ -143,6 +143,8 @@ def test_texts_and_tables_have_no_memory_format():
     assert not decided.device.settings.channels_last
 
 
+@pytest.mark.ci
+@pytest.mark.slow
 def test_a_recipe_is_decided_by_all_processes_alike_and_a_restart_keeps_it(cli, tmp_path):
     sets = ("device.name=cpu", "device.precision=auto", "device.channels_last=auto", "run.epochs=1")
     done = cli("train", "digits", "--run=run", "--devices=2", sets=sets)
