@@ -205,10 +205,12 @@ def scalars(run: Path) -> list[tuple[str, int, tuple[float, ...]]]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     found = []
-    for path in sorted((run / "tensorboard").glob("*.scalars")):
+    for path in sorted((run / "tensorboard").rglob("*.scalars")):
         for event in EventFileLoader(str(path)).Load():
             values = [v for v in event.summary.value if not v.tag.startswith("samples_per_second")]
-            found += [(value.tag, event.step, tuple(value.tensor.float_val)) for value in values]
+            found += [
+                (f"{path.parent.name}: {value.tag}", event.step, tuple(value.tensor.float_val)) for value in values
+            ]
     return sorted(found)
 
 

@@ -106,6 +106,7 @@ def cases(folder: Path, root: Path | None) -> Iterator[Case]:
                 "data.size=32",
                 "data.batch_size=16",
                 "device.precision=float32",
+                "device.channels_last=true",
                 f"data.prepare={PREPARE}",
                 f"data.augment={AUGMENT}",
             ),

@@ -33,7 +33,7 @@ def test_the_comparison_detects_a_changed_byte_and_a_duplicate_point(digits, qui
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         tr.Trainer(model, *digits, epochs=1, terminal=quiet, run=tmp_path / name).fit()
     assert kill.differences(tmp_path / "one", tmp_path / "other") == []
-    (events,) = (tmp_path / "one" / "tensorboard").glob("*.scalars")
+    (events,) = (tmp_path / "one" / "tensorboard" / "test").glob("*.scalars")
     whole = events.read_bytes()
     events.write_bytes(whole + whole)
     assert kill.differences(tmp_path / "one", tmp_path / "other") == ["TensorBoard's points"]

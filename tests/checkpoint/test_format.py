@@ -124,6 +124,24 @@ def test_the_highest_step_is_the_newest_whatever_the_clock_says(tmp_path):
     assert checkpoint.newest(tmp_path, silent).step == 100_000_000
 
 
+def test_a_manifest_whose_text_is_not_unicode_is_refused(tmp_path):
+    path = checkpoint.write(tmp_path, contents(1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["sha256"] = "\ud800"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RelayError, match="isn't a checkpoint's manifest"):
+        checkpoint.read(path)
+
+
+def test_a_name_in_a_manifest_that_is_too_long_is_refused(tmp_path, forge):
+    path = checkpoint.write(tmp_path, contents(1))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["a" * 1000] = manifest["files"]["model.safetensors"]
+    forge(path, manifest)
+    with pytest.raises(RelayError, match="File name too long"):
+        checkpoint.read(path)
+
+
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "sub/file"])
 def test_a_path_in_a_manifest_is_refused(tmp_path, forge, name):
     path = checkpoint.write(tmp_path, contents(1))

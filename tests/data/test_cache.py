@@ -329,3 +329,12 @@ def test_a_cache_with_deeply_nested_facts_is_made_again(tmp_path):
     (whole(tmp_path)[0] / "facts.json").write_text("[" * 5000)
     cache.cached(tmp_path, "source", "key", SHAPE, fill)
     assert fill.asked == 2
+
+
+def test_a_cache_whose_facts_are_far_too_long_is_made_again(tmp_path):
+    fill = Fill()
+    cache.cached(tmp_path, "source", "key", SHAPE, fill)
+    path = whole(tmp_path)[0] / "facts.json"
+    path.write_text(path.read_text() + " " * 2**20)  # still valid JSON
+    cache.cached(tmp_path, "source", "key", SHAPE, fill)
+    assert fill.asked == 2

@@ -12,6 +12,7 @@ import torch
 
 from torchrelay import checkpoint
 from torchrelay.distributed import launch, process
+from torchrelay.distributed.failures import LaunchError
 from torchrelay.errors import UsageError
 
 NARROW = "model.options.widths=[4,8]"  # the recipe's network, with fewer channels
@@ -306,3 +307,13 @@ def test_a_run_without_a_launcher_belongs_to_no_launch(environment, tmp_path):
     for text in ("", "no JSON", '{"run_id": 3}'):
         (tmp_path / "elastic.json").write_text(text)
         assert not process.is_restart(tmp_path)
+
+
+def test_a_signal_that_comes_before_the_processes_is_explained(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch, "_run_agent", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(LaunchError, match="stopped by SIGTERM before training began") as found:
+        launch.start(["train", "digits"], 2, tmp_path / "run")
+    assert found.value.exit_code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "run").exists()

@@ -32,3 +32,9 @@ def test_an_empty_recipe_is_damaged_and_not_a_run_of_defaults(tmp_path):
     (tmp_path / "recipe.toml").touch()
     with pytest.raises(RelayError, match=r"recipe.toml is damaged.*it has no section \[run\]"):
         read_record(tmp_path)
+
+
+def test_a_recipe_that_is_far_too_long_is_damaged_at_once(tmp_path):
+    (tmp_path / "recipe.toml").write_text("[run]\n" + "#" * 5 * 2**20)
+    with pytest.raises(RelayError, match=r"recipe.toml is damaged.*it is too long"):
+        read_record(tmp_path)

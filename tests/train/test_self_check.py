@@ -142,6 +142,16 @@ def test_a_check_leaves_model_task_and_random_numbers_as_they_were(tmp_path, sam
     same_runs(tmp_path / "True", tmp_path / "False")
 
 
+def test_a_check_leaves_no_hook_that_each_later_step_would_call_but_a_user_s_own():
+    made = trainer(nn.Linear(64, 10))
+    hooked, *others = made.model.parameters()
+    calls = []
+    hooked.register_hook(calls.append)
+    made.fit()
+    assert len(calls) == 5  # three steps, and the two passes of the check
+    assert all(each._backward_hooks is None for each in others)
+
+
 def test_buffers_that_a_forward_pass_updates_are_as_they_were():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -21,7 +21,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from torchrelay.errors import RelayError, explained, intact
@@ -209,9 +209,9 @@ def read(path: Path) -> Contents:
     manifest = read_manifest(path)
     for name, entry in manifest.files.items():
         file = path / name
-        if file.is_symlink() or Path(name).name != name:
-            raise RelayError(f"{path}/manifest.json names '{name}', which isn't a plain file beside it")
         with explained(f"read {file}"):
+            if file.is_symlink() or Path(name).name != name:
+                raise RelayError(f"{path}/manifest.json names '{name}', which isn't a plain file beside it")
             if not file.is_file():
                 raise RelayError(f"{file} is missing")
             if file.stat().st_size != entry.bytes:
@@ -241,9 +241,10 @@ def read_manifest(path: Path) -> Manifest:
         raise LaterReleaseError(f"{path} was written by a later release (format {number}): upgrade torchrelay")
     try:
         manifest = Manifest.model_validate(content)
-    except ValidationError as error:
+        checksum = manifest.own_checksum()
+    except ValueError as error:  # pydantic's, also of text that isn't Unicode
         raise RelayError(f"{path}/manifest.json isn't a checkpoint's manifest") from error
-    if manifest.checksum != manifest.own_checksum():
+    if manifest.checksum != checksum:
         raise RelayError(f"{path}/manifest.json doesn't match its checksum")
     if manifest.step != step_of(path) or not manifest.files.keys() >= _NEEDED:
         raise RelayError(f"{path}/manifest.json is that of another folder")

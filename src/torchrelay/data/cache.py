@@ -29,6 +29,7 @@ from torchrelay.run.lock import lock
 Images = npt.NDArray[np.uint8]  # (images, channels, height, width)
 Fill = Callable[[Images], list[int]]  # decodes into the array; returns the positions that it had to leave black
 _FORMAT = 2  # incremented when the content or its layout changes for the same key
+_FEWEST, _EACH = 1024, 24  # bytes of a cache's facts, and of each missing image's position in them
 # Linux's value; Python names it from 3.13 on. Without it the kernel refuses to map more than fits into memory.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -108,6 +109,8 @@ def _open(target: Path, shape: tuple[int, ...]) -> Decoded | None:
     as another epoch. Their hash was computed when they were written.
     """
     try:
+        if (target / "facts.json").stat().st_size > _FEWEST + _EACH * shape[0]:
+            return None  # ours aren't so long, and a parser would take minutes
         facts = json.loads((target / "facts.json").read_text())
         if facts.pop("checksum") != key_of(facts) or facts["shape"] != list(shape):
             return None

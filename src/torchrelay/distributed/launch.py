@@ -73,9 +73,10 @@ def start(
         environment["OMP_NUM_THREADS"] = str(threads or max(1, cores() // devices))
         for key in ("TORCH_CPP_LOG_LEVEL", "OMP_NUM_THREADS"):  # what the user has set takes precedence
             environment[key] = os.environ.get(key, environment[key])
+        signals = _Signals(reports, shutdown_timeout)
         try:
-            with _environment(environment), _Signals(reports, shutdown_timeout) as signals:
-                _run_agent(arguments, devices, restarts, port, reports, signals)
+            with _environment(environment), signals.explained(), signals:
+                _run_agent(arguments, devices, restarts, port, reports)
         except LaunchError as error:
             refused = error.exit_code == UsageError.exit_code
             raise
@@ -83,11 +84,9 @@ def start(
             _clean_up(logs, None if existed else folder, refused)
 
 
-def _run_agent(
-    arguments: Sequence[str], devices: int, restarts: int, port: int | None, reports: Path, signals: "_Signals"
-) -> None:
+def _run_agent(arguments: Sequence[str], devices: int, restarts: int, port: int | None, reports: Path) -> None:
     """Let torch's elastic agent start and restart the processes; raise an error of one line if they fail."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -112,13 +111,10 @@ def _run_agent(
         except ChildFailedError as error:
             ends = {rank: End(failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()}
             raise first_failure(reports, ends) from None
-        except SignalException:
-            signals.explain()
         except RendezvousConnectionError as error:
-            where = f"port {port} is taken" if port is not None else f"no port could be opened ({error.__cause__})"
-            raise RelayError(
-                f"the processes can't find each other: {where}; choose one that is free by --port"
-            ) from None
+            taken = f"port {port} is taken; choose one that is free by --port"
+            where = taken if port is not None else f"no port of 127.0.0.1 could be opened ({error.__cause__})"
+            raise RelayError(f"the processes can't find each other: {where}") from None
 
 
 def cores() -> int:
@@ -278,7 +274,18 @@ class _Signals:
         shutil.rmtree(self._reports, ignore_errors=True)
         os._exit(128 + number)
 
-    def explain(self) -> None:
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Explain a signal, whenever it comes: also one at which the handlers have only just been set."""
+        # Imported before the handlers are set: one that ran amid its first import would find half of it.
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        try:
+            yield
+        except SignalException:
+            self._explain()
+
+    def _explain(self) -> None:
         """Say how the processes ended.
 
         Raises:

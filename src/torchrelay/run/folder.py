@@ -13,7 +13,8 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,18 +24,28 @@ from portalocker import AlreadyLocked, LockException
 from torchrelay.errors import RelayError, UsageError, explained, intact
 from torchrelay.run import disk
 from torchrelay.run.lock import lock
-from torchrelay.run.metrics import Line, read_metrics
+from torchrelay.run.metrics import ASKED, Line, read_metrics
+from torchrelay.run.named import TENSORBOARD, Named, factories
 from torchrelay.run.plots import PlotProcess
 from torchrelay.run.receipt import NAME as RECEIPT
 from torchrelay.run.receipt import Receipt
 from torchrelay.run.record import read_files, read_record
+from torchrelay.run.requests import REQUESTS, file_of
 from torchrelay.run.terminal import Terminal
 from torchrelay.run.trackers import TensorBoard, Tracker
 
 # What a run writes into its folder; a start that failed may have left some of it behind.
 _OWN = {"lock", "log.txt", "logs", "metrics.jsonl", "tensorboard", "checkpoints", "curves.png", "confusion.png"}
 _OWN |= {"evaluation.json", "model.txt", "files.json.gz", "elastic.json", "elastic.json.partial"}
-_OWN |= {RECEIPT}
+_OWN |= {
+    RECEIPT,
+    "samples.safetensors",
+    "report.html",
+    "wandb",
+    "mlflow.db",
+    "trackio",
+    *(file_of(Path(), request).name for request in REQUESTS),
+}
 
 
 def check_free(path: Path) -> None:
@@ -72,13 +83,25 @@ class RunFolder:
         path: the folder, which is created if it doesn't exist.
         terminal: where messages are also shown.
         resume: whether the folder must hold a run already; otherwise it must not.
+        trackers: names of trackers; None: TensorBoard.
+        settings: of the run, for trackers, by dotted names.
 
     Raises:
-        UsageError: the folder already holds a run or other files, or holds no run to resume.
+        UsageError: there is no such tracker; the folder already holds a run or other files, or holds no run to resume.
         RelayError: another process is training in it, or it can't be written.
     """
 
-    def __init__(self, path: Path, terminal: Terminal, *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        terminal: Terminal,
+        *,
+        resume: bool = False,
+        trackers: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        trackers = (TENSORBOARD,) if trackers is None else trackers
+        made = factories(trackers)
         self.path = path
         self.terminal = terminal
         if not resume:
@@ -97,10 +120,15 @@ class RunFolder:
             raise RelayError(
                 f"can't write in the run folder {path}: {error.strerror or error}; choose another by --run"
             ) from error
-        self.tensorboard = TensorBoard(path / "tensorboard", say=self.say)
-        self.trackers: list[Tracker] = [self.tensorboard]
+        self.tensorboard = TensorBoard(path / "tensorboard", say=self.say, on=TENSORBOARD in trackers)
+        self._named = [Named(name, partial(make, path, settings or {}), self.say) for name, make in made.items()]
+        self.trackers: list[Tracker] = [self.tensorboard, *self._named]
+        for tracker in self._named if not resume else ():  # a resume rewinds
+            tracker.rewrite([])
         self.plots = PlotProcess(path, self.say)
-        self.metrics_lines = 0  # what a checkpoint records, so that resuming it can truncate metrics.jsonl
+        # What a checkpoint records, so that resuming it can truncate metrics.jsonl; the lines that people asked for, by
+        # which no checkpoint changes, don't count.
+        self.metrics_lines = 0
 
     @property
     def checkpoints(self) -> Path:
@@ -121,23 +149,27 @@ class RunFolder:
         # JSON has no NaN and no infinity; readers in other languages must be able to parse every line.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         _append(self._metrics, json.dumps(plain, ensure_ascii=False) + "\n")
-        self.metrics_lines += 1
+        self.metrics_lines += ASKED not in line
         for tracker in self.trackers:
             tracker.write(line)
 
     def rewind(self, lines: int) -> None:
-        """Return to a checkpoint: truncate metrics.jsonl to the lines it records, and TensorBoard's charts with it."""
+        """Return to a checkpoint: truncate metrics.jsonl to the lines it records, and the trackers' charts with it."""
         path = self.path / "metrics.jsonl"
         with explained(f"cut {path} to the checkpoint's lines"):
             written = path.read_bytes().splitlines(keepends=True)
-            os.truncate(path, sum(map(len, written[:lines])))
+            counted = [place for place, text in enumerate(written) if f'"{ASKED}": true'.encode() not in text]
+            kept = written[: counted[lines]] if lines < len(counted) else written
+            os.truncate(path, sum(map(len, kept)))
             self._metrics.seek(0, os.SEEK_END)
-        if len(written) < lines:
-            self.say(f"warning: {path} has {len(written)} lines, fewer than the {lines} that the checkpoint records")
-        self.metrics_lines = min(lines, len(written))
+        if len(counted) < lines:
+            self.say(f"warning: {path} has {len(counted)} lines, fewer than the {lines} that the checkpoint records")
+        self.metrics_lines = min(lines, len(counted))
         lines_kept = read_metrics(self.path)
         with intact(path, "remove its damaged lines, or move the file away to resume without charts of the past"):
             self.tensorboard.rewrite(lines_kept)
+            for tracker in self._named:
+                tracker.rewrite(lines_kept)
 
     def flush(self) -> None:
         """Wait until metrics and receipt are on disk: a checkpoint that relies on their lines must not outlive them."""

@@ -1,7 +1,10 @@
 """Locks between processes, which the operating system releases when their holder ends; and one around a fork."""
 
+import os
+import struct
 import sys
 import threading
+from pathlib import Path
 from typing import IO, Any
 
 from portalocker import LockFlags
@@ -29,3 +32,24 @@ def lock(file: IO[Any], *, wait: bool) -> None:
     else:
         # lockf belongs to the process alone: forked loader workers would keep a flock after kill -9.
         lockers.LockfLocker().lock(file, flags)
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether another process holds the lock of a file; it is asked without taking it, so nobody is refused.
+
+    False where that can't be told: the structure below is Linux's.
+    """
+    if sys.platform != "linux" or not path.exists():
+        return False
+    import fcntl
+
+    # A process asks about the start of the file, as `lockf` locks it: struct flock with its type, whence, start,
+    # length and process id.
+    query = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with path.open("rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, query)
+    except OSError:
+        return False
+    kind: int = struct.unpack("hhqqi", answer)[0]
+    return kind != fcntl.F_UNLCK

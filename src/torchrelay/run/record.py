@@ -8,6 +8,7 @@ from typing import Any
 
 from torchrelay.errors import explained, intact
 
+_LARGEST = 4 * 2**20  # bytes of recipe.toml, which may hold the options of a large recipe
 _RATIO = 200  # to which a list of files may expand: theirs is below 20, and a bomb's is 1,000
 
 
@@ -22,6 +23,8 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]]:
         explained(f"read {path}"),
         intact(path, "restore it from a copy, or correct it to what the run was started with"),
     ):
+        if path.stat().st_size > _LARGEST:
+            raise ValueError("it is too long")  # a parser would take minutes
         record = tomllib.loads(path.read_text(encoding="utf-8"))
         if wrong := [name for name, section in record.items() if not isinstance(section, dict)]:
             raise ValueError(f"'{wrong[0]}' isn't a section")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchrelay import rng
 from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, has_only_avx2
+from torchrelay.device.private import forget_removed_hooks
 from torchrelay.errors import RelayError
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.task import Task, held_modules, loss_and_outputs, total
@@ -117,8 +118,9 @@ def _pass(
         try:
             torch.autograd.grad(loss / batch.samples, list(named.values()), allow_unused=True)
         finally:
-            for hook in hooks:
+            for hook, parameter in zip(hooks, named.values(), strict=True):
                 hook.remove()
+                forget_removed_hooks(parameter)
     return loss.detach(), kernels
 
 
