@@ -28,6 +28,7 @@ SHORT = (
     "records",
     "photos",
     "folder_cache",
+    "auto",
 )
 OVERHEAD, ACCURACY = "../pictures/overhead.png", "../pictures/accuracy-over-time.png"
 

@@ -70,6 +70,25 @@ def test_tune_keeps_faster_settings_and_reports_failing_ones(tmp_path):
     assert "trains otherwise" in double.note
 
 
+def test_the_whole_run_is_timed_where_images_grow(tmp_path):
+    path = tmp_path / "code.py"
+    path.write_text(CODE.format(last="pass", first="time.sleep(images[0, 0].numel() / 1000)").replace("4 * 36", "4"))
+    path.write_text(path.read_text().replace("nn.Flatten()", "nn.AdaptiveAvgPool2d(1), nn.Flatten()"))
+    grows = 'data.augment=[{ name = "progressive_resize", sizes = [4, 6, 8] }]'
+    sets = ["data.name=images", "model.name=slow", "device.name=cpu", "data.batch_size=32", "run.epochs=4", grows]
+    (own,) = tune.tune(recipe.load("digits", sets), code=load_code(path), only=("none",), say=lambda _: None)
+    assert own.steps == 8
+    of_all_sizes = (16 + 36 + 64 + 64) / 1000 / 4  # 45 ms; the smallest alone takes 16, the largest 64
+    assert of_all_sizes < own.seconds < of_all_sizes + 0.015
+
+
+def test_a_table_says_how_long_all_steps_take(capsys):
+    tune.show([tune.Trial("the recipe's own", 0.5, 8, 250, kept=True), tune.Trial("a", 0.25, 8, 250)])
+    table = capsys.readouterr().out.splitlines()
+    assert "2 min 05 s" in table[1]
+    assert "1 min 02 s" in table[2]
+
+
 def test_tune_drops_slower_settings(tmp_path):
     found = trials(tmp_path, last="time.sleep(0.02)", first="pass")
     assert not found["device.channels_last = true"].kept

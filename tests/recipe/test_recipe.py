@@ -339,3 +339,9 @@ def test_an_override_that_is_not_unicode_is_refused_with_a_line(capsys):
 def test_keys_that_need_quotes_are_written_so_that_they_can_be_read():
     made = recipe.load("digits", ['model.options={"a b" = 1, "\\n" = 2, "" = {"é.x" = 3}}'])
     assert recipe.parse(tomllib.loads(made.to_toml()), "again") == made
+
+
+def test_infinity_in_the_options_of_a_model_is_written_and_read_again():
+    made = recipe.load("digits", ["model.options={limits = [1, inf, {low = -inf}]}"])
+    assert recipe.parse(tomllib.loads(made.to_toml()), "again") == made
+    assert made.model_dump(mode="json")["model"]["options"] == {"limits": [1, float("inf"), {"low": float("-inf")}]}

@@ -59,3 +59,35 @@ def test_an_unchanged_shipped_recipe_trains_on_two_devices(cli, tmp_path, name):
     assert "in 2 replicas: it can continue on 1 or 2 devices" in done.stdout
     assert "stopped: run.max_steps is 3" in done.stdout
     assert "replicas = 2\n" in (tmp_path / "run" / "recipe.toml").read_text()
+
+
+# A recipe for each of the shipped networks: small-cnn, mlp, transformer, fast-cnn and resnet18-small.
+COMPILED = {
+    "digits": (),
+    "tables": (),
+    "characters": DATA["characters"],
+    "cifar10-fast": (*CIFAR, "device.precision=float32", "device.channels_last=true"),
+    "cifar10-small": CIFAR,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_shipped_network_is_compiled_and_resumes_to_the_same_weights(cli, tmp_path, name):
+    (tmp_path / "tiny.py").write_text(CODE)
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    sets = ("device.name=cpu", "device.compile=true", "device.threads=1", "run.test_views=1", "checkpoint.keep=1")
+    sets = (*sets, "checkpoint.keep_best=0", "run.evaluate_every=1000 steps", *COMPILED[name])
+
+    def run(command: str, where: str, steps: int, sets: tuple[str, ...] = ()) -> None:
+        line = (command, name, f"--run={where}") if command == "train" else (command, where)
+        done = cli(*line, "--code=tiny.py", "--quiet", sets=(*sets, f"run.max_steps={steps}"), timeout=250)
+        assert done.returncode == 0, done.stderr  # which may have a warning of the compiler's
+
+    run("train", "whole", 4, sets)
+    run("train", "parted", 2, sets)
+    run("resume", "parted", 4)
+    assert "compiled" in (tmp_path / "whole" / "log.txt").read_text()
+    whole, parted = (tmp_path / run / "checkpoints" / "step-00000004" for run in ("whole", "parted"))
+    for file in ("model.safetensors", "state.safetensors"):  # the optimizer's state, too
+        assert (whole / file).read_bytes() == (parted / file).read_bytes()

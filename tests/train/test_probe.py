@@ -156,3 +156,9 @@ def test_a_recipe_is_decided_by_all_processes_alike_and_a_restart_keeps_it(cli, 
     assert again.returncode == 0, again.stderr
     assert "auto: " not in again.stdout
     assert read_record(tmp_path / "run")["device"] == recorded
+
+
+def test_waits_of_several_threads_do_not_keep_the_samples_few(capsys):
+    torch.set_num_threads(2)
+    trainer(Slow(threads=2), DeviceSettings(name="cpu", precision="auto"), terminal=Terminal())
+    assert "ms for 16 samples" in capsys.readouterr().out  # the whole batch of a network that is so small

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from torchrelay.commands.options import add_common, add_recipe, code_of, count, terminal_of
@@ -32,10 +32,11 @@ PHASES = {
     "backward": "the gradients",
     "measure": "measure the training batch",
     "optimizer": "the update",
-    "rest": "the loop's own: schedule, clipping, sums",
+    "rest": "what is left: schedule, clipping, sums",
 }
 _COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#CC79A7", "#009E73", "#999999")  # Okabe and Ito
 _WARM, _TRACED = 5, 3  # steps before, and steps of the trace after
+_BAR = 8  # columns of a phase that takes all; with it the table fits 80
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,10 +109,14 @@ class Clock:
 class Profile:
     """What a step's time went into."""
 
-    seconds: dict[str, float]  # by phase, the median of the steps
-    step: float  # seconds of a step, the median
+    seconds: dict[str, float]  # by phase
     samples: int  # of a global batch
     device: str
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step: the sum of its phases."""
+        return sum(self.seconds.values())
 
     @property
     def _headline(self) -> str:
@@ -130,9 +135,10 @@ class Profile:
         for name, justify in (("phase", "left"), ("ms", "right"), ("share", "right"), ("", "left"), ("what", "left")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         for phase, what in PHASES.items():
-            share = self.seconds[phase] / sum(self.seconds.values())
-            bar = "█" * round(20 * share)
+            share = self.seconds[phase] / self.step
+            bar = "█" * round(_BAR * share)
             table.add_row(phase, f"{1e3 * self.seconds[phase]:.2f}", f"{share:.1%}", f"[blue]{bar}[/]", what)
+        table.add_row("step", f"{1e3 * self.step:.2f}", "100.0%")
         return table
 
     def draw(self, path: Path) -> None:
@@ -142,9 +148,9 @@ class Profile:
 
         figure = Figure(figsize=(8, 1.9), layout="constrained")
         FigureCanvasAgg(figure)
-        axes, left, whole = figure.add_subplot(), 0.0, sum(self.seconds.values())
+        axes, left = figure.add_subplot(), 0.0
         for (phase, seconds), colour in zip(self.seconds.items(), _COLOURS, strict=True):
-            share = seconds / whole
+            share = seconds / self.step
             axes.barh(0, 1e3 * seconds, left=left, color=colour, label=f"{phase} {share:.0%}", height=0.6)
             left += 1e3 * seconds
         axes.set(yticks=[], xlabel="milliseconds of a step", xlim=(0, left))
@@ -183,9 +189,7 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
     clock.mark("rest")
     for _ in range(_WARM + steps):
         size = max(size, _step(trainer, batches, clock))  # an epoch's last batch may be smaller
-    timed = clock.steps[_WARM:]
-    seconds = {phase: median(step[phase] for step in timed) for phase in PHASES}
-    found = Profile(seconds, median(sum(step.values()) for step in timed), size, trainer.device.describe())
+    found = Profile(typical(clock.steps[_WARM:]), size, trainer.device.describe())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.draw(folder / "profile.png")
@@ -196,6 +200,16 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
                     _step(trainer, batches, clock)
         traced.export_chrome_trace(str(folder / "trace.json.gz"))
     return found
+
+
+def typical(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean seconds of each phase, without the fastest and the slowest tenth of the steps.
+
+    Means of the same steps add up to the mean step; medians of phases needn't add up to anything.
+    """
+    ordered = sorted(steps, key=lambda step: sum(step.values()))
+    cut = max(len(steps) // 10, 1) if len(steps) > 2 else 0
+    return {phase: fmean(step[phase] for step in ordered[cut : len(steps) - cut]) for phase in PHASES}
 
 
 def show(found: Profile, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """`torchrelay tune RECIPE`: measure which device settings train a recipe fastest on this machine.
 
 They are timed side by side, one setting after another. Each setting is tried on top of the best ones so far, in turns
-with them, so that what slows the machine slows both.
+with them, so that what slows the machine slows both. A time is a mean over the whole run: if images grow with the
+epochs, the smallest and the largest are timed.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ class Trial:
     setting: str
     """As a recipe has it, such as `device.precision = "bf16"`."""
     seconds: float | None = None
-    """Of a step; None if it wasn't tried or failed."""
+    """Of the mean step of the run; None if it wasn't tried or failed."""
     samples: int = 0
     """Of a step."""
+    steps: int = 0
+    """Of the whole run."""
     times: float = 1.0
     """The rate divided by that of the best setting before."""
     kept: bool = False
@@ -106,10 +109,10 @@ def _trials(
     only: Sequence[str],
     say: Callable[[str], None],
 ) -> list[Trial]:
-    place = _Timed(recipe, code)
+    place = Timed(recipe, code)
     best = recipe = recipe.model_copy(update={"device": place.trainer.device.settings})  # "auto" is decided
-    (took,) = _in_turns([place])
-    trials = [Trial("the recipe's own", took, place.samples, kept=True)]
+    (took,) = in_turns([place])
+    trials = [Trial("the recipe's own", took, place.samples, place.steps, kept=True)]
     for section, name, value in _settings(recipe):
         if only and name not in only:
             continue
@@ -120,16 +123,19 @@ def _trials(
         say(f"trying {setting}")
         changed = _with(best, section, name, value)
         try:
-            other = _Timed(changed, code)
-            before, took = _in_turns([place, other])
+            other = Timed(changed, code)
+            before, took = in_turns([place, other])
         except (RelayError, RuntimeError) as error:
             trials.append(Trial(setting, note=f"fails: {str(error).splitlines()[0][:80]}"))
             continue
         times = (other.samples / took) / (place.samples / before)
         is_batch = name == "batch_size"  # which trains another network
-        kept = times > 1 + _GAIN and not is_batch
-        note = "trains otherwise" if is_batch else f"first step {other.first:.1f} s"
-        trials.append(Trial(setting, took, other.samples, times, kept, note if is_batch or name == "compile" else ""))
+        repaid = name != "compile" or other.steps * (before - took) > other.first
+        kept = times > 1 + _GAIN and repaid and not is_batch
+        note = "trains otherwise" if is_batch else ""
+        if name == "compile":
+            note = f"first step {other.first:.1f} s{'' if repaid else ', not repaid'}"
+        trials.append(Trial(setting, took, other.samples, other.steps, times, kept, note))
         if kept:
             best, place = changed, other
     return trials
@@ -140,19 +146,25 @@ def show(trials: list[Trial]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from torchrelay.run.terminal import duration
+
     console = Console(highlight=False)
     table = Table(box=None)
-    for name in ("", "ms a step", "samples/s", "vs. best"):
+    for name in ("", "ms a step", "samples/s", "vs. best", "all steps"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     table.add_column("")
     for trial in trials:
         if trial.seconds is None:
-            table.add_row(trial.setting, "", "", "", trial.note)
+            table.add_row(trial.setting, "", "", "", "", trial.note)
             continue
         style = "bold green" if trial.kept and trial is not trials[0] else ""
-        rate, ms = trial.samples / trial.seconds, 1e3 * trial.seconds
-        table.add_row(trial.setting, f"{ms:,.2f}", f"{rate:,.0f}", f"{trial.times:.2f}", trial.note, style=style)
+        rate, ms = f"{trial.samples / trial.seconds:,.0f}", f"{1e3 * trial.seconds:,.2f}"
+        whole = duration(trial.steps * trial.seconds)
+        table.add_row(trial.setting, ms, rate, f"{trial.times:.2f}", whole, trial.note, style=style)
     console.print(table)
+    console.print(
+        "\nall steps: of the whole run, without its start, its evaluations and its checkpoints", soft_wrap=True
+    )
     kept = [trial.setting for trial in trials[1:] if trial.kept]
     timed = [trial for trial in trials[1:] if trial.seconds is not None]
     left = sum(trial.note.startswith("not measured") for trial in trials)
@@ -209,7 +221,7 @@ def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-class _Timed:
+class Timed:
     """A recipe's trainer whose steps are timed.
 
     Args:
@@ -218,51 +230,61 @@ class _Timed:
 
     Attributes:
         samples: of a step.
+        steps: of the whole run.
         first: seconds of the first two steps, in which models are compiled and kernels chosen.
     """
 
     def __init__(self, recipe: Recipe, code: ModuleType | None) -> None:
+        from torchrelay.data.augment.stages import stages
         from torchrelay.recipe.build import build_trainer
         from torchrelay.run.terminal import Terminal
 
         self.trainer = build_trainer(recipe, code=code, terminal=Terminal(quiet=True))
         self.trainer.model.train()
-        self._batches, self._steps = _forever(self.trainer), 0
+        progress = self.trainer.progress
+        self.steps, self._taken = min(progress.total_steps, progress.max_steps or progress.total_steps), 0
+        found = stages(self.trainer.batches.pipeline, progress.epochs)
+        self._stages = [(_forever(self.trainer, epoch), share) for epoch, share in found]
         began = time.perf_counter()
-        self.samples = self._step()
-        self._step()
+        for batches, _ in self._stages:
+            self.samples = self._step(batches)
+            self._step(batches)
         self.first = time.perf_counter() - began
 
-    def _step(self) -> int:
-        batch = next(self._batches)
-        self.trainer.train_step.step(batch, self._steps)
-        self._steps += 1
+    def _step(self, batches: Iterator[Batch]) -> int:
+        batch = next(batches)
+        self.trainer.train_step.step(batch, self._taken)
+        self._taken += 1
         return batch.size
 
     def time(self) -> float:
-        """Return the mean seconds of some steps."""
-        import torch
-
+        """Return the mean seconds of a step of the whole run, from some steps of each stage."""
         from torchrelay.device.device import set_up
 
         # The switches belong to the whole process, and another trainer has just set its own.
         set_up(self.trainer.device.settings, self.trainer.settings.exact)
+        return sum(share * self._seconds(batches) for batches, share in self._stages)
+
+    def _seconds(self, batches: Iterator[Batch]) -> float:
+        import torch
+
         device, began, steps = self.trainer.device.device, time.perf_counter(), 0
         while steps < _STEPS or time.perf_counter() - began < _LONG_ENOUGH:
-            self._step()
+            self._step(batches)
             steps += 1
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         return (time.perf_counter() - began) / steps
 
 
-def _forever(trainer: Trainer) -> Iterator[Batch]:
-    """Yield full batches of the first epoch again and again: a later epoch may have larger images."""
-    full = next(trainer.batches.epoch(0)).size
+def _forever(trainer: Trainer, epoch: int) -> Iterator[Batch]:
+    """Yield full batches of an epoch again and again."""
+    full = next(trainer.batches.epoch(epoch)).size
     while True:
-        yield from (batch for batch in trainer.batches.epoch(0) if batch.size == full)
+        yield from (batch for batch in trainer.batches.epoch(epoch) if batch.size == full)
 
 
-def _in_turns(places: list[_Timed]) -> list[float]:
+def in_turns(places: Sequence[Timed]) -> list[float]:
+    """Return the seconds of the mean step of each: the median of some turns."""
     times = [[place.time() for place in places] for _ in range(_ROUNDS)]
     return [median(column) for column in zip(*times, strict=True)]
