@@ -18,10 +18,11 @@ from torchrelay.commands.options import (
     trainer_of_run,
 )
 from torchrelay.distributed import process
-from torchrelay.errors import UsageError
+from torchrelay.errors import RelayError, UsageError
 
 if TYPE_CHECKING:
     from torchrelay.train.evaluation import Evaluation
+    from torchrelay.train.trainer import Trainer
 
 HELP = "evaluate a run's best checkpoint"
 
@@ -38,6 +39,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_checkpoint(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="write what was found of each sample of the part that selects the best checkpoint, as safetensors",
+    )
     add_common(parser)
     add_processes(parser)
 
@@ -45,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate, and print the metrics of each split."""
     if options.images is not None:
+        if options.samples is not None:
+            raise UsageError("--samples is of the run's own data: leave out IMAGES, or --samples")
         checkpoint, classes, evaluations = _on_images(options)
     else:
         recipe = recipe_of_run(options)
@@ -53,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
         trainer = trainer_of_run(options, recipe)
         checkpoint, classes = trainer.load(options.checkpoint), trainer.classes
         evaluations = {split: trainer.evaluate(split) for split in trainer.evaluator.parts}
+        if options.samples is not None and process.rank() == 0:
+            _write_samples(options.samples, trainer, int(checkpoint.resolve().name.removeprefix("step-")))
     if process.rank() > 0:
         return
     if options.json:
@@ -62,6 +73,14 @@ def run(options: argparse.Namespace) -> None:
     print(checkpoint)
     for split, evaluation in evaluations.items():
         _print(split, evaluation, classes)
+
+
+def _write_samples(path: Path, trainer: "Trainer", step: int) -> None:
+    evaluator = trainer.evaluator
+    if evaluator.samples is None or not evaluator.samples.columns:
+        why = "there is no data to evaluate on" if evaluator.samples is None else evaluator.samples.missing
+        raise RelayError(f"{path} isn't written: {why or 'the task says nothing of a sample; see Task.per_sample'}")
+    evaluator.samples.write(path, trainer.task, evaluator.selects_on, step, trainer.progress.epoch_of(step))
 
 
 def _on_images(options: argparse.Namespace) -> tuple[Path, Sequence[str], dict[str, "Evaluation"]]:

@@ -30,6 +30,13 @@ class Binary(MultiLabel):
         """Return the number of correct predictions."""
         return super().measure(_logits(outputs, targets), targets)
 
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's loss, its more probable class with its probability, its class."""
+        rows = super().per_sample(_logits(outputs, targets)[:, None], targets[:, None])
+        found = {name: column.flatten() for name, column in rows.items()}
+        classes = {name: found[name].long() for name in ("prediction", "target")}
+        return found | classes | {"confidence": found["confidence"].maximum(1 - found["confidence"])}
+
     def metrics(self) -> Mapping[str, Any]:
         """Return the F1 score of class 1."""
         return {"f1": _F1(1)}

@@ -128,6 +128,13 @@ class Classification(Task):
         }
         return by_class | ({"top5_accuracy": TopAccuracy(5)} if self.classes > 5 else {})
 
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's loss without class weights, its most probable class with its probability, its class."""
+        confidence, prediction = outputs.float().softmax(1).max(1)
+        loss = F.cross_entropy(outputs.float(), targets, reduction="none", label_smoothing=self.label_smoothing)
+        target = targets.argmax(1) if targets.is_floating_point() else targets
+        return {"loss": loss, "prediction": prediction, "confidence": confidence, "target": target}
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, classes) probabilities."""
         return outputs.float().softmax(1)

@@ -4,6 +4,8 @@ PyTorch's losses return the mean over the batch that they are given. A part of a
 the whole batch a divisor that follows from its targets alone, such that the quotient is the loss's own mean.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,18 @@ class Criterion(Task):
                 )
         return found
 
+    def per_sample(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """Return each sample's loss, its mean over the values that it has; and a target that is a number."""
+        each: Any = copy.copy(self.modules[0])
+        if isinstance(each, functools.partial):
+            each = functools.partial(each, reduction="none")
+        else:
+            each.reduction = "none"
+        found = each(outputs, targets)
+        has_rows = isinstance(found, Tensor) and found.ndim and len(found) == len(targets)
+        loss = {"loss": found.reshape(len(found), -1).float().mean(1)} if has_rows else {}
+        return loss | super().per_sample(outputs, targets)
+
 
 class OfValues(Criterion):
     """A loss with a term for each value of the targets, such as the absolute error."""
@@ -66,6 +80,11 @@ class OfValues(Criterion):
                 f"the model gives {tuple(outputs.shape)} for targets of {tuple(targets.shape)}: make them equal"
             )
         return super().loss(outputs, targets.to(outputs.dtype))
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's mean loss, its values as they are predicted, and as they are."""
+        found = super().per_sample(prediction := outputs.view_as(targets), targets.to(outputs.dtype))
+        return found | {"prediction": prediction, "target": targets}
 
 
 class OfSamples(Criterion):
@@ -125,6 +144,15 @@ class OfClasses(Criterion):
     def count(self, targets: Tensor) -> Tensor | int:
         """Return the number of positions that count."""
         return targets.numel() // targets.shape[1] if targets.is_floating_point() else self._counted(targets).sum()
+
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's mean loss; and where it has one class, what is predicted, with its probability."""
+        found = super().per_sample(outputs, targets)
+        if outputs.ndim != 2:
+            return found
+        confidence, prediction = self.predict(outputs).max(1)
+        target = targets.argmax(1) if targets.is_floating_point() else targets
+        return found | {"prediction": prediction, "confidence": confidence, "target": target}
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, classes, …) probabilities."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from torchrelay.data.batch import Batch
 from torchrelay.data.labels import TargetError
@@ -63,6 +64,18 @@ class Detection(Task):
     def metrics(self) -> Mapping[str, Any]:
         """Return mean average precision as COCO defines it, with that at IoUs of 0.5 and 0.75."""
         return {"map": MeanAveragePrecision()} if self.has_map else {}
+
+    def per_sample(self, outputs: list[dict[str, Tensor]], targets: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the number of boxes of each image, and the mean of their IoUs with the best one of their class."""
+        from torchvision.ops import box_iou
+
+        best = []
+        for found, true in zip(outputs, targets, strict=True):
+            same = true["labels"][:, None] == found["labels"]
+            overlaps = torch.where(same, box_iou(true["boxes"].float(), found["boxes"].float()), 0.0)
+            best.append(F.pad(overlaps, (0, 1)).amax(1).mean())
+        boxes = torch.tensor([len(true["labels"]) for true in targets])
+        return {"mean_iou": torch.stack(best), "boxes": boxes}
 
     def predict_batch(self, model: Any, batch: Batch) -> list[dict[str, Tensor]]:
         """Return the boxes, scores and labels of each image."""

@@ -63,6 +63,14 @@ class MultiLabel(Task):
             raise RelayError("MultiLabel doesn't know how many labels there are: give MultiLabel(labels=...)")
         return {"f1": F1(self.classes), "f1_by_label": F1ByLabel(self.classes)}
 
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's mean loss; of each label whether it is predicted, how probable it is, and the truth."""
+        weights, wanted = self.positive_weights, targets.float()
+        weights = None if weights is None else weights.to(outputs.device)
+        loss = F.binary_cross_entropy_with_logits(outputs.float(), wanted, reduction="none", pos_weight=weights)
+        found = {"prediction": outputs > 0, "confidence": self.predict(outputs), "target": targets > 0.5}
+        return {"loss": loss.mean(1), **found}
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, labels) probabilities."""
         return outputs.float().sigmoid()

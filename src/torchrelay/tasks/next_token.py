@@ -60,6 +60,12 @@ class NextToken(Task):
         """Return the number of tokens that count, without waiting for the device."""
         return (targets != self.ignore).sum()
 
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sequence's mean loss; NaN where no token counts."""
+        logits, tokens, smoothing = outputs.flatten(0, 1).float(), targets.flatten(), self.label_smoothing
+        each = F.cross_entropy(logits, tokens, ignore_index=self.ignore, reduction="none", label_smoothing=smoothing)
+        return {"loss": each.view_as(targets).sum(1) / (targets != self.ignore).sum(1)}
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return (batch, length, vocabulary) probabilities."""
         return outputs.float().softmax(-1)

@@ -30,6 +30,12 @@ class Regression(Task):
         error = outputs.view_as(targets).float() - targets.float()
         return {"mean_squared_error": error.square().sum(), "mean_absolute_error": error.abs().sum()}
 
+    def per_sample(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return each sample's mean squared error, its values as they are predicted, and as they are."""
+        prediction = outputs.view_as(targets).float()
+        error = (prediction - targets.float()).square()
+        return {"loss": error.reshape(len(targets), -1).mean(1), "prediction": prediction, "target": targets}
+
     def count(self, targets: Tensor) -> int:
         """Return the number of values."""
         return targets.numel()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,6 +81,18 @@ class Segmentation(Task):
             raise RelayError("Segmentation doesn't know how many classes there are: give Segmentation(classes=...)")
         kinds = {"mean_iou": MeanIoU, "iou_by_class": IoUByClass, "confusion_matrix": PixelConfusion}
         return {name: kind(self.classes, self.ignore) for name, kind in kinds.items()}
+
+    def per_sample(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Return each image's mean IoU, of the classes that it has or that are predicted in it."""
+        classes, predicted = self.classes or 0, self.predict(outputs)
+        # An image's pixels are counted apart from those of the others, and ignored ones in a bin of their own.
+        bins = torch.where(targets == self.ignore, classes**2, targets.long() * classes + predicted).flatten(1)
+        size = classes**2 + 1
+        bins += size * torch.arange(len(bins), device=bins.device)[:, None]
+        counts = torch.bincount(bins.flatten(), minlength=size * len(bins)).view(-1, size)[:, :-1]
+        counts = counts.view(-1, classes, classes)
+        both = counts.diagonal(dim1=1, dim2=2)
+        return {"mean_iou": (both / (counts.sum(1) + counts.sum(2) - both).float()).nanmean(1)}
 
     def predict(self, outputs: Any) -> Tensor:
         """Return (batch, height, width) classes, int64."""

@@ -134,6 +134,14 @@ class Task:
         """
         return {}
 
+    def per_sample(self, outputs: Any, targets: Any) -> dict[str, Tensor]:  # noqa: ARG002 - an overridable default
+        """Return what an evaluation keeps of each sample, (samples, …) by name; by default a target that is a number.
+
+        "loss", "prediction", "confidence" and "target" are names that a report knows. It is called with whole batches,
+        and mustn't change anything; where it returns nothing or fails, nothing is kept.
+        """
+        return {"target": targets} if isinstance(targets, Tensor) and targets.ndim == 1 else {}
+
     def evaluate_batch(self, model: Any, batch: Batch) -> tuple[Loss, Any]:
         """Return the summed loss of a batch and the model's outputs, in an evaluation; by default as `compute` does.
 

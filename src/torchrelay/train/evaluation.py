@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from torchrelay.tasks.targets import explain
 from torchrelay.tasks.task import Task, calls_once, total
 from torchrelay.train.progress import RunningSums
 from torchrelay.train.record import log
+from torchrelay.train.samples import Collector, Samples
 from torchrelay.train.trees import joined, pack, to_cpu, unpack
 from torchrelay.train.tta import check_tta, with_tta
 
@@ -76,6 +78,7 @@ class Evaluator:
     Attributes:
         selects_on: the part by which the best model is selected; "train" if there is none.
         last: the last evaluation of that part.
+        samples: what it found of each sample; on rank 0.
         collective_forward: whether every process must go through the model equally often, as FSDP needs it.
 
     Raises:
@@ -98,6 +101,7 @@ class Evaluator:
         self.parts = dict(parts or {})
         self.selects_on = next(iter(self.parts), "train")
         self.last: Evaluation | None = None
+        self.samples: Samples | None = None
         self._model, self._task, self._device = model, task, device
         runner: Any = model if strategy is None else strategy if calls_once(task) else strategy.module
         self._forward = with_tta(runner, views)
@@ -126,10 +130,14 @@ class Evaluator:
         """
         if isinstance(part, str) and part not in self.parts:
             raise UsageError(f"there is no {part} data to evaluate on: give Trainer(..., {part}=...)")
+        is_kept = part == self.selects_on and rounds is None
+        collector = Collector(self._task) if is_kept and self._group.main else None
         with self._evaluating():
-            evaluation = self._sum_up(self.parts[part] if isinstance(part, str) else part, should_stop, rounds)
-        if evaluation is not None and part == self.selects_on and rounds is None:
-            self.last = evaluation
+            batches = self.parts[part] if isinstance(part, str) else part
+            evaluation = self._sum_up(batches, should_stop, rounds, collector)
+            samples = collector.collected() if collector is not None else None
+        if evaluation is not None and is_kept:
+            self.last, self.samples = evaluation, samples
         return evaluation
 
     def predict(self, batches: Batches) -> Any:
@@ -167,13 +175,15 @@ class Evaluator:
             finally:
                 self._model.train(was_training)
 
-    def _sum_up(self, batches: Batches, should_stop: Callable[[], bool], rounds: int | None) -> Evaluation | None:
+    def _sum_up(
+        self, batches: Batches, should_stop: Callable[[], bool], rounds: int | None, collector: Collector | None
+    ) -> Evaluation | None:
         task, sums, samples = self._task, RunningSums(), 0
         metrics: dict[str, Any] = {name: metric.to(self._device.device) for name, metric in task.metrics().items()}
         for metric in metrics.values():
             # A metric of torchmetrics would wait for the other ranks, which have none.
             metric.distributed_available_fn = lambda: False
-        for results in self._shared(batches, self._outputs_and_loss, should_stop, rounds):
+        for index, results in enumerate(self._shared(batches, self._outputs_and_loss, should_stop, rounds)):
             if results is None:
                 return None
             outputs, loss, targets, number = results
@@ -184,6 +194,10 @@ class Evaluator:
             if outputs is not None:
                 counted = number if type(task).count is Task.count else task.count(targets)
                 sums.add_measures(task.measure(outputs, targets), counted)
+            if collector is not None:
+                # A stream's positions; it may end before the samples that it was said to have.
+                stream = np.arange(samples, samples + number)
+                collector.add(outputs, targets, batches.indices(0, index) if batches.stream is None else stream)
             samples += number
             if metrics:
                 predictions = task.predict(outputs)

@@ -9,6 +9,7 @@ from torchrelay.data.batches import Batches
 from torchrelay.duration import seconds_of, steps_between
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.optim.schedules import Schedule
+from torchrelay.run.metrics import ASKED
 from torchrelay.run.settings import RunSettings
 from torchrelay.tasks.task import Task
 from torchrelay.train import hints
@@ -116,7 +117,7 @@ class Judge:
         if not self._evaluator.parts:
             return False
         if self._by_clock:
-            return self._session.agree_on(time.monotonic() - self._evaluated_at >= self._seconds)
+            return self._session.asks.agree_on(time.monotonic() - self._evaluated_at >= self._seconds)
         return self._progress.step % self._steps == 0
 
     def within_epoch(self, trainer: Training, callbacks: Sequence[Callback]) -> bool:
@@ -148,6 +149,29 @@ class Judge:
         notify(callbacks, "on_epoch", trainer, epoch, train)
         return improved
 
+    def serve(self) -> None:
+        """Do what people have asked for, between two steps; nothing that is trained or kept follows from it."""
+        session, progress = self._session, self._progress
+        if "evaluate" in session.asks.wanted:
+            self._evaluate_aside()
+        if "save" in session.asks.wanted and not progress.interrupted:
+            session.save_as_asked()
+
+    def _evaluate_aside(self) -> None:
+        """Evaluate, record and tell, as if nobody had: no best, no score of a checkpoint, no callback."""
+        session, progress, evaluator = self._session, self._progress, self._evaluator
+        before = progress.evaluated_at, self._evaluated_at, evaluator.last, evaluator.samples
+        with progress.stopwatch.paused():
+            found = self.evaluate(evaluator.parts)
+        progress.evaluated_at, self._evaluated_at, evaluator.last, evaluator.samples = before
+        if progress.interrupted:
+            return
+        for split, values in found.items():
+            session.record_line(split, {**values, ASKED: True})
+        session.say(step_text(progress.step, self._task, found) if found else "asked to evaluate, but there is no data")
+        session.asks.done("evaluate")
+        session.asks.tell("evaluate")
+
     def _record(self, trainer: Training, callbacks: Sequence[Callback], found: Found) -> None:
         for split, values in found.items():
             notify(callbacks, "on_evaluate", trainer, split, values)  # which may add values
@@ -165,7 +189,7 @@ class Judge:
         before, found = self._progress.evaluated_at, Found()
         self._progress.phase = "evaluating"
         for split in splits:
-            evaluation = self._evaluator.evaluate(split, self._session.is_interrupted)
+            evaluation = self._evaluator.evaluate(split, self._session.asks.is_interrupted)
             if evaluation is None:
                 self._progress.evaluated_at = before  # a resume evaluates all parts
                 return {}
