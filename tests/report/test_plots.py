@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from torchrelay.errors import RelayError
-from torchrelay.report.plots import confusion_matrix, curves, draw_curves, save
+from torchrelay.report.plots import curves, draw_curves
 from torchrelay.run.metrics import Headline, best_line, headline_of, read_metrics
 
 Line = dict[str, Any]
@@ -61,6 +60,8 @@ def regression() -> list[Line]:
 
 RUNS = {
     "one epoch": lines_of(1),
+    "one epoch without steps": [line for line in lines_of(1, validation=True) if line["split"] != "step"],
+    "two epochs": lines_of(2, validation=True),
     "thirty": lines_of(30),
     "a hundred and all three parts": lines_of(100, validation=True),
     "training alone": lines_of(8, test=False),
@@ -201,7 +202,7 @@ def test_the_legend_covers_no_curve_if_there_is_room() -> None:
 def test_the_curves_show_the_metrics() -> None:
     panel = panels(draw_curves(lines_of(30), "first"))["accuracy"]
     train, test, ring = panel.lines
-    assert train.get_xydata() == pytest.approx(np.array([(e, 1 - 0.6 / e) for e in range(1, 31)]))
+    assert train.get_xydata() == pytest.approx(np.array([(e - 0.5, 1 - 0.6 / e) for e in range(1, 31)]))
     assert test.get_xydata()[-2] == pytest.approx([29, 0.8844])
     assert ring.get_xydata() == pytest.approx(np.array([(29, 0.8844)]))
 
@@ -221,7 +222,53 @@ def test_a_partial_epoch_is_drawn_where_it_ended() -> None:
     cut = [line for line in lines if line["step"] <= 120]
     cut.append({"step": 120, "epoch": 3, "split": "train", "loss": 1.0, "accuracy": 0.5, "lr": 0.0})
     train, *_ = panels(draw_curves(cut, "cut"))["accuracy"].lines
-    assert list(train.get_xdata()) == [1, 2, 2.4]
+    assert list(train.get_xdata()) == [0.5, 1.5, 2.2]
+
+
+def test_a_mean_over_steps_stands_in_their_middle() -> None:
+    """The loss of each step falls along a line; wherever a mean is drawn it must lie on it."""
+    lines: list[Line] = []
+    for epoch in (1, 2, 3):
+        for step in (50 * epoch - 20, 50 * epoch):  # the mean of steps 1 to 30, 31 to 50, 51 to 80, …
+            begin = lines[-1]["step"] if lines and step != 30 else 0
+            mean = 1000 - sum(range(begin + 1, step + 1)) / (step - begin)
+            lines.append({"step": step, "epoch": epoch, "split": "step", "loss": mean})
+        mean = 1000 - sum(range(50 * epoch - 49, 50 * epoch + 1)) / 50
+        lines.append({"step": 50 * epoch, "epoch": epoch, "split": "train", "loss": mean})
+        lines.append({"step": 50 * epoch, "epoch": epoch, "split": "test", "loss": 1000 - 50 * epoch})
+    within, train, test, _ = panels(draw_curves(lines, "x", Headline("loss", False, False)))["loss"].lines
+    for curve, half in ((within, 0.5), (train, 0.5), (test, 0.0)):
+        for epoch, loss in np.asarray(curve.get_xydata()):
+            assert loss == pytest.approx(1000 - 50 * epoch - half)  # a step's loss is that before it
+
+
+def test_one_epoch_without_losses_of_steps_is_bars_and_with_them_a_curve() -> None:
+    alone = [line for line in lines_of(1, validation=True) if line["split"] != "step"]
+    figure = draw_curves(alone, "x")
+    for name, said in (
+        ("accuracy", ["train 40.00%", "validation 47.90%", "test 48.00%"]),
+        ("loss", ["train 2.0000", "validation 2.0000", "test 2.0000"]),
+    ):
+        panel = panels(figure)[name]
+        assert [text.get_text() for text in panel.texts] == said
+        assert not panel.lines
+        lengths = [bar.get_width() for bar in panel.patches]  # type: ignore[attr-defined]
+        assert lengths == pytest.approx([line[name] for line in alone])
+    panel = panels(draw_curves(lines_of(1), "x"))["loss"]
+    assert [line.get_label() for line in panel.lines] == ["within epochs", "train 2.0000", "test 2.0000"]
+    assert panel.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_two_epochs_are_drawn_on_a_whole_axis(epochs: int) -> None:
+    lowest, highest = panels(draw_curves(lines_of(epochs), "x"))["accuracy"].get_ylim()
+    assert ((lowest, highest) == (0, 1)) == (epochs == 2)
+
+
+def test_without_a_finished_epoch_the_axis_counts_steps() -> None:
+    [panel] = draw_curves(lines_of(1)[:3], "x").axes
+    assert panel.get_xlabel() == "step"
+    assert panels(draw_curves(lines_of(3), "x"))["accuracy"].get_xlabel() == "epoch"
 
 
 def test_nan_is_a_gap_with_a_note() -> None:
@@ -293,7 +340,8 @@ import sys
 from forked import forget
 forget("matplotlib.pyplot")
 from pathlib import Path
-from torchrelay.report.plots import confusion_matrix, curves
+from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.plots import curves
 import matplotlib, torch
 def settings():  # asking for the backend would choose one, and import pyplot
     return {{name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}}
@@ -312,68 +360,7 @@ def test_matplotlib_is_imported_when_a_plot_is_drawn(cli: Callable[..., Any]) ->
 import sys
 from forked import forget
 forget("torchrelay", "matplotlib")
-from torchrelay.report.plots import confusion_matrix, curves
+import torchrelay.report.plots
 print("matplotlib" in sys.modules)
 """
     assert cli(program=program).stdout == "False\n"
-
-
-# ------------------------------------------------------------------------------------------------ the confusion matrix
-
-
-def cells(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts]
-
-
-def test_the_confusion_matrix_shows_counts_and_colors_shares() -> None:
-    figure = confusion_matrix(torch.tensor([[90, 10], [0, 1900]]), ["cat", "dog"])
-    assert cells(figure) == ["90", "10", "0", "1,900"]
-    assert figure.axes[0].images[0].get_array().tolist() == [[0.9, 0.1], [0, 1]]  # type: ignore[union-attr]
-    assert figure.axes[0].get_title(loc="left") == "99.50% of 2,000 samples right"
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
-
-
-def test_a_class_without_samples_is_blank_and_wrong_names_are_replaced_by_numbers() -> None:
-    figure = confusion_matrix(torch.tensor([[3, 1, 0], [0, 0, 0], [0, 0, 2]]), ["cat", "dog"])
-    assert np.isfinite(figure.axes[0].images[0].get_array()).all()  # type: ignore[arg-type]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
-    assert figure.axes[0].get_title(loc="left") == "83.33% of 6 samples right"
-    assert confusion_matrix(torch.zeros(2, 2).long()).axes[0].get_title(loc="left") == "0.00% of 0 samples right"
-
-
-@pytest.mark.parametrize(("classes", "counted"), [(20, True), (21, False), (100, False), (1000, False)])
-def test_above_twenty_classes_the_confusion_matrix_has_no_numbers(classes: int, counted: bool) -> None:
-    figure = confusion_matrix(torch.eye(classes).long())
-    assert len(cells(figure)) == (classes**2 if counted else 0)
-    assert len(figure.axes[0].get_yticks()) <= 50
-
-
-@pytest.mark.parametrize(
-    ("classes", "name"),
-    [
-        (2, "{}"),
-        (10, "class{}"),
-        (20, "a class with a very long name, number {}"),
-        *(pytest.param(*large, marks=[pytest.mark.ci, pytest.mark.slow]) for large in [(100, "class_{}"), (500, "{}")]),
-    ],
-)
-def test_no_text_of_the_confusion_matrix_is_clipped(classes: int, name: str) -> None:
-    matrix = torch.full((classes, classes), 12_345)
-    figure = confusion_matrix(matrix, [name.format(index) for index in range(classes)])
-    for text in shown_texts(figure):
-        box, page = text.get_window_extent(), figure.bbox
-        assert page.x0 <= box.x0 < box.x1 <= page.x1, text
-        assert page.y0 <= box.y0 < box.y1 <= page.y1, text
-
-
-def test_numbers_are_readable_on_their_colors() -> None:
-    figure = confusion_matrix(torch.tensor([[100, 0], [50, 50]]))
-    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "#c4c4c4", "white", "white"]
-    picture = drawn(figure)
-    assert (picture == drawn(confusion_matrix(torch.tensor([[100, 0], [50, 50]])))).all()
-
-
-def test_names_with_missing_glyphs_are_drawn_without_warnings(tmp_path, recwarn):
-    save(confusion_matrix(torch.eye(2, dtype=torch.int64) * 5, ("七", "🐈")), tmp_path / "names.png")
-    assert (tmp_path / "names.png").stat().st_size > 1000
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

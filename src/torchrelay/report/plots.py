@@ -1,8 +1,8 @@
-"""A run's plots: its curves (the headline metric, the loss and the learning rate by epoch) and its confusion matrix.
+"""A run's plots: its curves (the headline metric, the loss and the learning rate by epoch), in a process of their own.
 
 They use matplotlib's objects directly, without pyplot: they need no display, leave no global state behind, and the same
-metrics give the same bytes. A run has them drawn by a process of their own: `python -m torchrelay.report.plots FOLDER
-PARENT HEADLINE [--confusion]`.
+metrics give the same bytes. The process, which also draws the confusion matrix: `python -m torchrelay.report.plots
+FOLDER PARENT HEADLINE [--confusion]`.
 """
 
 import json
@@ -10,60 +10,27 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from torchrelay.distributed.process import end_with
+from torchrelay.errors import NoFontWarning
+from torchrelay.report.confusion import confusion_matrix
+from torchrelay.report.style import COLORS, DPI, GRID, SOFT, save, styled
 from torchrelay.run.metrics import SPLITS, Headline, Line, best_line, headline_of, read_metrics, value
 from torchrelay.run.terminal import metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from torch import Tensor
+
+Points = Sequence[tuple[float, float]]  # epoch, value
 
 _LONGEST_TITLE = 70  # characters that fit
-# Okabe and Ito's palette, which color-blind people can tell apart.
-COLORS = {"train": "#0072B2", "validation": "#009E73", "test": "#D55E00"}
-INK, SOFT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
-DPI = 200
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so a plot looks the same everywhere
-    "font.size": 9.0,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": "#bdbdbd",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "lines.solid_capstyle": "round",
-    "text.parse_math": False,  # a $ in a run's or a class's name is a $
-}
-
-
-@contextmanager
-def without_glyph_warnings() -> Iterator[None]:
-    """Draw letters that the font lacks as boxes, without a warning for each."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-@without_glyph_warnings()
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, format="png", dpi=DPI, metadata={"Software": None})
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -79,12 +46,11 @@ def curves(folder: Path, headline: Headline | None = None) -> Path:
     Returns:
         The file, which is replaced atomically.
     """
-    import matplotlib as mpl
-
-    lines = read_metrics(folder)
+    lines, name = read_metrics(folder), folder.resolve().name
+    headline = headline or headline_of(lines)
     path, unfinished = folder / "curves.png", folder / "curves.png.tmp"
-    with mpl.rc_context(STYLE):
-        save(draw_curves(lines, folder.resolve().name, headline), unfinished)
+    with styled([name, headline.name]):
+        save(draw_curves(lines, name, headline), unfinished)
     return unfinished.replace(path)
 
 
@@ -96,22 +62,24 @@ def draw_curves(lines: Sequence[Line], title: str, headline: Headline | None = N
     headline = headline or headline_of(lines)
     per_epoch = _steps_per_epoch(lines)
     best = best_line(lines, headline)
-    rates = _points(lines, ("step", "train"), "lr", per_epoch)
+    rates = _rates(lines, per_epoch)
     names = [headline.name, "loss"] if headline.name != "loss" else ["loss"]
     has_rates = len({rate for _, rate in rates}) > 1
     figure = Figure(figsize=(11, 4.8), dpi=DPI)
     FigureCanvasAgg(figure)
     margins = {"left": 0.06, "right": 0.97, "top": 0.8, "bottom": 0.1, "wspace": 0.16, "hspace": 0.3}
     grid = figure.add_gridspec(2, len(names), height_ratios=(5, 1), **margins)
+    # How many steps an epoch has shows at the end of the first.
+    unit = "epoch" if any(line["split"] == "train" for line in lines) else "step"
     last_epoch = max((line["step"] / per_epoch for line in lines), default=1.0)
     for column, name in enumerate(names):
         above_rates = has_rates and name == "loss"
         axes = figure.add_subplot(grid[0, column] if above_rates else grid[:, column])
         axes.set_title(headline.words if name == headline.name else name, loc="left", fontsize=10, pad=8)
-        _set_epochs(axes, last_epoch, labeled=not above_rates)
+        _set_epochs(axes, last_epoch, "" if above_rates else unit)
         _draw_panel(axes, lines, name, per_epoch, headline, best)
         if above_rates:
-            _draw_rates(figure.add_subplot(grid[1, column]), rates, last_epoch)
+            _draw_rates(figure.add_subplot(grid[1, column]), rates, last_epoch, unit)
     title = title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
     figure.text(0.06, 0.945, title, fontsize=14, fontweight="bold", va="center")
     figure.text(0.06, 0.89, _subtitle(lines, best, headline), fontsize=9.5, color=SOFT, va="center")
@@ -123,44 +91,65 @@ def _steps_per_epoch(lines: Sequence[Line]) -> float:
     return max((line["step"] / line["epoch"] for line in lines if line["split"] == "train"), default=0.0) or 1.0
 
 
-def _points(lines: Sequence[Line], splits: Sequence[str], name: str, per_epoch: float) -> list[tuple[float, float]]:
-    """Return (epoch, value) wherever lines of these splits have a metric; the value may be NaN."""
-    return [(line["step"] / per_epoch, value(line, name)) for line in lines if line["split"] in splits and name in line]
+def _points(lines: Sequence[Line], split: str, name: str, per_epoch: float) -> list[tuple[float, float]]:
+    """Return (epoch, value) wherever lines of a split have a metric; the value may be NaN.
+
+    A mean over steps, which the network changes during, stands in the middle of these steps. At their end it would be
+    compared with an evaluation of the network at the end, and a mean of 50 steps with that of an epoch.
+    """
+    found = [line for line in lines if line["split"] == split]
+    if split not in ("step", "train"):
+        return [(line["step"] / per_epoch, value(line, name)) for line in found if name in line]
+    steps = pairwise([0, *(line["step"] for line in found)])
+    middles = [(begin + end) / 2 / per_epoch for begin, end in steps]
+    return [(middle, value(line, name)) for middle, line in zip(middles, found, strict=True) if name in line]
 
 
-def _set_epochs(axes: "Axes", last_epoch: float, *, labeled: bool) -> None:
-    """Give a panel its grid and its axis of epochs, whose labels may stand below another panel."""
+def _rates(lines: Sequence[Line], per_epoch: float) -> list[tuple[float, float]]:
+    """Return (epoch, learning rate) of the steps that were recorded."""
+    return [(line["step"] / per_epoch, value(line, "lr")) for line in lines if "lr" in line]
+
+
+def _set_epochs(axes: "Axes", last_epoch: float, label: str) -> None:
+    """Give a panel its grid and its axis of epochs, whose labels stand below another panel if there is none here."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.tick_params(length=0, labelbottom=labeled)
+    axes.tick_params(length=0, labelbottom=bool(label))
     axes.spines["left"].set_visible(False)
     axes.set_xlim(0, last_epoch)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
-    if labeled:
-        axes.set_xlabel("epoch", loc="left", fontsize=8.5)
+    if label:
+        axes.set_xlabel(label, loc="left", fontsize=8.5)
 
 
 def _draw_panel(
     axes: "Axes", lines: Sequence[Line], name: str, per_epoch: float, headline: Headline, best: Line | None
 ) -> None:
     """Draw a metric of all splits, its last values in the legend, and a ring at the best of the headline metric."""
-    points = {split: _points(lines, (split,), name, per_epoch) for split in SPLITS}
+    points = {split: _points(lines, split, name, per_epoch) for split in SPLITS}
     points = {split: pairs for split, pairs in points.items() if any(math.isfinite(y) for _, y in pairs)}
     percent = name == headline.name and headline.percent
-    steps = _points(lines, ("step",), name, per_epoch)
-    # Fewer of them than of epochs would be joined to a line that contradicts the epochs' own.
+    steps = _points(lines, "step", name, per_epoch)
+    # Fewer of them than of epochs say nothing that the epochs don't.
     if len(steps) <= len(points.get("train", ())):
         steps = []
+    most = max(map(len, points.values()), default=0)
+    if most == 1 and len(steps) < 2:
+        _draw_bars(axes, {split: pairs[0][1] for split, pairs in points.items()}, percent=percent)
+        return
     values = [y for pairs in points.values() for _, y in pairs if math.isfinite(y)]
-    _set_scale(axes, values, [y for _, y in steps if math.isfinite(y)], percent=percent)
-    if not points:
+    # Between two points any slope is steep on an axis of its own.
+    _set_scale(axes, values, [y for _, y in steps if math.isfinite(y)], percent=percent, whole=0 < most <= 2)
+    if not points and not steps:
         axes.text(0.5, 0.5, "no finished epoch yet", transform=axes.transAxes, ha="center", color=SOFT)
+    style: dict[str, Any]
     if steps:
-        axes.plot(*zip(*steps, strict=True), color=COLORS["train"], alpha=0.25, linewidth=0.8, label="within epochs")
+        style = {"alpha": 0.6, "linewidth": 1.4} if most <= 2 else {"alpha": 0.25, "linewidth": 0.8}
+        axes.plot(*zip(*steps, strict=True), color=COLORS["train"], label="within epochs", **style)
     for split, pairs in points.items():
-        style: dict[str, Any] = {"color": COLORS[split], "linewidth": 1.8, "markersize": 3.5, "clip_on": False}
+        style = {"color": COLORS[split], "linewidth": 1.8, "markersize": 3.5, "clip_on": False}
         label = f"{split} {metric(pairs[-1][1], percent).strip()}"
         axes.plot(*zip(*pairs, strict=True), marker="o" if len(pairs) <= 12 else None, label=label, **style)
     if best is not None and name == headline.name:
@@ -169,8 +158,30 @@ def _draw_panel(
         axes.legend(loc="best", frameon=False, fontsize=8.5)
 
 
-def _set_scale(axes: "Axes", values: Sequence[float], steps: Sequence[float], *, percent: bool) -> None:
-    """Set the range of values: all of epochs, and those of steps that aren't so far off that they squash the rest."""
+def _draw_bars(axes: "Axes", values: Mapping[str, float], *, percent: bool) -> None:
+    """Draw one value of each split: a curve of one epoch would be a dot."""
+    axes.grid(visible=False)
+    axes.set(xlabel="", xticks=[], yticks=[])
+    axes.spines["bottom"].set_visible(False)
+    places, longest = range(len(values)), 1.0 if percent else max(values.values())
+    axes.barh(places, list(values.values()), color=[COLORS[split] for split in values], height=0.5)
+    axes.set_ylim(max(len(values), 3) - 0.4, -0.6)
+    axes.set_xlim(min(0.0, *values.values()), 1.5 * longest if longest > 0 else 1.0)
+    for place, (split, number) in enumerate(values.items()):
+        text = f"{split} {metric(number, percent).strip()}"
+        axes.annotate(text, (max(number, 0), place), (6, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _set_scale(axes: "Axes", values: Sequence[float], steps: Sequence[float], *, percent: bool, whole: bool) -> None:
+    """Set the range of values: all of epochs, and those of steps that aren't so far off that they squash the rest.
+
+    Args:
+        axes: whose range is set.
+        values: of epochs.
+        steps: within epochs.
+        percent: whether they are shares.
+        whole: whether the range begins at zero, and that of shares ends at 100%.
+    """
     most = 2 * max(values, default=math.inf)
     shown = sorted([*values, *(y for y in steps if y <= most)])
     if not shown:
@@ -188,8 +199,9 @@ def _set_scale(axes: "Axes", values: Sequence[float], steps: Sequence[float], *,
         axes.set_ylim(low / 1.5, high * 1.5)
         return
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    lowest = 0.0 if 0 <= low < 0.25 * high else low - margin
-    axes.set_ylim(lowest, min(high + margin, 1.0) if percent and high <= 1 else high + margin)
+    lowest = 0.0 if low >= 0 and (whole or low < 0.25 * high) else low - margin
+    highest = (1.0 if whole else min(high + margin, 1.0)) if percent and high <= 1 else high + margin
+    axes.set_ylim(lowest, highest)
 
 
 def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float) -> None:
@@ -200,9 +212,9 @@ def _mark_best(axes: "Axes", best: Line, headline: Headline, per_epoch: float) -
     axes.plot([x], [y], "o", color=COLORS[best["split"]], zorder=4, label=label, **ring)
 
 
-def _draw_rates(axes: "Axes", rates: Sequence[tuple[float, float]], last_epoch: float) -> None:
+def _draw_rates(axes: "Axes", rates: Points, last_epoch: float, unit: str) -> None:
     """Draw the learning rate as a thin strip."""
-    _set_epochs(axes, last_epoch, labeled=True)
+    _set_epochs(axes, last_epoch, unit)
     axes.grid(visible=False)
     xs, ys = zip(*rates, strict=True)
     axes.plot(xs, ys, color=SOFT, linewidth=1.0)
@@ -219,70 +231,6 @@ def _subtitle(lines: Sequence[Line], best: Line | None, headline: Headline) -> s
         return f"best {best['split']} {headline.words} {text} at epoch {best['epoch']}"
     epochs = max((line["epoch"] for line in lines if line["split"] == "train"), default=0)
     return f"{epochs} epoch{'s' * (epochs != 1)}, nothing evaluated"
-
-
-# ------------------------------------------------------------------------------------------------ the confusion matrix
-
-_MOST_COUNTED = 20  # classes up to which the cells show their counts
-_MOST_NAMED = 50  # class names that fit along a side
-
-
-@without_glyph_warnings()
-def confusion_matrix(matrix: "Tensor | npt.NDArray[np.int64]", classes: Sequence[str] = (), when: str = "") -> "Figure":
-    """Draw which classes the model confuses.
-
-    Colors are shares of the true class, on a scale that shows an error of one in a hundred; numbers are samples.
-
-    Args:
-        matrix: int64 (classes, classes), on the CPU; rows are true classes, columns predicted ones.
-        classes: class names; without one per class, their indices are shown.
-        when: which network it is of, such as "after epoch 3".
-    """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    counts = np.asarray(matrix)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = len(counts)
-    side = min(max(0.45 * size, 3.2), 9.0)  # inches of the square
-    with mpl.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
-        figure = Figure(figsize=(side + 2.6, side + 1.9), dpi=DPI, layout=layout)
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        norm = mpl.colors.PowerNorm(0.5, 0, 1)
-        image = axes.imshow(shares, cmap="Blues", norm=norm)
-        _name_classes(axes, list(classes) if len(classes) == size else [str(index) for index in range(size)])
-        right = counts.trace() / max(counts.sum(), 1)
-        title = f"{metric(right, percent=True).strip()} of {counts.sum():,} samples right {when}"
-        axes.set_title(title.strip(), loc="left", pad=12)
-        if size <= _MOST_COUNTED:
-            for (row, column), count in np.ndenumerate(counts):
-                color = "white" if norm(shares[row, column]) > 0.6 else INK if count else "#c4c4c4"
-                axes.text(column, row, f"{count:,}", color=color, ha="center", va="center", fontsize=7.5)
-        bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=25, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
-        bar.ax.set_yticklabels(["0", "1%", "10%", "25%", "50%", "100%"])
-        bar.outline.set_visible(False)
-        bar.set_label("share of the true class", color=SOFT)
-        # Creates the ticks, which take their style from the current context.
-        figure.draw_without_rendering()
-    return figure
-
-
-def _name_classes(axes: "Axes", names: Sequence[str]) -> None:
-    """Label both sides of a matrix with class names, as many as fit."""
-    ticks = range(0, len(names), math.ceil(len(names) / _MOST_NAMED))
-    shown = [names[tick] if len(names[tick]) <= 24 else f"{names[tick][:23]}…" for tick in ticks]
-    upright = max(map(len, shown), default=0) <= (3 if len(ticks) > 10 else 5)
-    rotation, alignment = (0, "center") if upright else (45, "right")
-    axes.set_xticks(ticks, shown, rotation=rotation, ha=alignment, rotation_mode="anchor")
-    axes.set_yticks(ticks, shown)
-    axes.tick_params(length=0, labelsize=8 if len(ticks) <= 30 else 6)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
 
 
 # ------------------------------------------------------------------------------------------------ their own process
@@ -308,7 +256,12 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(_NICENESS)
     end_with(int(parent))  # a resumed run may draw into the same files
-    draw(Path(folder), Headline(**json.loads(headline)), confusion=bool(confusion))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", NoFontWarning)
+        draw(Path(folder), Headline(**json.loads(headline)), confusion=bool(confusion))
+    # The run says these lines, each once.
+    for text in dict.fromkeys(str(each.message) for each in caught if each.category is NoFontWarning):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ class PlotProcess:
         self.folder = folder
         self._say = say
         self._process: subprocess.Popen[str] | None = None
+        self._warned: set[str] = set()
 
     def start(self, headline: Headline, *, confusion: bool = False) -> None:
         """Start drawing curves.png and, from evaluation.json, confusion.png; first wait for an earlier process."""
@@ -69,4 +70,9 @@ class PlotProcess:
         if process.returncode:
             cause = (errors.strip().splitlines() or [f"the process exited with code {process.returncode}"])[-1]
             self._say(f"the plots can't be drawn: {cause}")
+        # They are drawn again and again, but a warning of theirs is said once.
+        warnings = [line for line in errors.splitlines() if line.startswith("warning: ") and line not in self._warned]
+        for line in warnings:
+            self._say(line)
+        self._warned.update(warnings)
         return not process.returncode

@@ -119,9 +119,13 @@ class ProgressiveResize(Settings):
     interpolation: Interpolation = "bilinear"
     """nearest, bilinear or bicubic; the last two are antialiased."""
 
+    def size(self, epoch: int) -> int:
+        """Return the height and width in an epoch, counted from 0."""
+        return self.sizes[min(epoch, len(self.sizes) - 1)]
+
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:
         """Return (batch, channels, size, size) images."""
-        return _resize(images, self.sizes[min(draw.epoch, len(self.sizes) - 1)], self.interpolation)
+        return _resize(images, self.size(draw.epoch), self.interpolation)
 
 
 class CenterCrop(Settings):
