@@ -12,6 +12,7 @@ import sys
 import termios
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -23,9 +24,9 @@ from torchrelay.run.terminal import (
     clock_time,
     duration,
     epoch_line,
-    folded,
     metric,
     number,
+    step_line,
 )
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -94,7 +95,7 @@ def run_in_pipe(script: str, *arguments: str, **variables: str) -> subprocess.Co
 def test_the_epoch_line_has_the_documented_format() -> None:
     splits = {"train": {"accuracy": 0.4242, "loss": 1.5921}, "test": {"accuracy": 0.5148, "loss": 1.3312}}
     assert epoch_line(1, 30, splits, rate=1128.4, seconds=44.31) == (
-        "epoch  1: train accuracy 42.42%   test accuracy 51.48%   loss 1.5921 / 1.3312   1,128 images/s   44.3 s"
+        "epoch  1: train accuracy 42.42%, test 51.48%  loss 1.5921 / 1.3312  44.3 s  1,128 images/s"
     )
 
 
@@ -112,19 +113,19 @@ def test_a_metric_that_is_not_a_share_is_a_plain_number() -> None:
     line = epoch_line(
         2, 5, {"train": {"mean_squared_error": 0.51, "loss": 0.51}}, headline="mean_squared_error", percent=False
     )
-    assert line == "epoch 2: train mean squared error 0.5100   loss 0.5100"
+    assert line == "epoch 2: train mean squared error 0.5100  loss 0.5100"
 
 
 def test_a_headline_loss_is_shown_once() -> None:
     line = epoch_line(
         2, 5, {"train": {"loss": 3.25}, "test": {"loss": 3.5}}, headline="loss", percent=False, unit="texts", rate=9
     )
-    assert line == "epoch 2: train loss 3.2500   test loss 3.5000   9 texts/s"
+    assert line == "epoch 2: train loss 3.2500, test 3.5000  9 texts/s"
 
 
 def test_a_split_without_the_headline_metric_is_omitted() -> None:
     line = epoch_line(1, 1, {"train": {"loss": 1.0}, "validation": {"f1": 0.5, "loss": 2.0}}, headline="f1")
-    assert line == "epoch 1: validation f1 50.00%   loss 1.0000 / 2.0000"
+    assert line == "epoch 1: validation f1 50.00%  loss 1.0000 / 2.0000"
 
 
 @pytest.mark.parametrize(
@@ -388,11 +389,43 @@ def test_a_run_of_no_steps_has_a_bar_too() -> None:
     assert "0/0" in frame(Bar(lambda: Counters(1, 1, 0, 0)), 40)
 
 
-def test_an_epoch_line_too_long_for_a_terminal_breaks_between_facts() -> None:
-    line = "epoch  1: train accuracy 42.42%   test accuracy 51.48%   loss 1.5921 / 1.3312   1,128 images/s   44.3 s"
-    assert folded(line, 60).split("\n") == [
-        "epoch  1: train accuracy 42.42%   test accuracy 51.48%",
-        "          loss 1.5921 / 1.3312   1,128 images/s   44.3 s",
-    ]
-    assert folded(line, 110) == line
-    assert folded("a line without parts " * 9, 20) == "a line without parts " * 9
+ONE, TWO, THREE = ({split: {"accuracy": 0.0712, "loss": 1.3312} for split in names} for names in (
+    ("test",), ("train", "test"), ("train", "validation", "test"))
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", ["accuracy", "mean_squared_error"])
+@pytest.mark.parametrize("splits", [ONE, TWO, THREE])
+def test_a_terminal_shows_an_epochs_line_and_a_steps_in_one_row(
+    splits: dict[str, dict[str, float]], name: str, columns: int
+) -> None:
+    found = {split: {name: values["accuracy"], "loss": values["loss"]} for split, values in splits.items()}
+    how: dict[str, Any] = {"headline": name, "percent": name == "accuracy"}
+    epoch = epoch_line(100, 200, found, rate=123_456, seconds=725, unit="samples", **how)
+    for line in (epoch, step_line(123_456, found, **how)):
+        shown = line.within(columns)
+        assert len(shown) <= columns
+        assert all(f"{split} " in shown for split in splits)
+        assert line.startswith(shown[: shown.index("  ", 20)] if "  " in shown[20:] else shown)
+    assert epoch.within(200) == epoch
+
+
+def test_a_terminal_leaves_out_what_matters_least() -> None:
+    line = epoch_line(1, 30, TWO, rate=1128.4, seconds=44.31)
+    assert line == "epoch  1: train accuracy  7.12%, test  7.12%  loss 1.3312 / 1.3312  44.3 s  1,128 images/s"
+    assert line.within(89) == "epoch  1: train accuracy  7.12%, test  7.12%  loss 1.3312 / 1.3312  44.3 s"
+    assert line.within(72) == "epoch  1: train accuracy  7.12%, test  7.12%  loss 1.3312 / 1.3312"
+    assert line.within(60) == "epoch  1: train accuracy  7.12%, test  7.12%  44.3 s"
+    assert line.within(20) == "epoch  1: train accuracy  7.12%, test  7.12%"
+
+
+def test_an_epochs_line_is_whole_through_a_pipe_and_fits_a_terminal() -> None:
+    script = """
+        from torchrelay.run.terminal import Terminal, epoch_line
+        found = {"accuracy": 0.5148, "loss": 1.3312}
+        Terminal().say(epoch_line(1, 30, {"train": found, "test": found}, rate=1128.4, seconds=44.31))
+    """
+    line = "epoch  1: train accuracy 51.48%, test 51.48%  loss 1.3312 / 1.3312  44.3 s"
+    assert run_in_pipe(script).stdout == line + "  1,128 images/s\n"
+    assert ANSI.sub("", run_in_terminal(script, 80)).splitlines() == [line]

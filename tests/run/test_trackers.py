@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import scalar
 
 from torchrelay.run.trackers import TensorBoard, image_grid
 
@@ -39,8 +40,14 @@ def read(folder: Path) -> EventAccumulator:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = read(folder)
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    """Return the points of each curve by its run and its card, such as "test: loss"."""
+    found = {}
+    for part in sorted({path.parent for path in folder.rglob("events.*")}):
+        events = read(part)
+        name = part.relative_to(folder)
+        for tag in events.Tags()["scalars"]:
+            found[f"{name}: {tag}"] = [(point.step, point.value) for point in events.Scalars(tag)]
+    return found
 
 
 def picture(folder: Path, tag: str) -> np.ndarray[Any, Any]:
@@ -49,24 +56,24 @@ def picture(folder: Path, tag: str) -> np.ndarray[Any, Any]:
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.suffix for path in folder.iterdir())
+    return sorted(f"{path.parent.relative_to(folder)}/*{path.suffix}" for path in folder.rglob("events.*"))
 
 
 # ------------------------------------------------------------------------------------------------ charts
 
 
-def test_train_and_test_share_a_group_of_charts(tmp_path: Path) -> None:
+def test_a_metric_of_all_splits_is_one_card_with_a_curve_for_each(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for line in lines_of(epochs=2):
         board.write(line)
     board.close()
     found = scalars(tmp_path)
     assert set(found) == {
-        *("loss/step", "loss/train", "loss/test", "accuracy/train", "accuracy/test"),
-        *("lr", "samples_per_second"),
+        *("train: loss", "test: loss", "train: accuracy", "test: accuracy"),
+        *("train: loss/step", "train: lr", "train: samples_per_second"),
     }
-    assert found["loss/test"] == [(40, 3.0), (80, 1.5)]
-    assert found["accuracy/train"] == [(40, 0.5), (80, pytest.approx(2 / 3))]
+    assert found["test: loss"] == [(40, 3.0), (80, 1.5)]
+    assert found["train: accuracy"] == [(40, 0.5), (80, pytest.approx(2 / 3))]
 
 
 def test_a_chart_has_one_point_per_step(tmp_path: Path) -> None:
@@ -74,14 +81,14 @@ def test_a_chart_has_one_point_per_step(tmp_path: Path) -> None:
     for line in lines_of(epochs=2):
         board.write(line)
     board.close()
-    assert [step for step, _ in scalars(tmp_path)["lr"]] == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert [step for step, _ in scalars(tmp_path)["train: lr"]] == [10, 20, 30, 40, 50, 60, 70, 80]
 
 
 def test_points_carry_the_time_of_their_line(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     board.write(lines_of(epochs=1)[-1])
     board.close()
-    assert [point.wall_time for point in read(tmp_path).Scalars("loss/test")] == [1.7e9 + 1]
+    assert [point.wall_time for point in read(tmp_path / "test").Scalars("loss")] == [1.7e9 + 1]
 
 
 def test_a_diverged_loss_is_a_point_from_the_run_and_from_the_file(tmp_path: Path) -> None:
@@ -90,7 +97,7 @@ def test_a_diverged_loss_is_a_point_from_the_run_and_from_the_file(tmp_path: Pat
         board.write({"step": step, "epoch": 1, "split": "test", "loss": loss, "note": "no number", "by_class": [1.0]})
     board.close()
     [(tag, points)] = scalars(tmp_path).items()
-    assert tag == "loss/test"
+    assert tag == "test: loss"
     assert [step for step, _ in points] == [0, 1, 2]
     assert all(math.isnan(value) for _, value in points)
 
@@ -100,10 +107,18 @@ def test_a_line_is_one_event(tmp_path: Path) -> None:
     for line in lines_of(epochs=1):
         board.write(line)
     board.close()
-    [file] = tmp_path.iterdir()
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
-    assert len(list(RawEventFileLoader(str(file)).Load())) == 1 + len(lines_of(epochs=1))
+    events = {path.parent.name: len(list(RawEventFileLoader(str(path)).Load())) for path in tmp_path.rglob("events.*")}
+    assert events == {"train": 1 + 4 + 1, "test": 1 + 1}
+
+
+def test_the_name_of_a_test_set_stays_inside_the_folder(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path / "tensorboard")
+    for name in ("../out", "night photos", "雨"):
+        board.write({"step": 1, "epoch": 1, "split": name, "loss": 0.5})
+    board.close()
+    assert set(scalars(tmp_path)) == {f"tensorboard/{name}: loss" for name in ("_._out", "night_photos", "雨")}
 
 
 def test_after_a_resume_no_point_is_duplicate_or_missing(tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -126,7 +141,7 @@ for writer in board._writers.values():
 os.kill(os.getpid(), signal.SIGKILL)
 """
     assert cli(program=killed_in_epoch_3).returncode == -signal.SIGKILL
-    assert len(scalars(broken)["loss/test"]) == 3
+    assert len(scalars(broken)["test: loss"]) == 3
     board = TensorBoard(broken)
     board.rewrite(lines_of(epochs=2))  # its last checkpoint is that of epoch 2
     for line in lines_of(epochs=4)[len(lines_of(epochs=2)) :]:
@@ -135,7 +150,25 @@ os.kill(os.getpid(), signal.SIGKILL)
 
     assert scalars(broken) == scalars(whole)
     assert read(broken).Tags()["images"] == ["first batch"]
-    assert files(broken) == [".media", ".scalars"]
+    assert files(broken) == ["./*.media", "test/*.scalars", "train/*.scalars"]
+
+
+def test_a_resumed_run_of_an_older_layout_has_each_point_once(tmp_path: Path) -> None:
+    """Its charts were in one file, with tags such as "loss/test"; its pictures stay."""
+    old = TensorBoard(tmp_path)
+    old.images("first batch", torch.rand(4, 3, 8, 8), None, None, step=0)
+    old._add(".scalars", scalar("loss/test", 3.0), 40)  # type: ignore[no-untyped-call]
+    old._add(".scalars", scalar("loss/train", 2.0), 40)  # type: ignore[no-untyped-call]
+    old.close()
+    board = TensorBoard(tmp_path)
+    board.rewrite(lines_of(epochs=1))
+    for line in lines_of(epochs=2)[len(lines_of(epochs=1)) :]:
+        board.write(line)
+    board.close()
+    found = scalars(tmp_path)
+    assert found["test: loss"] == [(40, 3.0), (80, 1.5)]
+    assert not any(curve.startswith(".:") for curve in found)
+    assert read(tmp_path).Tags()["images"] == ["first batch"]
 
 
 def test_nothing_is_opened_or_imported_before_it_is_needed(tmp_path: Path, cli: Callable[..., Any]) -> None:
@@ -239,18 +272,21 @@ def test_a_png_file_is_shown_byte_for_byte(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ settings
 
 
+def session(folder: Path) -> Any:
+    content = read(folder).SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    return HParamsPluginData.FromString(content).session_start_info
+
+
 def hyperparameters(folder: Path) -> dict[str, Any]:
-    [events] = [read(folder).SummaryMetadata("_hparams_/session_start_info")]
-    start = HParamsPluginData.FromString(events.plugin_data.content).session_start_info
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in session(folder).hparams.items()}
 
 
-def test_hparams_and_results_are_written_to_the_run_folder(tmp_path: Path) -> None:
+def test_hparams_are_written_to_the_run_folder(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     for line in lines_of(epochs=2):
         board.write(line)
     settings = {"optimizer.lr": 0.1, "run.exact": True, "run.patience": None, "data.augment": ["flip"], "run.epochs": 2}
-    board.hyperparameters(settings, {"accuracy/test": 0.5, "final/f1": 0.25})
+    board.hyperparameters(settings)
     board.close()
     assert hyperparameters(tmp_path) == {
         "optimizer.lr": 0.1,
@@ -259,20 +295,26 @@ def test_hparams_and_results_are_written_to_the_run_folder(tmp_path: Path) -> No
         "data.augment": "['flip']",
         "run.epochs": 2.0,
     }
-    assert scalars(tmp_path)["final/f1"] == [(80, 0.25)]
-    assert scalars(tmp_path)["accuracy/test"] == [(40, 0.5), (80, 0.5)]  # it has a chart: no point is added
-    assert all(path.is_file() for path in tmp_path.iterdir())
+    assert scalars(tmp_path)["test: accuracy"] == [(40, 0.5), (80, 0.5)]
+
+
+def test_the_table_of_runs_names_a_run_by_its_folder(tmp_path: Path) -> None:
+    for parent in ("a", "b"):  # the table joins runs of one name
+        board = TensorBoard(tmp_path / parent / "first" / "tensorboard")
+        board.hyperparameters({"run.epochs": 2})
+        board.close()
+        name = session(tmp_path / parent / "first" / "tensorboard").group_name
+        assert name == f"first ({tmp_path / parent})"
 
 
 def test_a_resumed_run_shows_only_its_new_settings(tmp_path: Path) -> None:
     for epochs in (2, 4):
         board = TensorBoard(tmp_path)
         board.rewrite(lines_of(epochs))
-        board.hyperparameters({"run.epochs": epochs}, {"final/f1": 0.1 * epochs})
+        board.hyperparameters({"run.epochs": epochs})
         board.close()
     assert hyperparameters(tmp_path) == {"run.epochs": 4.0}
-    assert scalars(tmp_path)["final/f1"] == [(160, pytest.approx(0.4))]
-    assert files(tmp_path) == [".hparams", ".scalars"]
+    assert files(tmp_path) == ["./*.hparams", "test/*.scalars", "train/*.scalars"]
 
 
 def test_metrics_from_a_file_give_the_same_charts(tmp_path: Path) -> None:
@@ -280,7 +322,7 @@ def test_metrics_from_a_file_give_the_same_charts(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
     board.rewrite(map(json.loads, text.splitlines()))
     board.close()
-    assert scalars(tmp_path)["loss/train"] == [(40, 2.0), (80, 1.0)]
+    assert scalars(tmp_path)["train: loss"] == [(40, 2.0), (80, 1.0)]
 
 
 # ------------------------------------------------------------------------------------------------ failures
@@ -290,7 +332,7 @@ def test_what_the_writers_thread_cannot_write_is_said_once_by_the_close(tmp_path
     folder, said = tmp_path / "tensorboard", list[str]()
     board = TensorBoard(folder, said.append)
     board.images("first", torch.rand(4, 3, 8, 8), None, None, step=0)
-    board._writers[".media"].flush()
+    board._writers["", ".media"].flush()
     shutil.rmtree(folder)  # so that the file can't be opened to append
     board.images("second", torch.rand(4, 3, 8, 8), None, None, step=1)
     board.close()
@@ -313,10 +355,10 @@ def test_a_file_in_the_way_costs_the_charts_until_they_are_tried_again(tmp_path:
     assert board.lost
     folder.unlink()
     board.retry(lines)
-    board.hyperparameters({"seed": 1}, {})
+    board.hyperparameters({"seed": 1})
     board.close()
-    assert scalars(folder)["loss/test"] == [(40, 3.0), (80, 1.5)]
-    assert files(folder) == [".hparams", ".scalars"]
+    assert scalars(folder)["test: loss"] == [(40, 3.0), (80, 1.5)]
+    assert files(folder) == ["./*.hparams", "test/*.scalars", "train/*.scalars"]
 
 
 @pytest.mark.ci
@@ -333,5 +375,5 @@ def test_a_file_in_the_way_is_warned_of_and_a_resume_makes_charts_and_pictures_a
     assert done.stdout.count("tensorboard can't be written (File exists)") == 1
     (run / "tensorboard").unlink()
     cli("resume", str(run), "--set", "run.epochs=2", "--accept-changes", plots=True)
-    assert {point for point, _ in scalars(run / "tensorboard")["loss/test"]} == {3, 6}
+    assert {point for point, _ in scalars(run / "tensorboard")["test: loss"]} == {3, 6}
     assert read(run / "tensorboard").Tags()["images"] == ["pictures/first batch", "pictures/confusion matrix"]

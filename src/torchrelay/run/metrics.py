@@ -11,7 +11,8 @@ from torchrelay.errors import RelayError
 
 Line = dict[str, Any]  # one line of metrics.jsonl: step, epoch, split, and metrics by name
 SPLITS = ("train", "validation", "test")
-_NOT_METRICS = {"step", "epoch", "split", "time", "seconds", "lr", "samples_per_second", "loss"}
+ASKED = "asked"  # true in the line of an evaluation that a person asked for: there is no checkpoint of it
+_NOT_METRICS = {"step", "epoch", "split", "time", "seconds", "lr", "samples_per_second", "loss", ASKED}
 # Words in the names of metrics that are shown as percentages.
 _SHARES = ("accuracy", "f1", "precision", "recall", "auroc", "iou", "dice")
 
@@ -56,7 +57,11 @@ def read_metrics(folder: Path) -> list[Line]:
 def headline_of(lines: Sequence[Line]) -> Headline:
     """Guess the metric by which a run is judged: accuracy, else the first besides the loss, else the loss."""
     names = [name for line in lines if line["split"] in SPLITS for name in line if name not in _NOT_METRICS]
-    name = "accuracy" if "accuracy" in names else next(iter(names), "loss")
+    return headline_named("accuracy" if "accuracy" in names else next(iter(names), "loss"))
+
+
+def headline_named(name: str) -> Headline:
+    """Return a metric by its name, which tells whether it is a share, of which more is better."""
     is_share = any(word in name for word in _SHARES)
     return Headline(name, percent=is_share, higher_is_better=is_share)
 
@@ -68,7 +73,8 @@ def best_line(lines: Sequence[Line], headline: Headline) -> Line | None:
         None if nothing was evaluated.
     """
     for split in ("validation", "test"):
-        evaluated = [line for line in lines if line["split"] == split and math.isfinite(value(line, headline.name))]
+        regular = [line for line in lines if line["split"] == split and not line.get(ASKED)]
+        evaluated = [line for line in regular if math.isfinite(value(line, headline.name))]
         if evaluated:
             sign = -1.0 if headline.higher_is_better else 1.0
             return min(evaluated, key=lambda line: sign * value(line, headline.name))

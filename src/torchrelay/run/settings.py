@@ -46,6 +46,12 @@ class RunSettings(Settings):
     patience: int | None = Field(default=None, ge=1)
     """Stop early when the headline metric has not improved for this many evaluations. Unset: never."""
 
+    notify: str | None = Field(default=None, min_length=1)
+    """A shell command that is run when the run is done, fails or is stopped, with TORCHRELAY_STATUS. Unset: none."""
+
+    trackers: tuple[str, ...] | None = None
+    """Where metrics are shown: "tensorboard", "wandb", "mlflow", "trackio" or one of your own. Unset: tensorboard."""
+
     @field_validator("portable")
     @classmethod
     def _unset_if_false(cls, value: bool | None) -> bool | None:

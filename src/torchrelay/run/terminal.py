@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from rich.text import Text
 _REFRESHES = 5  # a second
 _RATE_WINDOW = 5.0  # seconds over which the rate is a mean
 _SHORTEST_BAR = 4  # columns
-_GAP = "   "
+_GAP = "  "
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Terminal:
             return
         try:
             if self.live:
-                _write(Text(folded(text, self._console.width)), self._stream, self._console)
+                shown = text.within(self._console.width) if isinstance(text, Facts) else text
+                _write(Text(shown), self._stream, self._console)
             else:
                 _write(Text(text), self._stream, None)
         except OSError:
@@ -111,21 +112,6 @@ def _write(line: Text, stream: TextIO, console: Console | None) -> None:
     else:
         encoding = stream.encoding or "utf-8"
         print(line.plain.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-
-
-def folded(text: str, width: int) -> str:
-    """Return a line of facts with wide gaps, such as an epoch's, broken at the gaps where it is too long.
-
-    Any other line stays whole: the terminal wraps it, so that a path in it can be copied.
-    """
-    head, *facts = text.split(_GAP)
-    lines, indent = [head], " " * (head.find(": ") + 2)
-    for fact in facts:
-        if len(lines[-1]) + len(_GAP) + len(fact) <= width:
-            lines[-1] += _GAP + fact
-        else:
-            lines.append(indent + fact)
-    return "\n".join(lines)
 
 
 def _point_nowhere(stream: TextIO) -> None:
@@ -221,6 +207,31 @@ class Bar:
 # --------------------------------------------------------------------------------------------- how numbers are written
 
 
+class Facts(str):
+    """A line of facts, of which a narrow terminal shows those that fit; a log has them all.
+
+    Args:
+        head: what they are of.
+        facts: the first ones matter most.
+    """
+
+    facts: tuple[str, ...]
+
+    def __new__(cls, head: str, facts: Sequence[str]) -> "Facts":
+        """Join the facts."""
+        line = super().__new__(cls, f"{head}: {_GAP.join(facts)}")
+        line.facts = tuple(facts)
+        return line
+
+    def within(self, columns: int) -> str:
+        """Return the line without the facts that don't fit in a terminal's columns; the first one always stays."""
+        shown = self.removesuffix("".join(_GAP + fact for fact in self.facts[1:]))
+        for fact in self.facts[1:]:
+            if len(shown) + len(_GAP) + len(fact) <= columns:
+                shown += _GAP + fact
+        return shown
+
+
 def epoch_line(
     epoch: int,
     epochs: int,
@@ -231,8 +242,8 @@ def epoch_line(
     rate: float | None = None,
     seconds: float | None = None,
     unit: str = "images",
-) -> str:
-    """Return the line that sums up an epoch, such as ``epoch  1: train accuracy 42.42%   test accuracy 51.48%   …``.
+) -> Facts:
+    """Return the line that sums up an epoch, such as ``epoch  1: train accuracy 42.42%, test 51.48%  loss 1.5921 / …``.
 
     Args:
         epoch: counted from 1.
@@ -245,29 +256,28 @@ def epoch_line(
         unit: what the samples are.
     """
     parts = _metrics(splits, headline, percent)
-    if rate is not None:
-        parts.append(f"{rate:,.0f} {unit}/s")
     if seconds is not None:
         parts.append(duration(seconds))
-    return f"epoch {epoch:>{len(str(epochs))}}: {_GAP.join(parts)}"
+    if rate is not None:  # the bar shows it too
+        parts.append(f"{rate:,.0f} {unit}/s")
+    return Facts(f"epoch {epoch:>{len(str(epochs))}}", parts)
 
 
 def step_line(
     step: int, splits: Mapping[str, Mapping[str, float]], *, headline: str = "accuracy", percent: bool = True
-) -> str:
-    """Return the line that sums up an evaluation within an epoch, such as ``step 400: test accuracy 51.48%   …``."""
-    return f"step {step:,}: {_GAP.join(_metrics(splits, headline, percent))}"
+) -> Facts:
+    """Return the line that sums up an evaluation within an epoch, such as ``step 400: test accuracy 51.48%  …``."""
+    return Facts(f"step {step:,}", _metrics(splits, headline, percent))
 
 
 def _metrics(splits: Mapping[str, Mapping[str, float]], headline: str, percent: bool) -> list[str]:
-    """Return the headline metric of each split, and their losses."""
-    parts = [
-        f"{split} {headline.replace('_', ' ')} {metric(values[headline], percent)}"
-        for split, values in splits.items()
-        if headline in values
-    ]
-    losses = [number(values["loss"]) for values in splits.values() if "loss" in values]
-    return parts + ([f"loss {' / '.join(losses)}"] if losses and headline != "loss" else [])
+    """Return the headline metric of each split, named once, and their losses."""
+    values = {split: metric(found[headline], percent) for split, found in splits.items() if headline in found}
+    name = f" {headline.replace('_', ' ')}"
+    parts = [f"{split}{name * (place == 0)} {value}" for place, (split, value) in enumerate(values.items())]
+    losses = [number(found["loss"]) for found in splits.values() if "loss" in found]
+    shown = [", ".join(parts)] if parts else []
+    return shown + ([f"loss {' / '.join(losses)}"] if losses and headline != "loss" else [])
 
 
 def metric(value: float, percent: bool) -> str:

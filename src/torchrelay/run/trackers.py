@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from torchrelay.run.metrics import Line
+from torchrelay.run.metrics import ASKED, Line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NOT_CHARTED = {"step", "epoch", "split", "time", "seconds"}
-_SHARED = {"lr", "samples_per_second"}  # one chart for all splits
+_NOT_CHARTED = {"step", "epoch", "split", "time", "seconds", ASKED}
+_OF_TRAINING = {"lr", "samples_per_second"}  # the same curve within epochs and at their ends
 _QUEUE = 1000  # events that wait for the writer's thread; with TensorBoard's default of 10, training would wait
 
 
@@ -42,41 +43,45 @@ class Tracker(Protocol):
 class TensorBoard:
     """A run's tensorboard folder: charts of metrics.jsonl, images, settings.
 
-    Charts, images and settings are in separate event files, so that a resume can rewrite the charts and leave the
-    images. Nothing is imported or opened before the first call that writes.
+    The charts of each split are in a folder of its own, which TensorBoard takes for a run: so a metric of all splits is
+    one card, with a curve for each. Charts, images and settings are in separate event files, so that a resume can
+    rewrite the charts and leave the images. Nothing is imported or opened before the first call that writes.
 
     Args:
         folder: where the event files are, or will be.
         say: called with a message when the files can't be written.
+        on: whether anything is written at all.
 
     Attributes:
         lost: whether they can't be written, or couldn't before: nothing is until `retry`.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = print) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None] = print, *, on: bool = True) -> None:
         self.folder = folder
-        self._say = say
+        self._say, self._on = say, on
         self.lost = False  # a chart is never worth stopping the run for
         self._warned = False
-        self._writers: dict[str, Any] = {}  # by suffix; PyTorch's writers are untyped
-        self._last_steps: dict[str, int] = {}  # by tag: a chart has one point per step
+        self._writers: dict[tuple[str, str], Any] = {}  # by folder and suffix; PyTorch's writers are untyped
+        self._last_steps: dict[tuple[str, str], int] = {}  # by folder and tag: a curve has one point per step
 
     # ------------------------------------------------------------------------------------------------ charts
 
     def write(self, line: Line) -> None:
-        """Add a line of metrics.jsonl to the charts: "loss" of the split "test" goes to the chart "loss/test".
+        """Add a line of metrics.jsonl to the charts: "loss" of the split "test" is the curve "test" on the card "loss".
 
-        A non-finite value (null in the file) is written as NaN.
+        What is measured within epochs is a curve of "train" on a card beside it, "loss/step". A non-finite value (null
+        in the file) is written as NaN.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         step: int = line["step"]
-        points = {tag: value for tag, value in _points(line).items() if step > self._last_steps.get(tag, -1)}
+        part = "train" if line["split"] == "step" else re.sub(r"^\.|[^\w.-]", "_", line["split"])
+        points = {tag: value for tag, value in numbers_of(line).items() if step > self._last_steps.get((part, tag), -1)}
         if points:
-            self._last_steps.update(dict.fromkeys(points, step))
+            self._last_steps.update(dict.fromkeys(((part, tag) for tag in points), step))
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points.items()]
             # One event for the whole line: add_scalar would write one per value and take three times as long.
-            self._add(".scalars", Summary(value=values), step, line.get("time"))
+            self._add(".scalars", Summary(value=values), step, line.get("time"), part)
 
     def rewrite(self, lines: Iterable[Line]) -> None:
         """Write the charts anew from the lines of metrics.jsonl, so that a resume doubles and loses no point."""
@@ -93,7 +98,7 @@ class TensorBoard:
     def lacks(self, tag: str) -> bool:
         """Return whether there is no picture with this tag."""
         with self._tolerant():
-            return not any(tag.encode() in path.read_bytes() for path in self.folder.glob("*.media"))
+            return self._on and not any(tag.encode() in path.read_bytes() for path in self.folder.glob("*.media"))
         return False
 
     # ------------------------------------------------------------------------------------------------ images
@@ -149,56 +154,63 @@ class TensorBoard:
 
     # ------------------------------------------------------------------------------------------------ settings
 
-    def hyperparameters(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Show a run's settings and final metrics in TensorBoard's table of runs.
+    def hyperparameters(self, settings: Mapping[str, Any]) -> None:
+        """Show a run's settings in TensorBoard's table of runs, beside the last points of its charts.
 
         Args:
             settings: values by flat name, such as ``"optimizer.lr"``.
-            metrics: final values by tag; for a tag that has a chart, the table shows that chart's last point.
         """
-        from torch.utils.tensorboard.summary import hparams, scalar
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+        from torch.utils.tensorboard.summary import hparams
 
         self._remove(".hparams")
         # Without the "experiment" summary TensorBoard merges the settings of all runs, even if their names differ.
         _, start, end = hparams({name: _plain(value) for name, value in settings.items()}, {})  # type: ignore[no-untyped-call]
-        points = [scalar(tag, value) for tag, value in metrics.items() if tag not in self._last_steps]  # type: ignore[no-untyped-call]
-        step = max(self._last_steps.values(), default=0)
-        for summary, at in ((start, None), (end, None), *((point, step) for point in points)):
-            self._add(".hparams", summary, at)
+        plugin = start.value[0].metadata.plugin_data
+        told = HParamsPluginData.FromString(plugin.content)
+        # Otherwise the table calls it "tensorboard". The name stands first, as the column is narrow; the rest of the
+        # path behind it, since the table joins runs of one name.
+        run = self.folder.resolve().parent
+        told.session_start_info.group_name = f"{run.name} ({run.parent})"
+        plugin.content = told.SerializeToString()
+        for summary in (start, end):
+            self._add(".hparams", summary, None)
 
     # ------------------------------------------------------------------------------------------------ event files
 
     def close(self) -> None:
         """Write what is pending and close the event files; a later call opens new ones."""
-        for suffix in [*self._writers]:
+        for key in [*self._writers]:
             with self._tolerant():
-                self._close(suffix)
+                self._close(key)
 
-    def _close(self, suffix: str) -> None:
+    def _close(self, key: tuple[str, str]) -> None:
         """Close an event file; the writer's own `close` says nothing of what its thread couldn't write."""
-        if writer := self._writers.pop(suffix, None):
+        if writer := self._writers.pop(key, None):
             try:
                 writer.flush()
             finally:
                 writer.close()
 
-    def _add(self, suffix: str, summary: Any, step: int | None, wall_time: float | None = None) -> None:
-        """Add an event to the event file with a suffix, which is opened if need be."""
+    def _add(self, suffix: str, summary: Any, step: int | None, wall_time: float | None = None, part: str = "") -> None:
+        """Add an event to the event file with a suffix in a part's folder, which is opened if need be."""
         from torch.utils.tensorboard import FileWriter
 
-        if self.lost:
+        if self.lost or not self._on:
             return
         _silence_writer_threads()
+        key = part, suffix
         with self._tolerant():
-            if suffix not in self._writers:
-                self._writers[suffix] = FileWriter(str(self.folder), max_queue=_QUEUE, filename_suffix=suffix)
-            self._writers[suffix].add_summary(summary, step, wall_time)
+            if key not in self._writers:
+                self._writers[key] = FileWriter(str(self.folder / part), max_queue=_QUEUE, filename_suffix=suffix)
+            self._writers[key].add_summary(summary, step, wall_time)
 
     def _remove(self, suffix: str) -> None:
-        """Delete the event files with a suffix."""
+        """Delete the event files with a suffix, of all parts and of runs that had none."""
         with self._tolerant():
-            self._close(suffix)
-            for file in self.folder.glob(f"events.out.tfevents.*{suffix}"):
+            for key in [key for key in self._writers if key[1] == suffix]:
+                self._close(key)
+            for file in self.folder.rglob(f"events.out.tfevents.*{suffix}"):
                 file.unlink()
 
     @contextlib.contextmanager
@@ -208,9 +220,9 @@ class TensorBoard:
             yield
         except OSError as error:
             self.lost = True
-            for suffix in [*self._writers]:  # one that has failed raises its error again
+            for key in [*self._writers]:  # one that has failed raises its error again
                 with contextlib.suppress(OSError):
-                    self._close(suffix)
+                    self._close(key)
             if not self._warned:
                 self._warned = True
                 self._say(
@@ -231,12 +243,12 @@ def _silence_writer_threads() -> None:
     threading.excepthook = hook
 
 
-def _points(line: Line) -> dict[str, float]:
-    """Return the numbers of a line by the tag of their chart."""
+def numbers_of(line: Line) -> dict[str, float]:
+    """Return the numbers of a line by the tag of their card."""
     points = {}
     for name, value in line.items():
         if name not in _NOT_CHARTED and (value is None or isinstance(value, int | float)):
-            tag = name if name in _SHARED else f"{name}/{line['split']}"
+            tag = f"{name}/step" if line["split"] == "step" and name not in _OF_TRAINING else name
             points[tag] = float(value) if value is not None and math.isfinite(value) else math.nan
     return points
 

@@ -20,7 +20,7 @@ from torchrelay.run.folder import RunFolder
 from torchrelay.run.metrics import Headline, read_metrics
 from torchrelay.run.terminal import Counters, Terminal, epoch_line, metric, step_line
 from torchrelay.tasks.task import Task
-from torchrelay.train import hints
+from torchrelay.train import hints, hyperparameters, samples
 from torchrelay.train.callbacks import Callback, Training
 from torchrelay.train.evaluation import Evaluator
 from torchrelay.train.progress import Best, Progress
@@ -130,6 +130,7 @@ class Pictures(Callback):
         record: dict[str, Any],
     ) -> None:
         self._batches, self._evaluator, self._progress = batches, evaluator, progress
+        self._task = task
         self._headline = Headline(task.headline, task.percent, task.higher_is_better)
         self._record = record
         self._drawn_at = -math.inf
@@ -215,26 +216,26 @@ class Pictures(Callback):
             path = run.path / "evaluation.json"
             with explained(f"write {path}"):
                 path.write_text(text + "\n", encoding="utf-8")
+            self._write_samples(run, step)
         has_confusion = last is not None and last.confusion is not None
         run.plots.start(self._headline, confusion=has_confusion)
         if run.tensorboard.lost:
             run.tensorboard.retry(read_metrics(run.path))
-        values = last.values if last is not None else {}
-        metrics = {f"{name}/{self._evaluator.selects_on}": value for name, value in values.items()}
-        run.tensorboard.hyperparameters(_flat(self._record), metrics)
+        run.tensorboard.hyperparameters(hyperparameters.of(self._record))
         if run.plots.finish() and has_confusion:
             picture = run.path / "confusion.png"
             run.tensorboard.figure("pictures/confusion matrix", picture, step=self._progress.step)
 
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a table of sections by dotted names, without the environment's."""
-    return {
-        f"{section}.{key}": value
-        for section, values in record.items()
-        for key, value in values.items()
-        if section != "environment"
-    }
+    def _write_samples(self, run: RunFolder, step: int) -> None:
+        """Write what the last evaluation found of each sample; say why where nothing was kept."""
+        path, found = run.path / samples.NAME, self._evaluator.samples
+        if found is None or not found.columns:
+            with explained(f"remove {path}"):
+                path.unlink(missing_ok=True)  # of a run that was shorter
+            if found is not None and found.missing:
+                run.note(f"no {samples.NAME}: {found.missing}")
+            return
+        found.write(path, self._task, self._evaluator.selects_on, step, self._progress.epoch_of(step))
 
 
 def introduction(state: TrainingState, name: str) -> str:

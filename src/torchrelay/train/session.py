@@ -15,15 +15,13 @@ from torchrelay.errors import Interrupted, RelayError, UsageError, intact, inter
 from torchrelay.models.factory import InitFromData
 from torchrelay.run.folder import RunFolder
 from torchrelay.run.settings import RunSettings
-from torchrelay.train import recovery
+from torchrelay.train import hyperparameters, recovery
+from torchrelay.train.asks import Asks
 from torchrelay.train.logs import EarlyLog
+from torchrelay.train.notice import noticed
 from torchrelay.train.record import log
-from torchrelay.train.signals import StopSignal
 from torchrelay.train.spikes import Spike
 from torchrelay.train.state import TrainingState, initial_images
-
-# What any process may ask of all of them.
-_STOP, _SAVE, _EVALUATE, _LOG = 1, 2, 4, 8
 
 
 class Session:
@@ -44,6 +42,7 @@ class Session:
         run: the open run folder; on rank 0, while `hold` lasts.
         history: the lines of metrics of epochs and evaluations.
         checkpoints: of the folder.
+        asks: what signals, the clock and people ask for.
         save_due: whether a checkpoint is due, which at an epoch's end waits for the evaluation.
     """
 
@@ -60,11 +59,11 @@ class Session:
         self.run: RunFolder | None = None
         self.checkpoints: Checkpointer | None = None
         self.save_due = False
-        self._saved_at = -1  # the step of the last checkpoint of this process
+        self._saved_at = -1  # the step of the last regular checkpoint of this process
+        self._answered_at: int | None = None  # the step after which a person's checkpoint is being saved
         self.history: list[dict[str, Any]] = []
-        self._due = self._due_for_all = False  # whether an evaluation is, by the clock
         self.state, self._settings, self._group = state, settings, state.strategy.group
-        self._signal, self._early = StopSignal(), early
+        self._early = early
         if self.folder is not None:
             self.checkpoints = Checkpointer(
                 self.folder / "checkpoints",
@@ -72,9 +71,10 @@ class Session:
                 steps_per_epoch=state.progress.steps_per_epoch,
                 total_steps=state.progress.total_steps,
                 before_write=lambda: self.run.flush() if self.run is not None else None,
-                after_write=self._tell_receipt,
+                after_write=self._tell_of,
                 warn=self.say,
             )
+        self.asks = Asks(state.progress, self._group, self.checkpoints, self.folder)
 
     @property
     def has_run(self) -> bool:
@@ -93,15 +93,24 @@ class Session:
         """
         if resume and self.folder is None:
             raise UsageError("this trainer has no run folder to resume: give Trainer(..., run=...)")
-        with ExitStack() as stack:
+        opened: list[RunFolder] = []
+        with (
+            noticed(self._settings.notify, self.state, self.folder, lambda: bool(opened), self.say),
+            ExitStack() as stack,
+        ):
             stack.enter_context(self.alone())
-            stack.enter_context(self._signal)
+            stack.enter_context(self.asks.signal)
             stack.callback(self._close)
             stack.enter_context(log.to(self.state.progress.logged))
             if self.folder is not None and self._group.main:
-                self.run = RunFolder(self.folder, self.terminal, resume=resume)
+                trackers, settings = self._settings.trackers, hyperparameters.of(self.record)
+                self.run = RunFolder(self.folder, self.terminal, resume=resume, trackers=trackers, settings=settings)
+                opened.append(self.run)
+                self.asks.clear()  # of what was asked of a process that died
                 for note in self._early.notes:
                     self.run.note(note)
+                if self._settings.notify is not None:
+                    self.say(f"when it ends, this run calls: {self._settings.notify}")
             yield
 
     @contextmanager
@@ -121,6 +130,7 @@ class Session:
                 self.checkpoints.close()
         finally:
             if run is not None:
+                self.asks.clear()
                 run.close()
 
     def start(self, resume: bool, accept_changes: bool) -> None:
@@ -182,47 +192,30 @@ class Session:
             self.say(f"resuming after step {progress.step:,} of {progress.total_steps:,}")
 
     def weigh(self) -> None:
-        """Hash the weights for the receipt, after each `run.receipt_every` steps."""
-        step, every = self.state.progress.step, self._settings.receipt_every
-        if every is not None and step % every == 0 and self.folder is not None:
-            weights = self.state.weights_hash()
-            if self.run is not None:
-                self.run.receipt.add(step, self.state.progress.tail(), weights=weights)
+        """Hash the weights for the receipt, if there is a run."""
+        if self.folder is None:
+            return
+        weights = self.state.weights_hash()
+        if self.run is not None:
+            self.run.receipt.add(self.state.progress.step, self.state.progress.tail(), weights=weights)
 
     def is_due(self) -> bool:
-        """Return whether a checkpoint is due after this step; set `progress.interrupted` if a signal came."""
-        by_clock = self._ask_all()
+        """Return whether a checkpoint is due after this step; set `progress.interrupted` if the run is to stop."""
+        by_clock = self.asks.learn()
         self.save_due = by_clock or (
             self.checkpoints is not None and self.checkpoints.due_after(self.state.progress.step)
         )
         return self.save_due
 
-    def agree_on(self, due: bool) -> bool:
-        """Return whether rank 0 says that something is due; all processes learn it a step later, at the same step."""
-        self._due |= due and self._group.main
-        asked = self._due_for_all
-        self._due_for_all = False
-        return asked
-
-    def is_interrupted(self) -> bool:
-        """Return whether a signal came, and set `progress.interrupted`: between the batches of an evaluation."""
-        self._ask_all()
-        return self.state.progress.interrupted
-
-    def _ask_all(self) -> bool:
-        """Learn whether a signal came to any process, and return whether any of them asks for a checkpoint.
-
-        Several processes learn it a step later, and all at the same step.
-        """
-        asks, progress = _STOP * (self._signal.received is not None) | _EVALUATE * self._due, self.state.progress
-        if self._group.main:
-            asks |= _SAVE * (self.checkpoints is not None and self.checkpoints.due_by_clock())
-            asks |= _LOG * (progress.lines.by_clock and progress.lines.ask())
-        asked = self._group.agree(asks)
-        progress.lines.asked |= bool(asked & _LOG)
-        self._due, self._due_for_all = False, self._due_for_all or bool(asked & _EVALUATE)
-        progress.interrupted = bool(asked & _STOP)
-        return bool(asked & _SAVE)
+    def save_as_asked(self) -> None:
+        """Save a checkpoint between two regular ones, since a person wants it, or say that there is one."""
+        step = self.state.progress.step
+        self.asks.done("save")
+        if self._saved_at == step:
+            self.asks.tell("save")
+        else:
+            self._answered_at = step
+            self.save(training_continues=True, interim=True)
 
     def save(self, *, training_continues: bool = False, interim: bool = False) -> None:
         """Save a checkpoint; only its staging in memory holds up the training.
@@ -230,7 +223,7 @@ class Session:
         Args:
             training_continues: whether nothing but training steps changes the weights from here on; then most of the
                 staging holds up nothing, either.
-            interim: whether it is only due to a signal; it goes when the next one is saved.
+            interim: whether only a signal or a person wants it; it goes when the next one is saved.
 
         Raises:
             RelayError: an earlier one could not be written, or a loss so far was not finite.
@@ -243,7 +236,7 @@ class Session:
         began = time.perf_counter()
         contents = self.state.contents(self.run.metrics_lines if self.run is not None else 0)
         contents = replace(contents, interim=interim and contents.step != self._saved_at)
-        self._saved_at = contents.step
+        self._saved_at = self._saved_at if contents.interim else contents.step
         self.save_due = False
         if self.run is not None:
             if not contents.interim:
@@ -297,8 +290,7 @@ class Session:
 
     def interruption(self) -> Interrupted:
         """Save after a signal, and return the error that says how to resume."""
-        signal = self._signal.received.name if self._signal.received is not None else "a signal"
-        done = f"stopped by {signal} after step {self.state.progress.step:,}"
+        done = f"stopped by {self.asks.stopped_by} after step {self.state.progress.step:,}"
         if self.checkpoints is None:
             return self._told(f"{done}; there is no run folder to resume from", saved=False)
         spike = self.state.train_step.detector.read()
@@ -329,10 +321,13 @@ class Session:
             weights = None if saved.is_interim else saved.files[WEIGHTS].sha256
             self.run.receipt.rewind(saved.step, self.state.progress.tail(), weights)
 
-    def _tell_receipt(self, manifest: Manifest) -> None:
-        """Tell the receipt the hash of a checkpoint's weights; on the thread that has written it."""
+    def _tell_of(self, manifest: Manifest) -> None:
+        """Tell the receipt and whoever asked that a checkpoint is on disk; on the thread that has written it."""
         if self.run is not None:
             self.run.receipt.know(manifest.step, manifest.files[WEIGHTS].sha256)
+        if self._answered_at == manifest.step:
+            self._answered_at = None
+            self.asks.tell("save")
 
     def say(self, text: str) -> None:
         """Write a line to the terminal and to the run's log."""

@@ -217,7 +217,8 @@ class Trainer(Parts):
         progress.record(result, batch.size)
         if self._hooks["on_step"]:
             notify(self._hooks["on_step"], "on_step", self, batch, result.loss)
-        self.session.weigh()
+        if self.settings.receipt_every and progress.step % self.settings.receipt_every == 0:
+            self.session.weigh()
         ends = progress.stop_at_limit()
         save = self.session.is_due()
         if progress.interrupted:
@@ -225,8 +226,8 @@ class Trainer(Parts):
         # At an epoch's end, and at the run's, the evaluation and the checkpoint follow.
         is_within = not progress.at_epoch_end and not ends
         evaluate, save = is_within and self.judge.is_due(), save and not progress.at_epoch_end
-        spike = None
-        if save or evaluate or progress.lines.due:
+        spike, wanted = None, is_within and self.session.asks.wanted
+        if save or evaluate or wanted or progress.lines.due:
             spike = self.train_step.detector.read()
         if spike is not None:
             return spike
@@ -234,6 +235,8 @@ class Trainer(Parts):
             save = True
         if save and not progress.interrupted:
             self.save(training_continues=True)
+        if wanted and not progress.interrupted:
+            self.judge.serve()
         return None
 
     def _end_epoch(self) -> Spike | None:
@@ -248,6 +251,8 @@ class Trainer(Parts):
         progress.end_epoch()
         if progress.ends or improved or self.session.save_due:
             self.save(training_continues=True)
+        if not progress.ends:
+            self.judge.serve()
         progress.stopwatch.start()
         return None
 

@@ -1,0 +1,1 @@
+"""Runs in a terminal, from their files alone, while they go on."""
