@@ -129,8 +129,10 @@ def test_help_of_train_names_the_recipes_and_evaluate_offers_nothing_of_training
     text = help_of("train", capsys)
     assert all(name in text for name in shipped.headers())
     assert "torchrelay train digits" in text
-    assert "--restarts" in text
-    assert "--restarts" not in help_of("evaluate", capsys)
+    assert text.count("\n  torchrelay train ") == 2
+    of_training = ("--restarts", "--port", "--shutdown-timeout")
+    assert all(option in text and option in help_of("resume", capsys) for option in of_training)
+    assert not any(option in help_of(command, capsys) for command in ("evaluate", "audit") for option in of_training)
     assert "speed" in help_of("tune", capsys)
 
 
@@ -162,7 +164,7 @@ def test_a_run_is_named_after_its_changes_and_never_overwrites(capsys, tmp_path,
     changes = ["--set", "run.epochs=1", *FAST]
     out = say(["train", "digits", *changes], capsys)
     assert "the run is in runs/digits-run.epochs=1-device.threads=1\n" in out
-    assert re.search(r"^epoch 1: train accuracy [\d.]+%   test accuracy [\d.]+%", out, re.M)
+    assert re.search(r"^epoch 1: train accuracy [\d.]+%, test [\d.]+%", out, re.M)
     say(["train", "digits", *changes], capsys)
     names = sorted(path.name for path in Path("runs").iterdir())
     assert names == ["digits-run.epochs=1-device.threads=1", "digits-run.epochs=1-device.threads=1-2"]

@@ -112,7 +112,7 @@ def key_table(settings: type[Settings]) -> str:
 def commands() -> Iterator[str]:
     """Yield the commands with the tables of their arguments and options."""
     for name in cli.COMMANDS:
-        module = import_module(f"torchrelay.commands.{name}")
+        module = import_module(f"torchrelay.commands.{name.replace('-', '_')}")
         parser = argparse.ArgumentParser(add_help=False)
         module.add_options(parser)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -19,21 +19,29 @@ from torchrelay import __version__
 from torchrelay.commands.options import set_pins
 from torchrelay.distributed import process
 from torchrelay.distributed.failures import LaunchError, report
-from torchrelay.errors import STOPPED, RelayError, RenamedWarning, UsageError, nearest
+from torchrelay.errors import STOPPED, NoFontWarning, RelayError, RenamedWarning, UsageError, nearest
 
 COMMANDS = (
+    "new",
     "train",
     "resume",
     "evaluate",
     "predict",
     "export",
+    "report",
     "recipes",
     "recipe",
+    "check",
     "doctor",
     "profile",
     "tune",
+    "find-lr",
     "audit",
     "bisect",
+    "runs",
+    "compare",
+    "ask",
+    "watch",
 )
 _FAILED = 1
 _LONGEST = 4_000  # characters of a message
@@ -71,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(show: Callable[..., None], message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Print that a name in the recipe has changed in one line; show any other warning as Python does."""
-    if isinstance(message, RenamedWarning):
+    """Print a warning of ours in one line; show any other as Python does."""
+    if isinstance(message, RenamedWarning | NoFontWarning):
         print(f"warning: {message}", file=sys.stderr)
     else:
         show(message, category, *place)
@@ -162,7 +170,7 @@ def _parsers() -> tuple[_Parser, Mapping[str, _Parser]]:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = import_module(f"torchrelay.commands.{name}")
+        module = import_module(f"torchrelay.commands.{name.replace('-', '_')}")
         command = commands.add_parser(
             name, help=module.HELP, description=module.HELP, parents=[common], allow_abbrev=False
         )

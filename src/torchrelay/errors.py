@@ -92,6 +92,10 @@ def intact(what: object, remedy: str) -> Iterator[None]:
         raise RelayError(f"{what} is damaged or isn't ours ({cause[:200]}): {remedy}") from error
 
 
+class NoFontWarning(UserWarning):
+    """No font of the system has a letter of a plot."""
+
+
 class RenamedWarning(FutureWarning):
     """Something public has a new name. The old one is accepted for one release."""
 

@@ -101,6 +101,7 @@ class Settings(BaseModel):
         frozen=True,
         validate_default=True,
         allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # options of a model of the user's may hold infinity, which TOML has
         protected_namespaces=(),
     )
 

@@ -57,12 +57,12 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices", type=count, default=1, metavar="N", help="use N devices of this machine, one process each (1)"
     )
-    parser.add_argument("--port", type=int, metavar="PORT", help="the rendezvous port of the processes (a free one)")
-    parser.set_defaults(restarts=0, shutdown_timeout=600.0)
+    parser.set_defaults(port=None, restarts=0, shutdown_timeout=600.0)
 
 
 def add_restarts(parser: argparse.ArgumentParser) -> None:
-    """Add what happens to the processes of a training when one fails or a signal comes."""
+    """Add how the processes of a training meet, and what happens to them when one fails or a signal comes."""
+    parser.add_argument("--port", type=int, metavar="PORT", help="the rendezvous port of the processes (a free one)")
     parser.add_argument(
         "--restarts", type=whole, default=0, metavar="N", help="restart the processes up to N times after a failure (0)"
     )

@@ -83,6 +83,16 @@ def run_backward(loss: Tensor, gradient: Tensor) -> None:
     _engine_run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
+def forget_removed_hooks(tensor: Tensor) -> None:
+    """Let the backward pass call Python no more for a tensor all of whose hooks were removed.
+
+    PyTorch keeps the empty dictionary and takes the interpreter's lock in each backward pass to look into it: 1% of the
+    instructions of a small network's step.
+    """
+    if not getattr(tensor, "_backward_hooks", True):
+        tensor._backward_hooks = None
+
+
 def set_timeout(timeout: timedelta, group: Any) -> None:
     """Change how long a torch process group waits: newer releases of PyTorch have a public function for it."""
     import torch.distributed as dist
