@@ -1,6 +1,7 @@
 """Kill a process, or let a call fail, at each of its file-system calls; then go on and compare the files.
 
     python -m benchmarks.exactness.crash [--only run] [--fault kill] [--every N] [--out docs/evidence/crash.md]
+    python -m benchmarks.exactness.crash --only run --fault error --record FILE --seconds 100    # again and again
 
 A small run of the digits saves every ten steps; other processes decode images into a cache, and export a run
 (`subjects.py`). A library that is loaded before the C library counts the calls that touch the folder: open, write,
@@ -12,19 +13,24 @@ are compared byte for byte with those of an undisturbed run; likewise the cache 
 An error must end the process with one line that names a file, or be survived with a warning; its text is kept. The
 processes are forks of this one, which has imported all they need: the source may change meanwhile. They run in a
 folder without a git repository, whose commit a run would record. Linux only; it needs a C compiler.
+
+All of it takes hours. With `--record`, what happened at each call is kept in a file, and another start goes on with the
+calls that aren't in it; `--seconds` ends a start early.
 """
 
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +69,33 @@ class Point:
         return bool(self.differs) or not self.is_explained
 
 
+class Record:
+    """What happened at the calls so far, in a file with a line for each, by subject, fault and number of the call.
+
+    Args:
+        file: which may hold those of earlier starts; None: nothing is kept.
+        seconds: after which no other call is struck at.
+    """
+
+    def __init__(self, file: Path | None, seconds: float | None = None) -> None:
+        self.points: dict[tuple[str, str, int], list[Point]] = {}
+        self._file, self._end = file, float("inf") if seconds is None else time.monotonic() + seconds
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                (name, fault, number), points = json.loads(line)
+                self.points[name, fault, number] = [Point(**each) for each in points]
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end
+
+    def keep(self, key: tuple[str, str, int], points: list[Point]) -> None:
+        self.points[key] = points
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                print(json.dumps([key, [asdict(point) for point in points]]), file=file)
+
+
 def build(folder: Path) -> Path:
     """Compile the library."""
     library = folder / "preload.so"
@@ -99,10 +132,12 @@ class Attack:
         subject: what is attacked.
         fault: one of `FAULTS`.
         target: the folder that the subject makes, in an empty one.
+        record: keeps what happened, for the next start.
     """
 
-    def __init__(self, subject: "Subject", fault: str, target: Path) -> None:
+    def __init__(self, subject: "Subject", fault: str, target: Path, record: "Record | None" = None) -> None:
         self.subject, self.fault, self.target = subject, fault, target
+        self.record = record or Record(None)
         self.log, self.backup = target.parent / "calls.txt", target.parent / "backup"
         self.undisturbed = target.parent / "undisturbed"
 
@@ -115,9 +150,14 @@ class Attack:
         calls = len(read_log(self.log))
         print(f"{self.target.name}, {self.fault}: {calls} calls", flush=True)
         for number in range(1, calls + 1, every):
-            for point in self._at(number):
-                print(f"{number:>4} {point.call}: {point.ended} {point.said.strip()} {point.differs}", flush=True)
-                yield point
+            key = self.target.name, self.fault, number
+            if (points := self.record.points.get(key)) is None:
+                if self.record.is_over:
+                    return
+                self.record.keep(key, points := list(self._at(number)))
+                for point in points:
+                    print(f"{number:>4} {point.call}: {point.ended} {point.said.strip()} {point.differs}", flush=True)
+            yield from points
 
     def _faults(self) -> dict[str, str]:
         return {"FAULT_FOLDER": str(self.target), "FAULT_LOG": str(self.log), "FAULT_BACKUP": str(self.backup)}
@@ -223,6 +263,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="take each N-th call only")
     parser.add_argument("--only", metavar="SUBJECT", help="run, cache or export; unset: all")
     parser.add_argument("--fault", choices=FAULTS, help="this one only")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep what happened there, and go on from it")
+    parser.add_argument("--seconds", type=float, help="strike at no other call after this time")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-") as temporary:
@@ -250,6 +292,7 @@ def strike_all(options: argparse.Namespace, folder: Path) -> bool:
         if (value := getattr(options, name)) not in (None, 1)
     ]
     found: dict[tuple[str, str], list[Point]] = {}
+    record = Record(options.record, options.seconds)
     for name in [options.only] if options.only else SUBJECTS:
         for fault in [options.fault] if options.fault else FAULTS:
             place = folder / f"{name}-{fault}"
@@ -257,7 +300,7 @@ def strike_all(options: argparse.Namespace, folder: Path) -> bool:
             code, said = in_child(SUBJECTS[name].prepare, place / name, {})
             if code:
                 raise SystemExit(f"there is nothing to strike at: {said}")
-            found[name, fault] = list(Attack(SUBJECTS[name], fault, place / name).points(options.every))
+            found[name, fault] = list(Attack(SUBJECTS[name], fault, place / name, record).points(options.every))
             text = page(found, f"python -m benchmarks.exactness.crash{''.join(flags)}")
             if options.out is not None:
                 options.out.write_text(text)
