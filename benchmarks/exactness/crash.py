@@ -74,20 +74,20 @@ class Record:
 
     Args:
         file: which may hold those of earlier starts; None: nothing is kept.
-        seconds: after which no other call is struck at.
+        seconds: from the first call on, after which no other one is struck at.
     """
 
     def __init__(self, file: Path | None, seconds: float | None = None) -> None:
         self.points: dict[tuple[str, str, int], list[Point]] = {}
-        self._file, self._end = file, float("inf") if seconds is None else time.monotonic() + seconds
+        self._file, self._seconds, self._began = file, seconds, 0.0
         if file is not None and file.exists():
             for line in file.read_text(encoding="utf-8").splitlines():
                 (name, fault, number), points = json.loads(line)
                 self.points[name, fault, number] = [Point(**each) for each in points]
 
-    @property
     def is_over(self) -> bool:
-        return time.monotonic() > self._end
+        self._began = self._began or time.monotonic()
+        return self._seconds is not None and time.monotonic() > self._began + self._seconds
 
     def keep(self, key: tuple[str, str, int], points: list[Point]) -> None:
         self.points[key] = points
@@ -152,7 +152,7 @@ class Attack:
         for number in range(1, calls + 1, every):
             key = self.target.name, self.fault, number
             if (points := self.record.points.get(key)) is None:
-                if self.record.is_over:
+                if self.record.is_over():
                     return
                 self.record.keep(key, points := list(self._at(number)))
                 for point in points:
@@ -204,7 +204,7 @@ class Attack:
             harmless = point.call == "none" or re.match(self.subject.harmless, point.call) is not None
             return "Traceback" not in point.said and (bool(lines) or harmless)
         names_it = len(lines) == 1 and f"/{self.target.name}" in lines[0]
-        return point.ended == 1 and names_it and "--debug shows where" not in lines[0]
+        return point.ended == 1 and names_it and "--debug shows" not in lines[0]
 
 
 def warned(run: Path) -> list[str]:
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="SUBJECT", help="run, cache or export; unset: all")
     parser.add_argument("--fault", choices=FAULTS, help="this one only")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep what happened there, and go on from it")
-    parser.add_argument("--seconds", type=float, help="strike at no other call after this time")
+    parser.add_argument("--seconds", type=float, help="after this time, strike at no other call")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="crash-") as temporary:

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from torchvision.models import resnet18
 
 import torchrelay as tr
 from torchrelay.device.device import DeviceSettings
 from torchrelay.models import convolution
-from torchrelay.models.convolution import Conv2d, weight_gradient
+from torchrelay.models.convolution import Conv2d, pad_narrow_maps, reads_gaps, weight_gradient
+from torchrelay.train.self_check import FILLINGS, fill_free_memory
+
+needs_avx512 = pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_f"), reason="the kernel that reads unwritten memory needs AVX-512"
+)
 
 
 @pytest.fixture
@@ -131,3 +137,77 @@ def test_the_fast_network_trains_with_it_and_resumes_exactly(products, quiet, tm
         for name in ("whole", "resumed")
     ]
     assert weights[0] == weights[1]
+
+
+# ------------------------------------------------------------------------------------------------ narrow maps
+
+
+def errors(layer: nn.Conv2d, maps: torch.Tensor) -> list[float]:
+    """Return by how much the bf16 weight gradient is wrong, with several values in free memory."""
+    gradient = torch.randn(layer(maps).shape, generator=torch.Generator().manual_seed(1))
+    (true,) = torch.autograd.grad(layer(maps), layer.weight, gradient)
+    found = []
+    for filling in FILLINGS * 4:
+        fill_free_memory(filling, 16 * 2**20, maps.device)
+        with torch.autocast("cpu", torch.bfloat16):
+            (mine,) = torch.autograd.grad(layer(maps), layer.weight, gradient.bfloat16())
+        found.append(float((mine - true).abs().max() / true.abs().max()))
+    return found
+
+
+@needs_avx512
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("channels", "size", "options"),
+    [
+        ((64, 128), (1, 1), {"kernel_size": 3, "stride": 2, "padding": 1}),
+        ((32, 32), (5, 1), {"kernel_size": 3, "stride": (1, 2), "padding": 1}),
+        ((32, 32), (2, 2), {"kernel_size": 3, "stride": 3, "padding": 1}),
+        ((32, 32), (1, 1), {"kernel_size": 5, "stride": 2, "padding": 2, "groups": 2}),
+    ],
+    ids=str,
+)
+def test_gradients_of_maps_that_are_narrower_than_the_stride_are_right(channels, size, options, layout):
+    theirs = nn.Conv2d(*channels, **options).to(memory_format=layout)
+    maps = torch.randn(50, channels[0], *size).contiguous(memory_format=layout)
+    (ours,) = pad_narrow_maps(nn.Sequential(theirs))
+    assert reads_gaps(theirs, size[1])
+    assert max(errors(ours, maps)) < 0.02
+    assert not max(errors(theirs, maps)) < 0.02, "PyTorch's is right here: nothing has to be routed around it"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(maps), theirs(maps))
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "expected"),
+    [
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1), 1, True),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1), 2, False),
+        (nn.Conv2d(8, 8, 3, stride=(2, 1), padding=1), 1, False),
+        (nn.Conv2d(8, 8, 1, stride=2), 1, False),
+        (nn.Conv2d(8, 8, (3, 1), stride=2, padding=(1, 0)), 1, False),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=2, dilation=2), 1, False),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8), 1, False),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="reflect"), 1, False),
+        (nn.Conv1d(8, 8, 3, stride=2, padding=1), 1, True),
+        (nn.Conv3d(8, 8, 3, stride=2, padding=1), 1, True),
+        (nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1), 1, True),
+        (nn.Linear(8, 8), 1, False),
+    ],
+    ids=str,
+)
+def test_the_layers_that_read_unwritten_memory_are_known(layer, width, expected):
+    assert reads_gaps(layer, width) is expected
+
+
+def test_in_a_library_s_model_only_strided_convolutions_are_replaced_with_the_same_parameters():
+    settings = tr.models.ModelSettings(name="resnet18")
+    torch.manual_seed(0)
+    model = tr.models.build(settings, classes=4, image_size=16, log=print)
+    ours = {name for name, layer in model.named_modules() if type(layer) is Conv2d}
+    assert ours == {"conv1", "layer2.0.conv1", "layer3.0.conv1", "layer4.0.conv1"}
+    torch.manual_seed(0)
+    plain = resnet18(num_classes=4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert str(model) == str(plain)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))

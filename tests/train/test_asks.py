@@ -8,7 +8,7 @@ import torch
 import torchrelay as tr
 from torchrelay import checkpoint
 from torchrelay.checkpoint import CheckpointSettings
-from torchrelay.errors import STOPPED, Interrupted
+from torchrelay.errors import STOPPED, Interrupted, RelayError
 from torchrelay.run import requests
 from torchrelay.run.requests import REQUESTS, file_of
 
@@ -128,3 +128,9 @@ def test_a_folder_is_looked_at_once_a_second(monkeypatch, tmp_path):
     assert found.look() == ["save"]
     file_of(tmp_path, "stop").touch()
     assert not found.look()
+
+
+def test_a_request_that_can_not_be_removed_is_named_in_one_line(tmp_path):
+    file_of(tmp_path, "stop").mkdir()  # which no unlink removes
+    with pytest.raises(RelayError, match=r"can't remove .*asked-stop: .*then resume the run$"):
+        requests.Requests(tmp_path).clear()

@@ -222,6 +222,26 @@ def test_a_convolution_that_corrupts_memory_is_refused_before_it_computes(monkey
     assert fit(channels_last=False).step == 2
 
 
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_f"), reason="the kernel needs AVX-512")
+def test_a_convolution_that_reads_unwritten_memory_is_refused_even_where_its_gradient_begins_with_0(monkeypatch):
+    images = torch.randn(32, 3, 16, 16), torch.arange(32) % 4
+
+    def fit(precision: str = "bf16") -> tr.Trainer:
+        # Its last BatchNorm of each block begins with 0: in the first step, whatever memory holds is multiplied by 0.
+        settings = tr.models.ModelSettings(name="resnet18", options={"zero_init_residual": True})
+        model = tr.models.build(settings, classes=4, image_size=16, log=print)
+        device = tr.DeviceSettings(name="cpu", precision=precision)
+        made = tr.Trainer(model, images, epochs=1, batch_size=16, device=device)
+        made.fit()
+        return made
+
+    assert fit().step == 2, "a library's model has our own convolution"
+    monkeypatch.setattr("torchrelay.models.factory.pad_narrow_maps", lambda model: model)
+    with pytest.raises(RelayError, match=r"^layer4\.0\.conv1 is Conv2d\(256, 512.*set device\.precision=float32"):
+        fit()
+    assert fit("float32").step == 2
+
+
 def test_a_sparse_gradient_is_compared_too():
     class Words(nn.Module):
         def __init__(self) -> None:

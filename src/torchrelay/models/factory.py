@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from torchrelay.errors import RelayError, UsageError, nearest
+from torchrelay.models.convolution import pad_narrow_maps
 from torchrelay.models.library import build_timm, build_torchvision, timm_names, torchvision_names
 from torchrelay.models.recompute import recompute
 from torchrelay.models.small import NETWORKS
@@ -84,7 +85,7 @@ def build(
         model = _call(settings, pydantic.validate_call(NETWORKS[settings.name]), facts)
     else:
         build_named, name = _from_library(settings.name, code)
-        model = build_named(
+        library_model = build_named(
             name,
             classes=classes,
             channels=channels,
@@ -94,6 +95,7 @@ def build(
             options=settings.options,
             log=log,
         )
+        model = pad_narrow_maps(library_model)
         pretrained = file or False  # the library has loaded its own weights
     if file:
         load_weights(model, file, settings.new_head, log)

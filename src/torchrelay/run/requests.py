@@ -4,6 +4,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchrelay.errors import explained
+
 REQUESTS = {
     "stop": "save and end, as at SIGTERM",
     "save": "save a checkpoint, which goes when the next regular one is saved",
@@ -40,9 +42,14 @@ class Requests:
         return new
 
     def done(self, request: str) -> None:
-        """Remove a request; from any thread."""
+        """Remove a request; from any thread.
+
+        Raises:
+            RelayError: the file can't be removed.
+        """
         if self._files:
-            self._files[request].unlink(missing_ok=True)
+            with explained(f"remove {self._files[request]}"):
+                self._files[request].unlink(missing_ok=True)
             self._found.discard(request)
 
     def clear(self) -> None:

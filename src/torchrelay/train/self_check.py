@@ -19,6 +19,7 @@ from torchrelay.data.batch import Batch
 from torchrelay.device.device import Device, has_only_avx2
 from torchrelay.device.private import forget_removed_hooks
 from torchrelay.errors import RelayError
+from torchrelay.models.convolution import Conv2d, reads_gaps
 from torchrelay.optim.update import Update, alone
 from torchrelay.tasks.task import Task, held_modules, loss_and_outputs, total
 from torchrelay.train.record import log
@@ -54,13 +55,21 @@ def self_check(train_step: TrainStep, batch: Batch, step: int, *, exact: bool = 
         return "self-check: left out, as this process has no sample"
     _refuse_overrun(train_step)
     began = time.perf_counter()
+    gaps: list[str] = []
     for update in train_step.updates:
         with alone(update, train_step.updates) if len(train_step.updates) > 1 else nullcontext():
             comparison = Comparison(exact)
             try:
-                losses = [_pass(train_step, update, first, step, filling, comparison.take) for filling in FILLINGS]
+                with _noting_gaps(train_step, gaps):
+                    losses = [_pass(train_step, update, first, step, filling, comparison.take) for filling in FILLINGS]
             except Exception as error:  # noqa: BLE001 - the first step meets it too, and names its sample
                 return f"self-check: left out, after {type(error).__name__}: {error}"
+        if gaps:
+            raise RelayError(
+                f"{gaps[0]}, whose gradient oneDNN computes from memory that it didn't write "
+                "(docs/evidence/kernels.md): set device.precision=float32, use torchrelay.models.convolution.Conv2d, "
+                "or take larger images"
+            )
         if all(loss.isfinite() for loss, _ in losses):  # otherwise it's a loss spike, which the step sees
             _judge(train_step, comparison, *losses[0])
     took = 1000 * (time.perf_counter() - began)
@@ -141,6 +150,33 @@ def _judge(train_step: TrainStep, comparison: Comparison, loss: Tensor, kernels:
             f"{where} isn't finite in the first batch, though the loss is {loss.item():.4g}: look for a root of 0 or a "
             f"division by 0 after that layer; otherwise {_remedy(train_step)}"
         )
+
+
+@contextmanager
+def _noting_gaps(train_step: TrainStep, found: list[str]) -> Iterator[None]:
+    """Note layers that read memory which isn't written, whatever it holds: what they add may be 0 in a first batch.
+
+    A last BatchNorm that begins with 0 hides it, as timm's residual blocks have. A compiled model isn't looked into.
+    """
+    device, hooks = train_step.device, []
+    settings = device.settings
+    if device.device.type == "cpu" and settings.precision == "bf16" and not settings.compile and not has_only_avx2():
+
+        def note(layer: nn.Module, inputs: tuple[Any, ...], outputs: Any, *, name: str) -> None:
+            maps = outputs if isinstance(layer, nn.ConvTranspose2d) else inputs[0]
+            if reads_gaps(layer, maps.shape[-1]):
+                found.append(f"{name} is {layer}, on maps that are narrower than its stride")
+
+        # Other layers can't be affected, with maps of any width.
+        layers = [(name, each) for name, each in train_step.strategy.model.named_modules() if reads_gaps(each, 0)]
+        for name, each in layers:
+            if not isinstance(each, Conv2d) and each.weight.requires_grad:
+                hooks.append(each.register_forward_hook(partial(note, name=name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _refuse_overrun(train_step: TrainStep) -> None:
