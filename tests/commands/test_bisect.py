@@ -121,7 +121,8 @@ def test_a_file_that_was_edited_between_two_runs_is_named(tmp_path, bisect):
     for i in range(24):
         (photos / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (10 * i, 5, 200 - i)).save(photos / "ab"[i % 2] / f"{i}.png")
-    sets = (f"data.root={photos}", "data.size=8", "data.cache=false", "data.batch_size=8", "model.pretrained=false")
+    images = (f"data.root={photos}", "data.size=8", "data.cache=false", "data.batch_size=8")
+    sets = (*images, "model.pretrained=false", "device.channels_last=false")
     good = train(tmp_path / "good", *sets, recipe="image-folder")
     Image.new("RGB", (8, 8)).save(photos / "a" / "4.png")
     _, verdict = bisect(good, train(tmp_path / "bad", *sets, recipe="image-folder"))
