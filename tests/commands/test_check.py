@@ -33,7 +33,7 @@ def test_findings_are_in_the_table_and_on_the_page_with_thumbnails_and_escaped_n
     before = set(tmp_path.rglob("*"))
     assert cli.main(line(photographs, "--out", str(out))) == 0
     said = capsys.readouterr().out
-    assert "test images are in the training data as well" in said
+    assert "1  test image is in the training data as well" in said
     assert "train/<b>dog/1.png = test/<b>dog/2.png" in " ".join(said.split())
     page = out.read_text()
     assert "<b>dog" not in page

@@ -54,7 +54,7 @@ def _across(pool: Pool, exact: Pairs, near: Pairs) -> list[Finding]:
             chosen = pairs[(pool.part[pairs[:, 0]] == 0) & (pool.part[pairs[:, 1]] == number)] if number else pairs[:0]
             _, one_each = np.unique(chosen[:, 1], return_index=True)
             chosen = chosen[np.sort(one_each)]
-            advice = f"remove them from one of the parts: the {name} result is too good by what was learned by heart"
+            advice = f"remove them from one of the parts: the {name} result is too good, since the model has seen them"
             findings.append(Finding(f"{name} {pool.unit} {how}", len(chosen), of_pairs(chosen), advice, serious=True))
     return findings
 

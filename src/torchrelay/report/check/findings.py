@@ -1,5 +1,6 @@
 """What a check has found: samples by name, findings with examples, and the parts of the data that they are in."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,9 @@ from torchrelay.data.sources import ArraySource
 Indices = npt.NDArray[np.int64]
 Pairs = npt.NDArray[np.int64]  # (pairs, 2) positions in a pool
 SHOWN = 24  # examples that a finding keeps
+# The words of a title that change where it is about one case: the first that is found in its subject, and in the rest.
+_SUBJECTS = {"images": "image", "rows": "row", "pairs": "pair", "files": "file", "classes": "class"}
+_VERBS = {"are exact copies of others": "is an exact copy of another", "are": "is", "have": "has"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,20 @@ class Finding:
     examples: tuple[Example, ...]
     advice: str
     serious: bool = False
+
+    @property
+    def heading(self) -> str:
+        """The title in the number of `count`: "test image is in the training data as well" for one."""
+        verb = re.search(r"\b(are|have|can't)\b", self.title)
+        if self.count != 1 or verb is None:
+            return self.title
+        subject, rest = self.title[: verb.start()], self.title[verb.start() :]
+        return _one(subject, _SUBJECTS) + _one(rest, _VERBS)
+
+
+def _one(words: str, singular: dict[str, str]) -> str:
+    found = re.search("|".join(rf"\b{word}\b" for word in singular), words)
+    return words if found is None else words[: found.start()] + singular[found[0]] + words[found.end() :]
 
 
 @dataclass(frozen=True)

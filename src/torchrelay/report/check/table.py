@@ -15,7 +15,7 @@ def table(report: Report) -> Table:
     rows.add_column(justify="right", no_wrap=True)
     rows.add_column(overflow="fold")
     for finding in report.findings:
-        head = Text(finding.title, style="bold")
+        head = Text(finding.heading, style="bold")
         if finding.serious:
             head.append("  serious", style="bold red")
         shown = [described(report.pool, example) for example in finding.examples[:_EXAMPLES]]
