@@ -1,6 +1,6 @@
 """Draw training runs at random, interrupt and move each between devices, and compare it with an undisturbed one.
 
-    python -m benchmarks.exactness.properties --configurations 200 [--seed 0] [--out docs/evidence/properties.md]
+    python -m benchmarks.exactness.properties --configurations 200 [--seed 0] [--precision bf16] [--out docs/evidence/properties.md]
 
 A configuration is a recipe (data, model, optimizer, schedule, augmentation, replicas, averaging, clipping, evaluations,
 checkpoints) and a plan: on how many processes it starts, and one to three signals, each followed by a resume on another
@@ -305,8 +305,14 @@ def _lines(run: Path) -> int:
 # ------------------------------------------------------------------------------------------------ the page
 
 
-def verdicts(configurations: int, seed: int) -> Iterator[Verdict]:
-    """Yield what became of so many configurations that weren't refused and didn't diverge, and of those that did."""
+def verdicts(configurations: int, seed: int, precision: str | None = None) -> Iterator[Verdict]:
+    """Yield what became of so many configurations that weren't refused and didn't diverge, and of those that did.
+
+    Args:
+        configurations: how many.
+        seed: of the first.
+        precision: in place of those drawn.
+    """
     with tempfile.TemporaryDirectory(prefix="properties-") as temporary:
         folder = Path(temporary)
         write_data(folder)
@@ -314,7 +320,9 @@ def verdicts(configurations: int, seed: int) -> Iterator[Verdict]:
         done = 0
         try:
             while done < configurations:
-                verdict = check(draw(seed, folder), commands, folder)
+                drawn = draw(seed, folder)
+                drawn.recipe["device"] |= {} if precision is None else {"precision": precision}
+                verdict = check(drawn, commands, folder)
                 done += not verdict.what.startswith(("refused", "diverged"))
                 seed += 1
                 yield verdict
@@ -339,6 +347,7 @@ def page(found: list[Verdict], command: str) -> str:
         *((f"interruptions by {name}", count) for name, count in sorted(signals.items())),
         *((f"different names of {key}", len({each[key]["name"] for each in used})) for key in _NAMED),
         *((f"with {n} replicas", sum(each["parallel"]["replicas"] == n for each in used)) for n in (1, 2, 4)),
+        ("in bf16", sum(each["device"]["precision"] == "bf16" for each in used)),
         *((f"with `parallel.kind` {k}", sum(each["parallel"]["kind"] == k for each in used)) for k in _KINDS),
         ("drawn as well, but refused with a line, since they combine what can't be", refused),
         ("drawn as well, but their loss diverged", sum(verdict.what == "diverged" for verdict in found)),
@@ -358,10 +367,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configurations", type=int, default=200, help="how many to compare (200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first (0); the next one's is one more")
+    parser.add_argument("--precision", choices=("float32", "bf16"), help="in place of those drawn: one in ten is bf16")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args()
     found = []
-    for verdict in verdicts(options.configurations, options.seed):
+    for verdict in verdicts(options.configurations, options.seed, options.precision):
         found.append(verdict)
         if verdict.what not in ("equal", "diverged"):
             print(f"seed {verdict.configuration.seed}: {verdict.what}", flush=True)
@@ -369,8 +379,9 @@ def main() -> None:
                 print(f"  {verdict.configuration}", flush=True)
         elif len(found) % 20 == 0:
             print(f"{len(found)} drawn", flush=True)
-    seed = f" --seed {options.seed}" * bool(options.seed)
-    text = page(found, f"python -m benchmarks.exactness.properties --configurations {options.configurations}{seed}")
+    more = f" --seed {options.seed}" * bool(options.seed)
+    more += f" --precision {options.precision}" * bool(options.precision)
+    text = page(found, f"python -m benchmarks.exactness.properties --configurations {options.configurations}{more}")
     print(text)
     if options.out is not None:
         options.out.write_text(text)
