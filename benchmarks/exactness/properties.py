@@ -1,6 +1,6 @@
 """Draw training runs at random, interrupt and move each between devices, and compare it with an undisturbed one.
 
-    python -m benchmarks.exactness.properties --configurations 200 [--seed 0] [--precision bf16] [--out docs/evidence/properties.md]
+    python -m benchmarks.exactness.properties --configurations 200 [--seed 0] [--precision bf16] [--out PAGE]
 
 A configuration is a recipe (data, model, optimizer, schedule, augmentation, replicas, averaging, clipping, evaluations,
 checkpoints) and a plan: on how many processes it starts, and one to three signals, each followed by a resume on another
