@@ -1,5 +1,6 @@
 """Portable runs: the same bytes whatever the processor, the threads and the environment."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -30,6 +31,16 @@ OTHER = {
 }
 # What `arithmetic` is on every processor, by the version of torch.
 ARITHMETIC = {"2.15.0": "155268096861c3de"}
+
+# The SHA-256 of a checkpoint's tensors after three steps of digits, by the version of torch and the changed keys.
+VARIANTS = {
+    "small-cnn": (),
+    "mlp": ("model.name=mlp", "optimizer.name=adamw"),
+}
+CHECKPOINTS = {
+    ("2.15.0", "small-cnn"): "9244d10b97322a5719519de364a019ee4516ea3c235e2eaff68c96c50da91789",
+    ("2.15.0", "mlp"): "52e60cebb080c15cf8e4b10bdd7c89323dbdc6801ce3379f07288cd55342c8d4",
+}
 
 
 def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -65,6 +76,22 @@ def test_a_portable_run_has_the_same_bytes_whatever_the_environment_says(tmp_pat
     same_runs(tmp_path / "one", tmp_path / "other")
     (arithmetic,) = {re.search(r"cpu, float32, 1 thread, portable \(arithmetic (\w+)\)", text)[1] for text in said}
     assert arithmetic == ARITHMETIC.get(torch.__version__.partition("+")[0], arithmetic)
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+@needs_avx2
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_portable_run_ends_in_the_bytes_that_other_processors_have_ended_in(tmp_path, name):
+    expected = CHECKPOINTS.get((torch.__version__.partition("+")[0], name))
+    if expected is None:
+        pytest.skip(f"nothing is recorded for torch {torch.__version__}")
+    ended(trained(tmp_path, "run", "run.portable=true", *VARIANTS[name], **OTHER))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000003"
+    digest = hashlib.sha256()
+    for file in ("model.safetensors", "state.safetensors"):
+        digest.update((checkpoint / file).read_bytes())
+    assert digest.hexdigest() == expected
 
 
 @needs_avx2
