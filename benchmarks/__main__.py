@@ -22,6 +22,7 @@ SHORT = (
     "memory",
     "augment_speed",
     "startup",
+    "fixed_cost",
     "order",
     "exactness",
     "gpu",

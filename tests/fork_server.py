@@ -90,16 +90,17 @@ def draw_nothing() -> Callable[[], None]:
     from torchrelay.run.plots import PlotProcess
     from torchrelay.run.trackers import TensorBoard
 
-    start, images = PlotProcess.start, TensorBoard.images
+    start, prepare, images = PlotProcess.start, PlotProcess.prepare, TensorBoard.images
 
     def images_but_the_first(board: TensorBoard, tag: str, *rest: Any, **more: Any) -> None:
         if tag != "pictures/first batch":
             images(board, tag, *rest, **more)
 
     def restore() -> None:
-        PlotProcess.start, TensorBoard.images = start, images
+        PlotProcess.start, PlotProcess.prepare, TensorBoard.images = start, prepare, images
 
-    PlotProcess.start, TensorBoard.images = lambda *_, **__: None, images_but_the_first
+    PlotProcess.start = PlotProcess.prepare = lambda *_, **__: None
+    TensorBoard.images = images_but_the_first
     return restore
 
 

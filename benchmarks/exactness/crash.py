@@ -286,6 +286,7 @@ def strike_all(options: argparse.Namespace, folder: Path) -> bool:
     server.preload()
     # Plots are drawn by another process, which would take most of the time.
     PlotProcess.start = lambda *_, **__: None  # type: ignore[method-assign]
+    PlotProcess.prepare = lambda *_, **__: None  # type: ignore[method-assign]
     flags = [
         f" --{name} {value}"
         for name in ("only", "fault", "every")

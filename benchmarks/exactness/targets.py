@@ -62,6 +62,7 @@ def _refuse(message: str) -> None:
 def _trained(folder: Path) -> tr.Trainer:
     """Return the trainer of a short run, whose folder has two checkpoints."""
     PlotProcess.start = lambda *_, **__: None  # type: ignore[method-assign]
+    PlotProcess.prepare = lambda *_, **__: None  # type: ignore[method-assign]
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randn(24, 4, generator=draw), torch.arange(24) % 2

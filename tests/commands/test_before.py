@@ -62,3 +62,35 @@ def test_several_processes_try_the_same(cli, tmp_path):
     assert [done.returncode for done in shown] == [0, 0], shown
     assert shown[0].stdout.count("the whole run: about") == 1
     assert shown[1].stdout.count("suggestion: ") == 1
+
+
+@pytest.mark.slow
+def test_a_run_has_the_bytes_that_it_has_without_anything_tried_before(cli, tmp_path):
+    """By `check`, `--dry-run`, `--overfit` and `find-lr`, in the process that then trains."""
+    program = """
+import sys
+from torchrelay import cli
+
+QUICK = ["--set=model.name=mlp", "--set=device.threads=1", "--set=run.epochs=1"]
+tried = {
+    "plain": [],
+    "tried": [
+        ["check", "digits", *QUICK],
+        ["train", "digits", "--dry-run", *QUICK],
+        ["train", "digits", "--overfit", "8", *QUICK],
+        ["find-lr", "digits", "--steps", "20", "--out", "rates.png", *QUICK],
+    ],
+}
+for name, commands in tried.items():
+    for command in commands:
+        code = cli.main(command)
+        assert code == 0, (command, code)
+    assert cli.main(["train", "digits", "--quiet", "--run", name, *QUICK]) == 0
+"""
+    done = cli(program=program, timeout=300)
+    assert done.returncode == 0, done.stderr
+    receipts = [(tmp_path / name / "receipt.jsonl").read_bytes() for name in ("plain", "tried")]
+    assert receipts[0] == receipts[1]
+    weights = [[*(tmp_path / name / "checkpoints").rglob("*.safetensors")] for name in ("plain", "tried")]
+    assert [path.name for path in weights[0]] == [path.name for path in weights[1]]
+    assert [path.read_bytes() for path in weights[0]] == [path.read_bytes() for path in weights[1]]

@@ -1,6 +1,7 @@
 """The run folder: its name, its lock, its files, and errors when it can't be written."""
 
 import gzip
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torchrelay as tr
 from torchrelay.errors import RelayError, UsageError
 from torchrelay.run.folder import RunFolder, check_free, free_folder
 from torchrelay.run.metrics import read_metrics
+from torchrelay.run.terminal import Terminal
 
 
 def opened(folder: Path, quiet, resume: bool = False) -> RunFolder:
@@ -81,6 +83,48 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path, quiet):
     with pytest.raises(UsageError, match="holds no run to resume: give a folder that 'torchrelay train' made"):
         opened(tmp_path / "nothing", quiet, resume=True)
     assert not (tmp_path / "nothing").exists()
+
+
+# ------------------------------------------------------------------------------------------------ trackers
+
+
+class Broken:
+    """A tracker of the user's that fails in each call."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+
+    def write(self, line):
+        self.lines += 1
+        raise KeyError("no such chart\nin two lines")
+
+    def close(self):
+        raise ValueError("nothing is open")
+
+
+def test_a_tracker_of_ones_own_that_fails_is_left_out_with_one_warning(tmp_path):
+    shown, broken = io.StringIO(), Broken()
+    run = opened(tmp_path / "run", Terminal(stream=shown))
+    run.trackers.append(broken)
+    for step in (1, 2):
+        run.record({"step": step, "epoch": 1, "split": "step", "loss": 1.0})
+    run.close()
+    warning = (
+        "warning: the tracker Broken failed (KeyError: 'no such chart\\nin two lines'): it is left out of the rest"
+    )
+    assert shown.getvalue().count("warning") == 1
+    assert warning in shown.getvalue()
+    assert broken.lines == 1
+    assert len(read_metrics(run.path)) == 2
+
+
+def test_a_tracker_of_ones_own_that_fails_at_the_end_leaves_the_run_done(tmp_path):
+    shown = io.StringIO()
+    run = opened(tmp_path / "run", Terminal(stream=shown))
+    run.trackers.append(Broken())
+    run.close()
+    assert "the tracker Broken failed (ValueError: nothing is open)" in shown.getvalue()
+    opened(run.path, Terminal(quiet=True)).close()
 
 
 # ------------------------------------------------------------------------------------------------ the lock

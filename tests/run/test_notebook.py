@@ -32,19 +32,28 @@ CELLS = [
     "trainer.fit(resume='auto')\ntrainer",
     "stopped = build('stopped', callbacks=Stop)\nstopped.fit()",
     "stopped = build('stopped')\nstopped.resume()\nprint('goes', 'on')",
+    "long = build(None, test=data, steps=600)\nlong.fit()",
+    "long",
+    "long.evaluate()",
 ]
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> list[str]:
-    """What each cell shows: its text, its errors, and what it returns."""
+def cells(tmp_path_factory):
+    """The cells of an executed notebook."""
     folder: Path = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata.kernelspec = kernel
     client = nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": folder}})
     client.execute()
-    return ["\n".join(map(text_of, cell.outputs)) for cell in notebook.cells]
+    return notebook.cells
+
+
+@pytest.fixture(scope="module")
+def shown(cells) -> list[str]:
+    """What each cell shows: its text, its errors, and what it returns."""
+    return ["\n".join(map(text_of, cell.outputs)) for cell in cells]
 
 
 def text_of(output) -> str:
@@ -72,3 +81,23 @@ def test_an_interrupted_cell_leaves_the_notebook_usable(shown):
     assert "Interrupted: stopped by SIGINT after step 3, saved; resume with: trainer.resume()" in shown[4]
     assert "resuming after step 3 of 5" in shown[5]
     assert shown[5].rstrip().endswith("goes on")
+
+
+def test_the_bar_is_one_output_however_long_the_run_is(cells):
+    bars = [each for each in cells[6].outputs if each.output_type == "display_data"]
+    [bar] = [each.data["text/html"] for each in bars]
+    assert '<progress max="600" value="600"' in bar
+    assert "600/600" in bar
+    lines = "".join(each.text for each in cells[6].outputs if each.output_type == "stream").splitlines()
+    assert len(lines) == 122  # of 120 epochs, the first and the last
+    assert len(cells[6].outputs) <= 5
+
+
+def test_a_trainer_and_its_results_are_tables(cells):
+    pages = [cells[place].outputs[-1].data["text/html"] for place in (6, 7, 8)]
+    assert all("<table" in page and "accuracy" in page for page in pages)
+    assert "Linear with 15 parameters, 40 samples of arrays, step 600 of 600" in pages[1]
+    assert pages[1].count("<tr>") == 9  # the heads and eight epochs
+    assert "40 samples evaluated" in pages[2]
+    assert not any(word in page for page in pages for word in ("#", "white", "black"))
+    assert cells[6].outputs[-1].data["text/plain"].startswith("{'loss': ")

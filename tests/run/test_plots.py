@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from torchrelay.run.metrics import Headline
-from torchrelay.run.plots import PlotProcess
+from torchrelay.run.plots import UNASKED, PlotProcess
 
 pytestmark = pytest.mark.plots
 
@@ -125,3 +125,64 @@ def test_the_plot_process_has_a_low_priority(folder: Path) -> None:
     assert seen == 19
     assert drawing.finish()
     assert not drawing.busy
+
+
+def test_a_prepared_process_draws_what_it_is_asked_for(folder: Path) -> None:
+    said: list[str] = []
+    drawing = PlotProcess(folder, said.append)
+    drawing.prepare()
+    prepared = drawing._process
+    assert not drawing.drawing
+    assert not drawing.finish()
+    drawing.start(HEADLINE)
+    assert drawing.drawing
+    assert drawing._process is prepared
+    assert drawing.finish()
+    assert said == []
+    assert (folder / "curves.png").exists()
+
+
+def test_a_prepared_process_that_nobody_asks_ends(folder: Path) -> None:
+    drawing = PlotProcess(folder, print)
+    drawing.prepare()
+    prepared = drawing._process
+    assert prepared is not None
+    drawing.close()
+    assert prepared.returncode is not None
+    assert not drawing.busy
+    drawing.close()
+
+
+def test_another_process_draws_where_the_prepared_one_has_ended(folder: Path) -> None:
+    drawing = PlotProcess(folder, print)
+    drawing.prepare()
+    prepared = drawing._process
+    assert prepared is not None
+    prepared.kill()
+    prepared.wait()
+    drawing.start(HEADLINE)
+    assert drawing.finish()
+    assert (folder / "curves.png").exists()
+
+
+def test_a_process_waits_only_so_long_for_a_request(folder: Path) -> None:
+    program = """
+import sys
+from torchrelay.report import plots
+plots.PATIENCE = 0.1
+sys.argv[1:] = [".", str(plots.os.getppid())]
+plots.main()
+"""
+    waiting = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, cwd=folder)
+    assert waiting.wait(30) == UNASKED
+    assert waiting.stdin is not None
+    waiting.stdin.close()
+
+
+def test_errors_of_both_pictures_are_told(folder: Path) -> None:
+    (folder / "evaluation.json").write_text("{}")
+    said: list[str] = []
+    drawing = PlotProcess(folder, said.append)
+    drawing.start(HEADLINE, confusion=True)
+    assert not drawing.finish()
+    assert said == ["the plots can't be drawn: KeyError: 'confusion_matrix'"]

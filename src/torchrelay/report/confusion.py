@@ -42,6 +42,10 @@ def confusion_matrix(matrix: "Tensor | Counts", classes: Sequence[str] = (), whe
         figure = _draw_cells(counts, names, title) if len(counts) <= _MOST_CELLS else _draw_bars(counts, names, title)
         # Creates the ticks, which take their style from the current context.
         figure.draw_without_rendering()
+        # A second search for room changes it once more; then everything has its place, and no drawing moves it.
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+        figure.set_layout_engine("none")
     return figure
 
 

@@ -2,13 +2,15 @@
 
 They use matplotlib's objects directly, without pyplot: they need no display, leave no global state behind, and the same
 metrics give the same bytes. The process, which also draws the confusion matrix: `python -m torchrelay.report.plots
-FOLDER PARENT HEADLINE [--confusion]`.
+FOLDER PARENT`. It imports all, then waits for a line of standard input that asks it to draw.
 """
 
+import io
 import json
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -22,6 +24,7 @@ from torchrelay.errors import NoFontWarning
 from torchrelay.report.confusion import confusion_matrix
 from torchrelay.report.style import COLORS, DPI, GRID, SOFT, save, styled
 from torchrelay.run.metrics import SPLITS, Headline, Line, best_line, headline_of, read_metrics, value
+from torchrelay.run.plots import PATIENCE, UNASKED
 from torchrelay.run.terminal import metric
 
 if TYPE_CHECKING:
@@ -243,25 +246,76 @@ def draw(folder: Path, headline: Headline, *, confusion: bool) -> None:
     """Draw curves.png and, if asked to, confusion.png."""
     curves(folder, headline)
     if confusion:
-        evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        matrix = np.array(evaluation["confusion_matrix"], np.int64)
-        names = list(evaluation.get("accuracy_by_class", {}))
-        when = f"after epoch {evaluation['epoch']}" if "epoch" in evaluation else ""
-        save(confusion_matrix(matrix, names, when), folder / "confusion.png")
+        draw_confusion(folder)
+
+
+def draw_confusion(folder: Path) -> None:
+    """Draw confusion.png from evaluation.json."""
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    matrix = np.array(evaluation["confusion_matrix"], np.int64)
+    names = list(evaluation.get("accuracy_by_class", {}))
+    when = f"after epoch {evaluation['epoch']}" if "epoch" in evaluation else ""
+    save(confusion_matrix(matrix, names, when), folder / "confusion.png")
 
 
 def main() -> None:
-    """Draw what the command line asks for."""
-    folder, parent, headline, *confusion = sys.argv[1:]
+    """Draw what a line of standard input asks for, as JSON."""
+    folder, parent = Path(sys.argv[1]), int(sys.argv[2])
     if hasattr(os, "nice"):
         os.nice(_NICENESS)
-    end_with(int(parent))  # a resumed run may draw into the same files
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", NoFontWarning)
-        draw(Path(folder), Headline(**json.loads(headline)), confusion=bool(confusion))
-    # The run says these lines, each once.
-    for text in dict.fromkeys(str(each.message) for each in caught if each.category is NoFontWarning):
-        print(f"warning: {text}", file=sys.stderr)
+    end_with(parent)  # a resumed run may draw into the same files
+    _prepare()
+    request = _request()
+    headline, confusion = Headline(**request["headline"]), bool(request["confusion"])
+    # Two processors draw two pictures in the time of one; elsewhere a fork isn't as safe.
+    other = os.fork() if confusion and sys.platform == "linux" else None
+    code = 0
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", NoFontWarning)
+            if other == 0:
+                draw_confusion(folder)
+            else:
+                draw(folder, headline, confusion=confusion and other is None)
+        # The run says these lines, each once.
+        for text in dict.fromkeys(str(each.message) for each in caught if each.category is NoFontWarning):
+            print(f"warning: {text}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - the run says its last line
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        code = 1
+    if other:
+        code = code or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+    sys.stderr.flush()
+    os._exit(code)  # what Python would tidy up takes a tenth of a second
+
+
+def _prepare() -> None:
+    """Import what a drawing needs, and load the fonts."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with styled():
+        figure = Figure(figsize=(1, 1))
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set_title("0")
+        axes.plot([0, 1], label="0")
+        axes.legend()
+        figure.text(0, 0, "0", fontweight="bold")
+        figure.savefig(io.BytesIO(), format="png")
+
+
+def _request() -> Any:
+    """Return what a line of standard input asks for; the process ends where none comes."""
+    unasked = threading.Timer(PATIENCE, os._exit, [UNASKED])
+    unasked.daemon = True
+    unasked.start()
+    line = sys.stdin.readline()
+    unasked.cancel()
+    unasked.join()  # it may be ending the process: then the run asks another
+    if not line:
+        os._exit(UNASKED)
+    return json.loads(line)
 
 
 if __name__ == "__main__":

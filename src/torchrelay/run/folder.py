@@ -150,8 +150,20 @@ class RunFolder:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         _append(self._metrics, json.dumps(plain, ensure_ascii=False) + "\n")
         self.metrics_lines += ASKED not in line
-        for tracker in self.trackers:
-            tracker.write(line)
+        for tracker in [*self.trackers]:
+            try:
+                tracker.write(line)
+            except Exception as error:  # noqa: BLE001 - one of the user's own may raise anything; no chart is worth a run
+                self.trackers.remove(tracker)
+                self._warn_of(tracker, error)
+                with contextlib.suppress(Exception):
+                    tracker.close()
+
+    def _warn_of(self, tracker: Tracker, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+        self.say(
+            f"warning: the tracker {type(tracker).__name__} failed ({cause}): it is left out of the rest of the run"
+        )
 
     def rewind(self, lines: int) -> None:
         """Return to a checkpoint: truncate metrics.jsonl to the lines it records, and the trackers' charts with it."""
@@ -202,9 +214,13 @@ class RunFolder:
 
     def close(self) -> None:
         """Finish the plots, close the files and release the folder."""
-        self.plots.finish()
+        self.plots.close()
         for tracker in self.trackers:
-            tracker.close()
+            try:
+                tracker.close()
+            except Exception as error:  # noqa: BLE001 - likewise
+                with contextlib.suppress(RelayError):
+                    self._warn_of(tracker, error)
         try:
             self.receipt.close()
         except (OSError, RelayError) as error:  # of the last checkpoint's line

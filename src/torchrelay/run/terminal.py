@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -22,9 +21,12 @@ from rich.progress_bar import ProgressBar
 from rich.segment import Segment
 from rich.text import Text
 
+from torchrelay.run import notebook
+
 _REFRESHES = 5  # a second
 _RATE_WINDOW = 5.0  # seconds over which the rate is a mean
 _SHORTEST_BAR = 4  # columns
+_NOTEBOOK = 90  # characters beside a notebook's bar
 _GAP = "  "
 
 
@@ -54,8 +56,7 @@ class Terminal:
         self._stream = stream or sys.stdout
         self._console = Console(file=self._stream)
         self.live = self._stream.isatty() and not self._console.is_dumb_terminal
-        # There rich needs ipywidgets to draw anything twice.
-        self._in_notebook = self._console.is_jupyter and find_spec("ipywidgets") is not None
+        self._in_notebook = self._console.is_jupyter and stream in (None, sys.stdout)
 
     def say(self, text: str) -> None:
         """Print a line; on a terminal, above the bar."""
@@ -82,7 +83,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, read: Callable[[], Counters], unit: str = "images") -> Iterator[None]:
-        """Show a progress bar in this context, if this is a terminal or a notebook with ipywidgets.
+        """Show a progress bar in this context, if this is a terminal or a notebook.
 
         Args:
             read: returns the counters. The bar's thread calls it, so it must not ask the device for anything.
@@ -91,15 +92,12 @@ class Terminal:
         if self.quiet or not (self.live or self._in_notebook):
             yield
             return
-        bar, redirects = Bar(read, unit), self.live
-        with Live(
-            bar,
-            console=self._console,
-            refresh_per_second=_REFRESHES,
-            transient=True,
-            redirect_stdout=redirects,
-            redirect_stderr=redirects,
-        ):
+        bar = Bar(read, unit)
+        if not self.live:
+            with notebook.shown_meanwhile(bar.in_notebook):
+                yield
+            return
+        with Live(bar, console=self._console, refresh_per_second=_REFRESHES, transient=True):
             # A hidden cursor would stay hidden if the process is killed.
             self._console.show_cursor(True)
             yield
@@ -167,6 +165,13 @@ class Bar:
         # Without colors rich draws only the done part, so that the rest must be padded.
         yield from Segment.adjust_line_length([*console.render(bar, options)], width)
         yield Text(f" {facts}", end="")
+
+    def in_notebook(self) -> tuple[str, str]:
+        """Return the bar as HTML and as text."""
+        counters, now = self._read(), self._clock()
+        self._take_note(counters, now)
+        facts = self._facts(counters, now, _NOTEBOOK)
+        return notebook.bar(counters.step, counters.steps, f"epoch {counters.epoch}/{counters.epochs}", facts)
 
     def _take_note(self, counters: Counters, now: float) -> None:
         """Remember what the rate and the time left are computed from."""

@@ -27,6 +27,7 @@ from torchrelay.tasks.task import Task, calls_once, total
 from torchrelay.train.progress import RunningSums
 from torchrelay.train.record import log
 from torchrelay.train.samples import Collector, Samples
+from torchrelay.train.shown import metrics_table
 from torchrelay.train.trees import joined, pack, to_cpu, unpack
 from torchrelay.train.tta import check_tta, with_tta
 
@@ -45,6 +46,10 @@ class Evaluation:
         tables = {name: self.by_class(row, classes) for name, row in self.tables.items()}
         confusion = {} if self.confusion is None else {"confusion_matrix": self.confusion.tolist()}
         return {"samples": self.samples, **self.values, **tables, **confusion}
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the metrics, and the range of those of each class."""
+        return metrics_table(self.values, self.tables, f"{self.samples:,} samples evaluated")
 
     @staticmethod
     def by_class(row: Sequence[float], classes: Sequence[str]) -> dict[str, float | None]:

@@ -137,6 +137,8 @@ class Judge:
         """Evaluate where it is due, record and tell; return whether it is the best so far, None if a signal came."""
         progress, epoch = self._progress, self._progress.epochs_done + 1
         train, times, now = progress.sums.means(), progress.stopwatch.lap(), {"time": round(time.time(), 3)}
+        if progress.ends and self._session.run is not None:
+            self._session.run.plots.prepare()  # meanwhile, and not when the run has ended
         due = (progress.ends or self.is_due()) and self._recorded_step != progress.step
         found = self.evaluate(self._evaluator.parts) if due else {}
         if progress.interrupted:  # nothing is recorded, since a resume repeats the evaluation

@@ -145,6 +145,7 @@ class Pictures(Callback):
                 trainer.say(hint)
         if run is None:
             return
+        run.plots.prepare()
         resumed = self._progress.step > 0
         shows = not resumed or self._lacks_picture(run)
         summarizes = not resumed or self._lacks_summary(run)
@@ -196,7 +197,7 @@ class Pictures(Callback):
             trainer.say(hint)
         run, progress = trainer.run, self._progress
         ends = progress.step == progress.total_steps or progress.stop_reason is not None
-        if run is None or ends or run.plots.busy:
+        if run is None or ends or run.plots.drawing:
             return
         if time.monotonic() - self._drawn_at > _REDRAW:
             run.plots.start(self._headline)

@@ -19,6 +19,7 @@ from torchrelay.train.logs import description
 from torchrelay.train.progress import Best, Progress
 from torchrelay.train.record import Log, log
 from torchrelay.train.session import Session
+from torchrelay.train.shown import trainer_table
 from torchrelay.train.state import TrainingState
 from torchrelay.train.step import TrainStep
 
@@ -51,6 +52,10 @@ class Parts:
     def __repr__(self) -> str:
         """Return what is trained on what, and where it stands."""
         return f"Trainer({description(self.state, self.session.folder)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the same, and the last epochs."""
+        return trainer_table(description(self.state, self.session.folder), self.task, self.history)
 
     @property
     def log(self) -> Log:
