@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
@@ -83,15 +84,20 @@ def out_of_reach(path: str, error: OSError) -> RelayError:
     return RelayError(f"{path} can't be read: {error.strerror}; restore it or its permissions, or remove it")
 
 
-def open_image(path: str, channels: int) -> Image.Image:
+def open_image(path: str, channels: int, content: bytes | None = None) -> Image.Image:
     """Return an image, upright, as RGB (3 channels) or grayscale (1).
+
+    Args:
+        path: the file, or what a content is called.
+        channels: 3 for color, 1 for grayscale.
+        content: of a file that isn't on the disk.
 
     Raises:
         RelayError: it can't be read; the text names it.
     """
     _register_heif()
     try:
-        with Image.open(path, formats=_READ) as picture:
+        with Image.open(path if content is None else io.BytesIO(content), formats=_READ) as picture:
             if picture.width * picture.height > _MOST_PIXELS:
                 raise ValueError(f"it has more than {_MOST_PIXELS // 10**6} million pixels")
             picture.load()
@@ -131,6 +137,30 @@ def read_pixels(path: str, channels: int) -> Pixels:
     return np.array(open_image(path, channels)) if pixels is None else pixels
 
 
+def pixels_of(content: bytes, channels: int, name: str) -> Pixels:
+    """Return what `read_pixels` returns of a file with this content; errors call it by the name."""
+    pixels = _decoded(content, channels) if content.startswith(_JPEG) else None
+    return np.array(open_image(name, channels, content)) if pixels is None else pixels
+
+
+def size_of(content: bytes, name: str) -> tuple[int, int]:
+    """Return the (width, height) that an image's header states, before it is turned upright; no pixel is decoded.
+
+    Raises:
+        UnreadableImageError: it isn't an image that `open_image` reads.
+        Image.DecompressionBombError: it has more pixels than PIL opens.
+    """
+    _register_heif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the caller judges the size
+            with Image.open(io.BytesIO(content), formats=_READ) as picture:
+                return picture.size
+    except _DAMAGE as error:
+        cause = "it isn't an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UnreadableImageError(f"{name} can't be read as an image: {cause}; send another") from error
+
+
 def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
     """Return pixels (height, width, …) center-cropped to the target's aspect ratio and resized to its size.
 
@@ -140,15 +170,20 @@ def fitted(pixels: Pixels, width: int, height: int) -> Pixels:
     tall, wide = pixels.shape[:2]
     if (tall, wide) == (height, width):
         return pixels
-    rows = max(1, min(tall, round(wide * height / width)))
-    columns = max(1, min(wide, round(tall * width / height)))
-    top, left = (tall - rows) // 2, (wide - columns) // 2
+    top, left, rows, columns = center(tall, wide, width, height)
     middle = torch.from_numpy(np.atleast_3d(pixels[top : top + rows, left : left + columns])).permute(2, 0, 1)
     # A copy is faster than a view, and its strides are unambiguous: without AVX2, PyTorch 2.15 otherwise mistakes the
     # columns for the channels if the resized image is one pixel wide.
     middle = middle[None].clone(memory_format=torch.channels_last)
     resized = interpolate(middle, size=(height, width), mode="bilinear", antialias=True)[0]
     return cast(Pixels, resized.permute(1, 2, 0).numpy()).reshape(height, width, *pixels.shape[2:])
+
+
+def center(tall: int, wide: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the part of an image that `fitted` keeps, in pixels: (top, left, rows, columns)."""
+    rows = max(1, min(tall, round(wide * height / width)))
+    columns = max(1, min(wide, round(tall * width / height)))
+    return (tall - rows) // 2, (wide - columns) // 2, rows, columns
 
 
 def channels_first(pixels: Pixels) -> Pixels:
@@ -193,6 +228,11 @@ def _plain_jpeg(path: str, channels: int) -> Pixels | None:
             data += file.read()
     except OSError as error:
         raise out_of_reach(path, error) from error
+    return _decoded(data, channels)
+
+
+def _decoded(data: bytes, channels: int) -> Pixels | None:
+    """Return the pixels of a JPEG's content, likewise."""
     if not _is_plain(data, channels):
         return None
     try:

@@ -1,0 +1,1 @@
+"""A small page and JSON endpoint that answers by an export."""
