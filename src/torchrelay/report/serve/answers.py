@@ -89,7 +89,6 @@ class Answers:
         Raises:
             RefusedError: there is no such class, or the network gives no numbers for these inputs.
         """
-        asked = None if about is None else self._index(about)
         try:
             predictions = self._run(batch.inputs)[0]
         except Exception as error:
@@ -97,6 +96,7 @@ class Answers:
             raise RefusedError(422, f"the network can't answer these inputs: {cause}") from error
         if predictions.is_floating_point() and not predictions.isfinite().all():
             raise RefusedError(422, "the network's answer to these inputs is no number")
+        asked = None if about is None else self._index(about, predictions)
         found = [self._words(each, batch.at, top) for each in predictions]
         for answer, name in zip(found, batch.names, strict=True):
             if name:
@@ -130,8 +130,8 @@ class Answers:
     def _names(self, count: int) -> Sequence[str]:
         return self._classes if len(self._classes) == count else [str(i) for i in range(count)]
 
-    def _index(self, name: str) -> int:
-        known = self._classes or [str(i) for i in range(2)]
+    def _index(self, name: str, predictions: Tensor) -> int:
+        known = self._names(predictions.shape[-1] if predictions.ndim > 1 else 2)
         if name not in known:
             raise RefusedError(422, f"there is no class '{name[:80]}'{nearest(name, known)}")
         return known.index(name)
