@@ -16,8 +16,12 @@ _INSTALL = "pip install 'torchrelay[serve]'"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("folder", type=Path, metavar="EXPORT", help="a folder that 'torchrelay export' made")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, help=f"the port to listen on ({_PORT}, or a free one if that is taken)")
+    parser.add_argument(
+        "--host", metavar="HOST", default="127.0.0.1", help="the address to listen on (127.0.0.1: this machine alone)"
+    )
+    parser.add_argument(
+        "--port", type=int, metavar="PORT", help=f"the port to listen on ({_PORT}, or a free one if that is taken)"
+    )
     parser.add_argument(
         "--name",
         action="append",
