@@ -40,14 +40,15 @@ class WandB:
         name = own / "id.txt"  # of the run, for ever, so that a later upload replaces an earlier one
         if not name.exists():
             name.write_text(uuid.uuid4().hex[:12])
+        mode: Any = os.environ.get("WANDB_MODE", "offline")  # wandb refuses another word by itself
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=folder.resolve().name,
             id=name.read_text().strip(),
             dir=folder,
             config=dict(settings),
-            mode=os.environ.get("WANDB_MODE", "offline"),
-            resume="allow" if os.environ.get("WANDB_MODE", "offline") == "online" else None,
+            mode=mode,
+            resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True),
         )
 
