@@ -69,6 +69,7 @@ def test_too_small_images_are_refused_with_the_minimum_size(name: str, size: int
         ("small-cnn", {"width": [1]}, "no option 'width'; did you mean 'widths'"),
         ("small-cnn", {"widths": "wide"}, r"model\.options\.widths"),
         ("char-lm", {"width": 10, "heads": 4}, "among 4 heads"),
+        ("char-lm", {"window": 0}, "can't see 0 characters: set model.options.window"),
         ("resnet18-small", {"pretrained": True}, "no option"),
     ],
 )
@@ -182,6 +183,17 @@ def test_the_language_model_sees_no_future_token() -> None:
     torch.testing.assert_close(one[:, :12], two[:, :12])
     assert not torch.allclose(one[:, 12], two[:, 12])
     assert not torch.allclose(one[:, 13:], two[:, 13:])
+
+
+def test_a_language_model_with_a_window_sees_just_the_characters_before() -> None:
+    torch.manual_seed(0)
+    model = make("char-lm", classes=11, layers=0, window=3).eval()  # without blocks there is no attention
+    tokens = torch.randint(11, (1, 20))
+    changed = tokens.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 11
+    differs = (model(tokens) != model(changed)).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [12, 13, 14]
+    torch.testing.assert_close(model(tokens[:, :1]), model(tokens)[:, :1])  # a text that is shorter than the window
 
 
 def test_the_language_model_learns_a_rule() -> None:

@@ -1,5 +1,8 @@
 """Each unchanged shipped recipe trains on two devices, and logs on how many it can continue."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,6 +28,7 @@ DATA = {
     "tables": (),
     "fashion-mnist": ("data.root=.", "data.batch_size=8"),
     "characters": ("data.root=book.txt", "data.batch_size=8"),
+    "characters-fast": ("data.root=book.txt", "data.batch_size=8"),
     "image-folder": ("data.root=photographs", "data.batch_size=8", "data.cache=false", *SMALL),
     "cifar10-small": (*CIFAR, *SMALL),
     "cifar10-fast": CIFAR,
@@ -91,3 +95,17 @@ def test_a_shipped_network_is_compiled_and_resumes_to_the_same_weights(cli, tmp_
     whole, parted = (tmp_path / run / "checkpoints" / "step-00000004" for run in ("whole", "parted"))
     for file in ("model.safetensors", "state.safetensors"):  # the optimizer's state, too
         assert (whole / file).read_bytes() == (parted / file).read_bytes()
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+BASELINE = (
+    0.897  # the best classifier that the data's authors have trained: SVC, C = 10, rbf (arXiv 1708.07747, table 3)
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION.is_dir(), reason="needs the files of Debian's dataset-fashion-mnist")
+def test_fashion_mnist_beats_the_best_baseline_of_its_authors(cli, tmp_path):
+    done = cli("train", "fashion-mnist", "--run=run", "--quiet", sets=(f"data.root={FASHION}",), timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"] > BASELINE

@@ -210,9 +210,14 @@ class CharLM(nn.Module):
         heads: of each block's attention; must divide `width`.
         context: the maximum length.
         dropout: probability of dropout on each block's output.
+        window: characters that the first block sees at each position: its own and those just before it, by a table of
+            embeddings for each distance (as in Bengio et al., "A Neural Probabilistic Language Model", JMLR 2003).
+            Otherwise attention has to learn first which characters are the last ones.
     """
 
-    def __init__(self, vocabulary: int, width: int, layers: int, heads: int, context: int, dropout: float) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, layers: int, heads: int, context: int, dropout: float, window: int
+    ) -> None:
         super().__init__()
         self.context = context
         self.token = nn.Embedding(vocabulary, width)
@@ -220,8 +225,10 @@ class CharLM(nn.Module):
         self.blocks = nn.Sequential(*(_Block(width, heads, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        for embedding in (self.token, self.place):
-            nn.init.normal_(embedding.weight, std=0.02)  # PyTorch's default of 1.0 would swamp the blocks' outputs
+        self.before = nn.ModuleList(nn.Embedding(vocabulary, width) for _ in range(window - 1))
+        for embedding in (self.token, self.place, *self.before):
+            # PyTorch's default of 1.0 would swamp the blocks' outputs.
+            nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (batch, length) to (batch, length, vocabulary); the logits at position i depend on tokens 0 to i."""
@@ -231,6 +238,8 @@ class CharLM(nn.Module):
                 f"char-lm reads at most {self.context} characters, not {length}: set model.options.context"
             )
         x = self.token(tokens) + self.place(torch.arange(length, device=tokens.device))
+        for distance, embedding in enumerate(self.before, 1):
+            x = x + F.pad(embedding(tokens), (0, 0, distance, 0))[:, :length]  # the first ones have none before them
         logits: Tensor = self.head(self.norm(self.blocks(x)))
         return logits
 
@@ -259,12 +268,20 @@ class _Block(nn.Module):
 
 
 def char_lm(
-    classes: int, width: int = 128, layers: int = 2, heads: int = 4, context: int = 256, dropout: float = 0.0
+    classes: int,
+    width: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    context: int = 256,
+    dropout: float = 0.0,
+    window: int = 1,
 ) -> nn.Module:
     """Build a `CharLM`; `classes` is the size of its vocabulary."""
+    if window < 1:
+        raise UsageError(f"model 'char-lm' can't see {window} characters: set model.options.window to 1 or more")
     if width % heads:
         raise UsageError(f"model 'char-lm' can't divide a width of {width} among {heads} heads: choose a multiple")
-    return CharLM(classes, width, layers, heads, context, dropout)
+    return CharLM(classes, width, layers, heads, context, dropout, window)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
