@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+import torchrelay as tr
 from torchrelay.run.metrics import Headline
 from torchrelay.run.plots import UNASKED, PlotProcess
+from torchrelay.run.settings import RunSettings
 
 pytestmark = pytest.mark.plots
 
@@ -186,3 +190,41 @@ def test_errors_of_both_pictures_are_told(folder: Path) -> None:
     drawing.start(HEADLINE, confusion=True)
     assert not drawing.finish()
     assert said == ["the plots can't be drawn: KeyError: 'confusion_matrix'"]
+
+
+RECIPE = '[run]\nepochs = 3\n[model]\nname = "mlp"\n[data]\nname = "digits"\n[environment]\nstarted_from = "python"\n'
+
+
+def test_a_report_is_written_beside_the_plots_if_asked_for(folder: Path) -> None:
+    (folder / "recipe.toml").write_text(RECIPE)
+    said: list[str] = []
+    drawing = PlotProcess(folder, said.append)
+    drawing.start(HEADLINE)
+    assert drawing.finish()
+    assert not (folder / "report.html").exists()
+    drawing.start(HEADLINE, report=True)
+    assert drawing.finish()
+    assert said == []
+    assert "Curves" in (folder / "report.html").read_text()
+
+
+def test_a_report_that_fails_is_a_warning(folder: Path) -> None:
+    said: list[str] = []
+    drawing = PlotProcess(folder, said.append)
+    drawing.start(HEADLINE, report=True)
+    assert drawing.finish()
+    assert (folder / "curves.png").exists()
+    [text] = said
+    assert text.startswith("warning: report.html can't be written: UsageError: ")
+
+
+@pytest.mark.parametrize("report", [None, False])
+def test_a_run_writes_its_report_unless_told_otherwise(report: bool | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.rand(64, 4), torch.arange(64) % 2
+    settings = RunSettings(epochs=1, report=report)
+    run = tmp_path / "run"
+    trainer = tr.Trainer(nn.Linear(4, 2), data, data, batch_size=32, settings=settings, run=run, device="cpu")
+    trainer.fit()
+    assert (run / "report.html").exists() == (report is None)
+    assert "warning" not in (run / "log.txt").read_text()

@@ -277,6 +277,8 @@ def main() -> None:
                 draw_confusion(folder)
             else:
                 draw(folder, headline, confusion=confusion and other is None)
+                if request["report"]:
+                    _write_report(folder)
         # The run says these lines, each once.
         for text in dict.fromkeys(str(each.message) for each in caught if each.category is NoFontWarning):
             print(f"warning: {text}", file=sys.stderr)
@@ -289,10 +291,26 @@ def main() -> None:
     os._exit(code)  # what Python would tidy up takes a tenth of a second
 
 
+def _write_report(folder: Path) -> None:
+    """Write the run as one page, without reading its data; what goes wrong is a line, and no reason to fail."""
+    try:
+        from torchrelay.report.page.facts import nearest_recipe, read_facts
+        from torchrelay.report.page.page import write_page
+
+        facts = read_facts(folder)
+        write_page(facts, folder / "report.html", None, nearest_recipe(facts))
+    except Exception as error:  # noqa: BLE001 - no page is worth a run
+        cause = " ".join(str(error).split())
+        print(f"warning: report.html can't be written: {type(error).__name__}: {cause}", file=sys.stderr)
+
+
 def _prepare() -> None:
-    """Import what a drawing needs, and load the fonts."""
+    """Import what a drawing and a page need, and load the fonts."""
+    import jinja2  # noqa: F401
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from torchrelay.report.page import facts, page  # noqa: F401
 
     with styled():
         figure = Figure(figsize=(1, 1))

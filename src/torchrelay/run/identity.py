@@ -26,6 +26,7 @@ _MUST_AGREE = {
 _MAY_CHANGE = {
     *("run.epochs", "run.steps", "run.max_steps", "run.patience"),
     *("run.evaluate_every", "run.evaluate_batches", "run.log_every", "run.receipt_every", "run.notify", "run.trackers"),
+    "run.report",
     *("run.on_spike", "run.spike_threshold", "run.max_skipped"),
     *("data.root", "data.workers", "data.download", "data.cache", "data.cache_dir", "model.pretrained"),
     *("device.name", "device.threads", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_best"),

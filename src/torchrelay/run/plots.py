@@ -42,10 +42,17 @@ class PlotProcess:
             self._discard()
             self._launch(quiet=True)
 
-    def start(self, headline: Headline, *, confusion: bool = False) -> None:
-        """Start drawing curves.png and, from evaluation.json, confusion.png; first wait for an earlier drawing."""
+    def start(self, headline: Headline, *, confusion: bool = False, report: bool = False) -> None:
+        """Start drawing curves.png and, from evaluation.json, confusion.png; first wait for an earlier drawing.
+
+        Args:
+            headline: the metric that the curves show.
+            confusion: whether there is a confusion matrix.
+            report: whether report.html is written as well.
+        """
         self.finish()
-        self._request = json.dumps({"headline": asdict(headline), "confusion": confusion}) + "\n"
+        asked = {"headline": asdict(headline), "confusion": confusion, "report": report}
+        self._request = json.dumps(asked) + "\n"
         if self._process is None or not self._ask():
             self._discard()
             self._launch()

@@ -52,6 +52,9 @@ class RunSettings(Settings):
     trackers: tuple[str, ...] | None = None
     """Where metrics are shown: "tensorboard", "wandb", "mlflow", "trackio" or one of your own. Unset: tensorboard."""
 
+    report: bool | None = None
+    """Write report.html, the run as one page, when the run is done. Unset: yes."""
+
     @field_validator("portable")
     @classmethod
     def _unset_if_false(cls, value: bool | None) -> bool | None:

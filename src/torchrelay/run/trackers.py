@@ -178,6 +178,12 @@ class TensorBoard:
 
     # ------------------------------------------------------------------------------------------------ event files
 
+    def flush(self) -> None:
+        """Write what is pending."""
+        with self._tolerant():
+            for writer in self._writers.values():
+                writer.flush()
+
     def close(self) -> None:
         """Write what is pending and close the event files; a later call opens new ones."""
         for key in [*self._writers]:

@@ -27,7 +27,7 @@ from torchrelay.tasks.task import Task, calls_once, total
 from torchrelay.train.progress import RunningSums
 from torchrelay.train.record import log
 from torchrelay.train.samples import Collector, Samples
-from torchrelay.train.shown import metrics_table
+from torchrelay.train.shown import Result, metrics_table
 from torchrelay.train.trees import joined, pack, to_cpu, unpack
 from torchrelay.train.tta import check_tta, with_tta
 
@@ -144,6 +144,11 @@ class Evaluator:
         if evaluation is not None and is_kept:
             self.last, self.samples = evaluation, samples
         return evaluation
+
+    @property
+    def result(self) -> Result:
+        """The metrics of the last evaluation; empty if there was none."""
+        return Result(self.last.values if self.last else {})
 
     def predict(self, batches: Batches) -> Any:
         """Return the task's predictions for each sample, in the order of the data, on the CPU.

@@ -204,11 +204,11 @@ class Pictures(Callback):
             self._drawn_at = time.monotonic()
 
     def on_end(self, trainer: Training) -> None:
-        """Write the last evaluation, draw the plots, and give TensorBoard the settings with what they led to."""
+        """Write the last evaluation, draw the plots, write the page, and give TensorBoard the settings."""
         if trainer.run is not None:
-            self._write(trainer.run, self._batches.source.classes)
+            self._write(trainer.run, self._batches.source.classes, report=trainer.settings.report is not False)
 
-    def _write(self, run: RunFolder, classes: Sequence[str]) -> None:
+    def _write(self, run: RunFolder, classes: Sequence[str], *, report: bool) -> None:
         last = self._evaluator.last
         if last is not None:
             step = self._progress.step  # not the best one's
@@ -219,7 +219,8 @@ class Pictures(Callback):
                 path.write_text(text + "\n", encoding="utf-8")
             self._write_samples(run, step)
         has_confusion = last is not None and last.confusion is not None
-        run.plots.start(self._headline, confusion=has_confusion)
+        run.tensorboard.flush()  # the page shows the first batch
+        run.plots.start(self._headline, confusion=has_confusion, report=report)
         if run.tensorboard.lost:
             run.tensorboard.retry(read_metrics(run.path))
         run.tensorboard.hyperparameters(hyperparameters.of(self._record))

@@ -29,7 +29,6 @@ from torchrelay.train.judge import Judge
 from torchrelay.train.logs import EarlyLog, StepLog, best_text, counters, introduction, unit
 from torchrelay.train.parts import Parts
 from torchrelay.train.session import Session
-from torchrelay.train.shown import Result
 from torchrelay.train.spikes import Spike
 from torchrelay.train.step import StepResult
 
@@ -160,7 +159,7 @@ class Trainer(Parts):
                     spike = self._end_epoch()
                 if spike is not None:
                     self.session.roll_back(spike)
-        return Result(self.evaluator.last.values if self.evaluator.last else {})
+        return self.evaluator.result
 
     def resume(self, *, accept_changes: bool = False) -> dict[str, float]:
         """Continue from the newest whole checkpoint of the run's folder, to the bits of a run never interrupted."""
