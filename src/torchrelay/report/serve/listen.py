@@ -1,6 +1,6 @@
 """Sockets to listen on; what the system refuses is a line."""
 
-import contextlib
+import errno
 import socket
 
 from torchrelay.errors import UsageError
@@ -17,18 +17,18 @@ def listen(host: str, port: int | None, preferred: int) -> list[socket.socket]:
     Raises:
         UsageError: the host isn't one of this machine's, or the port is taken or may not be used.
     """
+    if port is not None and not 0 <= port < 2**16:
+        raise UsageError(f"there is no port {port}: choose one up to {2**16 - 1} by --port")
     try:
         return _bound(host, preferred if port is None else port)
-    except (OSError, OverflowError) as error:
-        if port is None and isinstance(error, OSError) and not isinstance(error, socket.gaierror):
-            with contextlib.suppress(OSError):
-                return _bound(host, 0)
-        if isinstance(error, socket.gaierror):
-            raise UsageError(
-                f"--host {host} isn't an address of this machine: leave it out to serve it alone"
-            ) from error
-        cause = error.strerror if isinstance(error, OSError) else "there is no such port"
-        raise UsageError(f"can't listen on port {port} of {host} ({cause}): choose another by --port") from error
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host} isn't an address of this machine: leave it out to serve it alone") from error
+    except OSError as error:
+        if port is None and error.errno == errno.EADDRINUSE:
+            return _bound(host, 0)
+        shown = preferred if port is None else port
+        cause = error.strerror or error
+        raise UsageError(f"can't listen on port {shown} of {host} ({cause}): choose another by --port") from error
 
 
 def _bound(host: str, port: int) -> list[socket.socket]:
