@@ -71,6 +71,16 @@ LONG = (
         "python -m benchmarks.speed.accuracy --root FOLDER",
         "accuracy.md",
     ),
+    Long(
+        "Fashion-MNIST, and its best baseline",
+        "python -m benchmarks.speed.fashion --root FOLDER",
+        "fashion-mnist.md",
+    ),
+    Long(
+        "the time to nanoGPT's loss on a CPU",
+        "python -m benchmarks.speed.nanogpt --script FOLDER --text FILE",
+        "nanogpt.md",
+    ),
     Long("accuracy and times of the recipes", "torchrelay train RECIPE", "results.md"),
 )
 
