@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import torchrelay as tr
 from torchrelay.errors import RelayError
+from torchrelay.recipe import recipe
 from torchrelay.train.self_check import Comparison, kernels_of, unchanged
 
 
@@ -240,6 +241,31 @@ def test_a_convolution_that_reads_unwritten_memory_is_refused_even_where_its_gra
     with pytest.raises(RelayError, match=r"^layer4\.0\.conv1 is Conv2d\(256, 512.*set device\.precision=float32"):
         fit()
     assert fit("float32").step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "channels", "side"),
+    [
+        ("digits", 1, 8),
+        ("fashion-mnist", 1, 28),
+        ("cifar10-small", 3, 32),
+        ("cifar10-fast", 3, 18),
+        ("cifar10-94", 3, 32),
+        ("cifar10-reference", 3, 112),
+        ("image-folder", 3, 32),
+    ],
+)
+def test_no_shipped_recipe_s_model_is_refused_in_bf16(name, channels, side, monkeypatch, tmp_path):
+    # Not even where nothing is routed around.
+    monkeypatch.setattr("torchrelay.models.factory.pad_narrow_maps", lambda model: model)
+    settings = recipe.load(name).model
+    torch.manual_seed(0)
+    model = tr.models.build(settings, classes=4, channels=channels, image_size=side, log=print)
+    images = torch.randint(256, (8, channels, side, side), dtype=torch.uint8), torch.arange(8) % 4
+    device = tr.DeviceSettings(name="cpu", precision="bf16")
+    tr.Trainer(model, images, epochs=1, batch_size=8, device=device, run=tmp_path / "run").fit()
+    assert "gradients are the same twice" in (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_sparse_gradient_is_compared_too():
