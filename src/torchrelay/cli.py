@@ -37,6 +37,7 @@ COMMANDS = (
     "profile",
     "tune",
     "find-lr",
+    "sweep",
     "audit",
     "bisect",
     "runs",

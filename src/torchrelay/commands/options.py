@@ -104,6 +104,7 @@ def set_pins(options: argparse.Namespace) -> None:
     runs, recipes = ([getattr(options, name, None) for name in names] for names in (_RUNS, _RECIPES))
     files = [run / "recipe.toml" for run in runs if run]
     files += [shipped.path(recipe) or Path(recipe) for recipe in recipes if recipe]
+    files += [Path(recipe) / "sweep.toml" for recipe in recipes if recipe]
     if any(needs_pins(file, getattr(options, "overrides", ())) for file in files):
         os.environ.update(PINS)
 

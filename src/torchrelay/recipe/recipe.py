@@ -73,11 +73,26 @@ def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     table = rename_keys(_read(name))
     table.pop("environment", None)  # a run's folder adds it: versions, not parameters
+    return load_table(table, overrides, name)
+
+
+def load_table(table: Table, overrides: Sequence[str], where: str) -> Recipe:
+    """Apply overrides to a table, check it and return it as a recipe; see `load`.
+
+    Args:
+        table: as a TOML file has it.
+        overrides: strings such as "optimizer.lr=0.02".
+        where: names the table in an error.
+
+    Raises:
+        UsageError: a key or a value is wrong.
+    """
+    table = rename_keys(table)
     # First what clears its section.
     for override in sorted(overrides, key=lambda text: not text.startswith(_KINDS)):
         _apply(table, override)
         table = rename_keys(table)
-    return parse(table, name)
+    return parse(table, where)
 
 
 def parse(table: Table, where: str) -> Recipe:

@@ -23,13 +23,14 @@ def needs_pins(file: Path, overrides: Sequence[str] = ()) -> bool:
     """Return whether a recipe has `run.portable`, without torch; what else is wrong with it, is said once it is loaded.
 
     Args:
-        file: the recipe, which need not exist.
+        file: the recipe, or the sweep.toml that has it; it need not exist.
         overrides: strings such as "run.portable=true".
     """
     value = None
-    with suppress(OSError, ValueError, RecursionError):
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
         if file.is_file() and file.stat().st_size <= _LARGEST:
-            section = tomllib.loads(file.read_text(encoding="utf-8")).get("run")
+            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            section = table.get("recipe", table).get("run")  # a sweep's file has more than its recipe
             value = section.get("portable") if isinstance(section, dict) else None
     for override in overrides:
         key, _, text = override.partition("=")

@@ -213,6 +213,7 @@ class Progress:
         self.grad_norm: Tensor | None = None
         self.phase = ""
         self._epoch_ended_at = 0
+        self._pause_at: int | None = None
 
     def epoch_of(self, step: int) -> int:
         """Return in which epoch, counted from 1, a step is; it is counted from 1 too."""
@@ -230,9 +231,26 @@ class Progress:
         return self.epochs_done < self.epochs and self.stop_reason is None and not is_over and not self.interrupted
 
     @property
+    def limit(self) -> int:
+        """The step after which the run is done: `max_steps`, or all its steps."""
+        return min(self.max_steps or self.total_steps, self.total_steps)
+
+    def pause_after(self, step: int) -> None:
+        """Let this session end after a step at which an evaluation is due; the run isn't done, and may be resumed.
+
+        What the run computes is the same as if it had never paused. A step at or after the run's end has no effect.
+        """
+        self._pause_at = step if step < self.limit else None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the run has reached the step of `pause_after`."""
+        return self._pause_at is not None and self.step >= self._pause_at
+
+    @property
     def at_limit(self) -> bool:
-        """Whether the run has taken `max_steps`, or all its steps."""
-        return self.step >= min(self.max_steps or self.total_steps, self.total_steps)
+        """Whether the run has taken `max_steps`, or all its steps, or is paused."""
+        return self.step >= self.limit or self.is_paused
 
     @property
     def at_epoch_end(self) -> bool:
@@ -245,9 +263,11 @@ class Progress:
         return self.stop_reason is not None or self.step >= self.total_steps
 
     def stop_at_limit(self) -> bool:
-        """Stop the run if it has taken `max_steps`, and return whether it ends, for this or any other reason."""
+        """Stop the run after `max_steps` or where it pauses; return whether it ends, for this or any other reason."""
         if self.max_steps is not None and self.step >= self.max_steps:
             self.stop_reason = f"run.max_steps is {self.max_steps}"
+        elif self.is_paused:
+            self.stop_reason = "paused, to be resumed"
         return self.stop_reason is not None or self.step >= self.total_steps
 
     def record(self, result: StepResult, samples: int) -> None:

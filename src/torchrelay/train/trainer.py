@@ -223,9 +223,9 @@ class Trainer(Parts):
         save = self.session.is_due()
         if progress.interrupted:
             return None
-        # At an epoch's end, and at the run's, the evaluation and the checkpoint follow.
+        # At an epoch's end, at the run's, and where it pauses, the evaluation and the checkpoint follow.
         is_within = not progress.at_epoch_end and not ends
-        evaluate, save = is_within and self.judge.is_due(), save and not progress.at_epoch_end
+        evaluate, save = is_within and self.judge.is_due(), save and not (progress.at_epoch_end or progress.is_paused)
         spike, wanted = None, is_within and self.session.asks.wanted
         if save or evaluate or wanted or progress.lines.due:
             spike = self.train_step.detector.read()
@@ -245,12 +245,16 @@ class Trainer(Parts):
         if spike is not None:
             return spike
         progress = self.progress
-        improved = self.judge.at_epoch_end(self, self.callbacks, float(self.optimizer.param_groups[0]["lr"]))
+        if progress.is_paused and not progress.at_epoch_end:  # recorded as in a run that never pauses
+            improved: bool | None = self.judge.within_epoch(self, self.callbacks)
+        else:
+            improved = self.judge.at_epoch_end(self, self.callbacks, float(self.optimizer.param_groups[0]["lr"]))
         if progress.interrupted:
             return None
         progress.end_epoch()
-        if progress.ends or improved or self.session.save_due:
-            self.save(training_continues=True)
+        is_due = improved or self.session.save_due
+        if progress.ends or is_due:
+            self.session.save(training_continues=True, interim=progress.is_paused and not is_due)
         if not progress.ends:
             self.judge.serve()
         progress.stopwatch.start()
@@ -261,6 +265,8 @@ class Trainer(Parts):
         if self.progress.stop_reason is not None:
             self.say(f"stopped: {self.progress.stop_reason}")
         self.session.wait()
+        if self.progress.is_paused:
+            return
         if self.evaluator.last is None and self.evaluator.parts:
             self.judge.evaluate([self.selects_on])
             if self.progress.interrupted:
