@@ -17,8 +17,9 @@ from torchrelay.errors import RelayError
 if TYPE_CHECKING:
     import torch
 
+    from torchrelay.data.batch import Batch
     from torchrelay.train.layers import LayerCheck
-    from torchrelay.train.trainer import Trainer
+    from torchrelay.train.step import TrainStep
 
 HELP = "show this machine's devices and libraries, and what a run would use"
 _PACKAGES = ("torchrelay", "torch", "torchvision", "timm", "torchmetrics", "tensorboard", "safetensors", "scikit-learn")
@@ -61,11 +62,11 @@ def examine(options: argparse.Namespace) -> None:
 
     loaded = recipe.load(options.deep, options.overrides)
     trainer = build_trainer(loaded, code=code_of(options), terminal=terminal_of(options))
-    batch = next(iter(trainer.batches.epoch(0)))
+    step, batch = trainer.train_step, next(iter(trainer.batches.epoch(0)))
     trainer.model.train()
-    checks = list(check_layers(trainer.train_step, batch))
+    checks = list(check_layers(step, batch))
     show(checks)
-    compiled = _compiled(trainer)
+    compiled = _compiled(step, batch)
     print(f"compiled with torch.compile: {compiled}")
     bad = [each.name for each in checks if not each.is_good]
     if bad:
@@ -110,11 +111,11 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-def _compiled(trainer: Trainer) -> str:
+def _compiled(step: TrainStep, batch: Batch) -> str:
     from torchrelay.train.layers import compile_error
 
     try:
-        differ = compile_error(trainer.train_step, next(iter(trainer.batches.epoch(0))))
+        differ = compile_error(step, batch)
     except Exception as error:  # noqa: BLE001 - a compiler may raise anything
         return f"not possible here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     return f"gradients differ by {differ:.0e} of their norm from the eager ones"

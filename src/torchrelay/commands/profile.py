@@ -179,17 +179,17 @@ def examine(trainer: Trainer, steps: int = 20, folder: Path | None = None) -> Pr
 
     if trainer.session.folder is not None or trainer.strategy.group.size > 1:
         raise UsageError("a profile is of one process, and of a trainer without a run folder: give Trainer(run=None)")
-    clock = Clock(trainer.device.device)
-    optimizer = trainer.optimizer
-    trainer.model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
+    device, model, optimizer = trainer.device, trainer.model, trainer.optimizer
+    clock = Clock(device.device)
+    model.register_forward_pre_hook(lambda *_: clock.mark("rest"))
     optimizer.register_step_pre_hook(lambda *_: clock.begin_update())
     optimizer.register_step_post_hook(lambda *_: clock.mark("optimizer"))
-    trainer.model.train()
+    model.train()
     batches, size = _forever(trainer), 0
     clock.mark("rest")
     for _ in range(_WARM + steps):
         size = max(size, _step(trainer, batches, clock))  # an epoch's last batch may be smaller
-    found = Profile(typical(clock.steps[_WARM:]), size, trainer.device.describe())
+    found = Profile(typical(clock.steps[_WARM:]), size, device.describe())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         found.draw(folder / "profile.png")

@@ -448,7 +448,7 @@ def test_a_request_that_breaks_off_disturbs_nobody(served):
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "[::1]:80", "192.168.1.7:8000", "LOCALHOST", "localhost.:1", socket.gethostname()]
+    "host", ["127.0.0.1", "[::1]:80", "203.0.113.7:8000", "LOCALHOST", "localhost.:1", socket.gethostname()]
 )
 def test_an_address_or_this_machines_name_is_served(served, host):
     assert served.ask("/health", Host=host).status == 200

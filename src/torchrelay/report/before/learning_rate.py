@@ -65,7 +65,8 @@ def find_rate(trainer: Trainer, own: float, lowest: float, highest: float, steps
     """
     rates: list[float] = []
     losses: list[float] = []
-    smooth, groups = 0.0, trainer.train_step.groups
+    smooth, train_step = 0.0, trainer.train_step
+    groups = train_step.groups
     bases = [group["initial_lr"] for group in groups]
     with trainer.session.alone():
         trainer.model.train()
@@ -73,7 +74,7 @@ def find_rate(trainer: Trainer, own: float, lowest: float, highest: float, steps
             rate = lowest * (highest / lowest) ** (step / max(steps - 1, 1))
             for group, base in zip(groups, bases, strict=True):  # which a constant schedule takes as it is
                 group["initial_lr"] = base * rate / own
-            result = trainer.train_step.step(batch, step)
+            result = train_step.step(batch, step)
             loss = math.inf if result.spike is not None else float(result.loss)
             smooth = _SMOOTHING * smooth + (1 - _SMOOTHING) * loss
             shown = smooth / (1 - _SMOOTHING ** (step + 1))
