@@ -284,3 +284,17 @@ def test_a_checkpoint_of_a_later_release_is_not_treated_as_damaged(cli, one_line
     newest = checkpoint.complete(run / "checkpoints")[-1]
     relabel(newest, FORMAT + 1)
     one_line(cli("resume", run), f"{newest} was written by a later release", "upgrade torchrelay")
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_from_its_pretrained_weights(
+    cli, same_runs, tmp_path
+):
+    """The first checkpoint is that of step 0; before it, there is only the recipe."""
+    sets = ["run.max_steps=2", "device.threads=1", "device.precision=float32"]
+    assert cli("train", "digits", "--run", "first", sets=[*sets, "run.seed=5"]).returncode == 0
+    weights = tmp_path / "first" / "checkpoints" / "step-00000002" / "model.safetensors"
+    assert cli("train", "digits", "--run", "whole", sets=[*sets, f"model.pretrained={weights}"]).returncode == 0
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "whole" / "recipe.toml", tmp_path / "killed")
+    assert cli("resume", "killed").returncode == 0
+    same_runs(tmp_path / "whole", tmp_path / "killed")

@@ -19,6 +19,7 @@ import torchrelay as tr
 from torchrelay.run.metrics import Headline
 from torchrelay.run.plots import UNASKED, PlotProcess
 from torchrelay.run.settings import RunSettings
+from torchrelay.train import logs
 
 pytestmark = pytest.mark.plots
 
@@ -218,13 +219,16 @@ def test_a_report_that_fails_is_a_warning(folder: Path) -> None:
     assert text.startswith("warning: report.html can't be written: UsageError: ")
 
 
-@pytest.mark.parametrize("report", [None, False])
-def test_a_run_writes_its_report_unless_told_otherwise(report: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("report", "least"), [(None, 60.0), (None, 0.0), (True, 60.0), (False, 0.0)])
+def test_a_run_writes_its_report_if_told_to_or_if_it_trained_long(
+    report: bool | None, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "_REPORT", least)
     torch.manual_seed(0)
     data = torch.rand(64, 4), torch.arange(64) % 2
     settings = RunSettings(epochs=1, report=report)
     run = tmp_path / "run"
     trainer = tr.Trainer(nn.Linear(4, 2), data, data, batch_size=32, settings=settings, run=run, device="cpu")
     trainer.fit()
-    assert (run / "report.html").exists() == (report is None)
+    assert (run / "report.html").exists() == (report is True or (report is None and not least))
     assert "warning" not in (run / "log.txt").read_text()

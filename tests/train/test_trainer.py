@@ -25,6 +25,7 @@ from torchrelay.errors import Interrupted, RelayError, UsageError
 from torchrelay.recipe import recipe
 from torchrelay.recipe.build import build_trainer
 from torchrelay.train.progress import Best
+from torchrelay.train.session import Session
 
 
 class Net(nn.Module):
@@ -128,7 +129,7 @@ class Wide(nn.Module):
 def test_background_copies_have_the_bytes_of_immediate_ones(
     writes_to_its_weights, digits, quiet, tmp_path, same_runs, monkeypatch
 ):
-    meanwhile, copy, save = [], writer._copy, tr.Trainer.save
+    meanwhile, copy, save = [], writer._copy, Session.save
 
     def watched(pairs):
         if threading.current_thread().name == "checkpoint writer":
@@ -140,7 +141,7 @@ def test_background_copies_have_the_bytes_of_immediate_ones(
     counts = []
     for name in ("meanwhile", "at once"):
         if name == "at once":
-            monkeypatch.setattr(tr.Trainer, "save", lambda trainer, training_continues=False: save(trainer))
+            monkeypatch.setattr(Session, "save", lambda session, **_: save(session))
         torch.manual_seed(1)
         saving = CheckpointSettings(every="1 step", keep=100)
         options = {"optimizer": tr.optim.AdamW(lr=0.01), "ema": 0.9, "checkpoint": saving, "terminal": quiet}

@@ -150,10 +150,15 @@ def recipe_of_run(options: argparse.Namespace) -> "Recipe":
 
 
 def trainer_of_run(options: argparse.Namespace, recipe: "Recipe") -> "Trainer":
-    """Return the trainer of a run that has started."""
+    """Return the trainer of a run that has started.
+
+    Where it was killed before its first checkpoint, it starts again, with the pretrained weights.
+    """
+    from torchrelay.checkpoint.retention import complete
     from torchrelay.recipe.build import build_trainer
 
-    return build_trainer(recipe, options.folder, code=code_of(options), terminal=terminal_of(options), fresh=False)
+    fresh, code = not complete(options.folder / "checkpoints"), code_of(options)
+    return build_trainer(recipe, options.folder, code=code, terminal=terminal_of(options), fresh=fresh)
 
 
 def trained_of_run(options: argparse.Namespace) -> "Trained":

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from torchrelay.report.sweep.plan import Plan
     from torchrelay.report.sweep.rungs import Trial
 
-HELP = "search for the best values of a recipe's keys: promising trials are trained on, bit for bit"
+HELP = "search for a recipe's best values; promising trials go on, bit for bit"
 _EPILOG = """\
 examples:
-  torchrelay sweep digits --vary optimizer.lr=1e-3..1e-1:log --vary 'data.batch_size=32|64|128' --trials 18
+  torchrelay sweep digits --vary optimizer.lr=1e-3..1e-1:log --trials 18
+  torchrelay sweep digits --vary 'data.batch_size=32|64|128' --sampler grid
   torchrelay sweep runs/digits-sweep
 
-The same command again goes on with a sweep that was stopped, or joins one that is running, also from other machines
-that share the folder.
+The same command again goes on with a sweep that was stopped, or joins one that
+is running, also from other machines that share the folder.
 """
 _TRIALS, _RUNGS = 20, 3
 _REWRITTEN = 60.0  # seconds after which a sweep in progress writes its page again

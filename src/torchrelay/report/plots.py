@@ -305,12 +305,9 @@ def _write_report(folder: Path) -> None:
 
 
 def _prepare() -> None:
-    """Import what a drawing and a page need, and load the fonts."""
-    import jinja2  # noqa: F401
+    """Import what a drawing needs, and load the fonts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-
-    from torchrelay.report.page import facts, page  # noqa: F401
 
     with styled():
         figure = Figure(figsize=(1, 1))

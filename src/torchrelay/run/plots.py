@@ -85,10 +85,10 @@ class PlotProcess:
             cause = (errors.strip().splitlines() or [f"the process exited with code {code}"])[-1]
             self._say(f"the plots can't be drawn: {cause}")
         # They are drawn again and again, but a warning of theirs is said once.
-        warnings = [line for line in errors.splitlines() if line.startswith("warning: ") and line not in self._warned]
-        for line in warnings:
-            self._say(line)
-        self._warned.update(warnings)
+        for line in errors.splitlines():
+            if line.startswith("warning: ") and line not in self._warned:
+                self._warned.add(line)
+                self._say(line)
         return not code
 
     def close(self) -> None:

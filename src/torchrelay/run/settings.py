@@ -53,7 +53,7 @@ class RunSettings(Settings):
     """Where metrics are shown: "tensorboard", "wandb", "mlflow", "trackio" or one of your own. Unset: tensorboard."""
 
     report: bool | None = None
-    """Write report.html, the run as one page, when the run is done. Unset: yes."""
+    """Write report.html, the run as one page, when the run is done. Unset: if it trained for a minute."""
 
     @field_validator("portable")
     @classmethod

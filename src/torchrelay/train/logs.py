@@ -28,6 +28,8 @@ from torchrelay.train.state import TrainingState
 
 # Seconds between two drawings of the curves, which take a second or two of a core.
 _REDRAW = 120.0
+# Seconds from which a run's end has a report: its imports and its writing take one or two.
+_REPORT = 60.0
 _FIRST = "pictures/first batch"
 
 
@@ -133,7 +135,7 @@ class Pictures(Callback):
         self._task = task
         self._headline = Headline(task.headline, task.percent, task.higher_is_better)
         self._record = record
-        self._drawn_at = -math.inf
+        self._drawn_at, self._began = -math.inf, time.monotonic()
         self._first_loss: float | None = None
         self._warned = False
 
@@ -206,7 +208,10 @@ class Pictures(Callback):
     def on_end(self, trainer: Training) -> None:
         """Write the last evaluation, draw the plots, write the page, and give TensorBoard the settings."""
         if trainer.run is not None:
-            self._write(trainer.run, self._batches.source.classes, report=trainer.settings.report is not False)
+            report = trainer.settings.report
+            if report is None:
+                report = time.monotonic() - self._began >= _REPORT
+            self._write(trainer.run, self._batches.source.classes, report=report)
 
     def _write(self, run: RunFolder, classes: Sequence[str], *, report: bool) -> None:
         last = self._evaluator.last

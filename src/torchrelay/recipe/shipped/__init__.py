@@ -7,10 +7,8 @@ _FOLDER = Path(__file__).parent
 
 def headers() -> dict[str, str]:
     """Return each shipped recipe's name with the first line of its header, sorted by name."""
-    return {
-        path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for path in sorted(_FOLDER.glob("*.toml"))
-    }
+    files = sorted(_FOLDER.glob("*.toml"), key=lambda path: path.stem)
+    return {path.stem: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in files}
 
 
 def path(name: str) -> Path | None:
